@@ -1,0 +1,107 @@
+"""The arithmetic that a decoder needs from a device. Implemented in cpu_kernels and gpu_backend.
+
+A backend's own array is opaque here: the decoder hands it from one call to the next and never
+looks inside. Arrays named `x` and `h` are float32 [num_tokens, hidden_size] in backend memory and
+stay valid until the next `embed`. What steers (ids, weights, positions, addresses) is NumPy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from tiered.config import ModelConfig
+from tiered.experts import ExpertJobs, ExpertLayout, Routing
+
+Array = Any
+Matrix = Any  # a weight matrix in backend memory, whatever its number format
+
+
+class AttentionWeights(NamedTuple):
+    norm: np.ndarray  # float32 [hidden_size]
+    q: Matrix  # [num_heads * head_dim, hidden_size]
+    k: Matrix  # [num_kv_heads * head_dim, hidden_size]
+    v: Matrix  # [num_kv_heads * head_dim, hidden_size]
+    o: Matrix  # [hidden_size, num_heads * head_dim]
+    q_norm: np.ndarray | None = None  # float32 [head_dim] or [num_heads * head_dim]
+    k_norm: np.ndarray | None = None  # float32 [head_dim] or [num_kv_heads * head_dim]
+
+
+class FeedForwardWeights(NamedTuple):
+    """A dense feed-forward: the whole of a dense layer, or the shared expert of a sparse one."""
+
+    gate: Matrix  # [size, hidden_size]
+    up: Matrix  # [size, hidden_size]
+    down: Matrix  # [hidden_size, size]
+    scale: Matrix | None = None  # [1, hidden_size]: output times sigmoid(scale @ h), per token
+
+
+class Batch(NamedTuple):
+    """Which token stands where. Rows of one sequence are in order of position."""
+
+    tokens: np.ndarray  # int32 [num_tokens]
+    positions: np.ndarray  # int32 [num_tokens]
+    sequences: np.ndarray  # int32 [num_tokens]: a row of `page_tables`
+    page_tables: np.ndarray  # int32 [num_sequences, max_pages]: pages of the KV cache, -1: none
+
+
+class Backend(Protocol):
+    """See cpu_kernels.backend.CpuBackend for the meaning of each call in code."""
+
+    name: str
+
+    def matrix(
+        self, data: np.ndarray, format: str, shape: tuple[int, int], bias: np.ndarray | None = None
+    ) -> Matrix:
+        """Adopt `data` (uint8, rows of `format` blocks; kept by reference, not copied)."""
+
+    def attention_layer(self, weights: AttentionWeights, config: ModelConfig) -> Any:
+        """Prepare a layer's attention once; the result goes to `attention`."""
+
+    def router_layer(self, norm: np.ndarray, router: Matrix, config: ModelConfig) -> Any:
+        """Prepare the norm before the experts and the router; the result goes to `route`."""
+
+    def expert_layer(self, layout: ExpertLayout, config: ModelConfig) -> Any:
+        """Prepare a layer's experts once; the result goes to `experts`."""
+
+    def feed_forward_layer(
+        self, weights: FeedForwardWeights, config: ModelConfig, norm: np.ndarray | None = None
+    ) -> Any:
+        """Prepare a dense feed-forward once; with `norm`, of a layer without experts."""
+
+    def kv_pages(self, config: ModelConfig, num_pages: int, page_size: int, dtype: str) -> Any:
+        """KV cache memory for all layers; `dtype` is "f32", "f16" or "int8"."""
+
+    def embed(self, table: Matrix, tokens: np.ndarray) -> Array:
+        """x: the rows of the embedding table."""
+
+    def attention(self, x: Array, layer: Any, kv: Any, index: int, batch: Batch) -> None:
+        """x += attention(norm(x)); appends this batch's keys and values to layer `index` of kv."""
+
+    def route(self, x: Array, layer: Any) -> tuple[Array, Routing]:
+        """h = norm(x), and the experts that the router chooses for it."""
+
+    def guess(self, h: Array, layer: Any) -> Routing:
+        """What another layer's router makes of `h`: look-ahead."""
+
+    def experts(
+        self, h: Array, layer: Any, addresses: np.ndarray, jobs: ExpertJobs, out: Array
+    ) -> None:
+        """Run jobs.experts[i], whose gate, up and down lie at addresses[i] (int64 [num_used, 3]),
+        on its pairs; write each pair's result (unweighted) to that row of `out`."""
+
+    def pair_outputs(self, num_pairs: int) -> Array:
+        """Room for `experts` to write to: float32 [num_pairs, hidden_size]."""
+
+    def combine(self, x: Array, out: Array, weights: np.ndarray) -> None:
+        """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * top_k + rank]."""
+
+    def feed_forward(self, x: Array, h: Array | None, layer: Any) -> None:
+        """x += ffn(h), where h is norm(x) if not given."""
+
+    def head(self, x: Array, rows: np.ndarray, norm: np.ndarray, head: Matrix) -> np.ndarray:
+        """Logits of the given rows of x: float32 [len(rows), vocab_size]."""
+
+    def close(self) -> None:
+        """End the threads."""

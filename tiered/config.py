@@ -1,0 +1,73 @@
+"""What the model dictates (ModelConfig). Frozen, and checked once, when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    `inv_freq_scale` divides the position of each of the `dim // 2` frequencies (empty: all 1), and
+    `magnitude` multiplies cos and sin; together they express linear, llama-3 and YaRN scaling.
+    `pairs` says which two values rotate together: "half" (i, i + dim/2) as Hugging Face stores
+    them, or "adjacent" (2i, 2i + 1) as GGUF's llama family does.
+    """
+
+    theta: float = 10_000.0
+    dim: int = 0  # 0: the whole head
+    pairs: str = "half"
+    inv_freq_scale: tuple[float, ...] = ()
+    magnitude: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The facts of a model that its arithmetic depends on."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    num_experts: int = 0  # 0: a dense model
+    top_k: int = 0
+    expert_size: int = 0  # width of one expert
+    ffn_size: int = 0  # width of the dense feed-forward of dense layers
+    shared_expert_size: int = 0  # width of the expert that every token uses; 0: none
+    dense_layers: frozenset[int] = frozenset()  # layers without experts
+    qk_norm: str = ""  # "", "head" (one norm per head) or "full" (over all heads together)
+    clip_qkv: float = 0.0  # clamp q, k and v to +-this; 0: no
+    normalize_top_k: bool = True  # routing weights of the chosen experts sum to 1
+    sliding_window: int = 0  # attend to this many last positions; 0: all of them
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "vocab_size", "num_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads})"
+            )
+        if self.num_experts and not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k is {self.top_k}, but the model has {self.num_experts} experts")
+
+    def is_sparse(self, layer: int) -> bool:
+        return self.num_experts > 0 and layer not in self.dense_layers
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        return [layer for layer in range(self.num_layers) if self.is_sparse(layer)]
+
+    @property
+    def token_cycle(self) -> int:
+        """Distinct experts that one token needs, over all layers."""
+        return len(self.sparse_layers) * self.top_k

@@ -1,0 +1,91 @@
+"""Experts: how they are named, where their tensors lie in a blob, and what the router chose."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cpu_kernels.formats import FORMATS
+
+BLOB_ALIGNMENT = 64  # bytes; every tensor of a blob starts on a cache line
+
+
+class ExpertKey(NamedTuple):
+    """The name of one expert."""
+
+    layer: int
+    expert: int
+
+
+class TensorLayout(NamedTuple):
+    """One matrix inside a blob: `shape` is [out_features, in_features], `offset` in bytes."""
+
+    format: str
+    shape: tuple[int, int]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * FORMATS[self.format].row_bytes(self.shape[1])
+
+
+class ExpertLayout(NamedTuple):
+    """Where gate, up and down lie in an expert's blob. All experts of one layer share it."""
+
+    gate: TensorLayout
+    up: TensorLayout
+    down: TensorLayout
+
+    @property
+    def nbytes(self) -> int:
+        return aligned(self.down.offset + self.down.nbytes)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Byte offsets of gate, up and down: int64 [3]."""
+        return np.array([self.gate.offset, self.up.offset, self.down.offset], np.int64)
+
+
+def aligned(nbytes: int, alignment: int = BLOB_ALIGNMENT) -> int:
+    return -(-nbytes // alignment) * alignment
+
+
+def expert_layout(
+    hidden_size: int, expert_size: int, gate: str, up: str, down: str
+) -> ExpertLayout:
+    """The layout of an expert whose three matrices have the given number formats."""
+    shapes = (expert_size, hidden_size), (expert_size, hidden_size), (hidden_size, expert_size)
+    tensors, offset = [], 0
+    for format, shape in zip((gate, up, down), shapes, strict=True):
+        tensors.append(TensorLayout(format, shape, offset))
+        offset = aligned(offset + tensors[-1].nbytes)
+    return ExpertLayout(*tensors)
+
+
+class Routing(NamedTuple):
+    """What the router chose. Always NumPy: it steers, it is not data."""
+
+    experts: np.ndarray  # int32   [num_tokens, top_k], best first
+    weights: np.ndarray  # float32 [num_tokens, top_k]
+
+
+class ExpertJobs(NamedTuple):
+    """A layer's (token, expert) pairs, grouped so that each used expert is fetched and run once.
+
+    Pair `token * top_k + rank` is the `rank`-th choice of `token`; expert `experts[i]` computes
+    pairs `pairs[starts[i]:starts[i + 1]]`.
+    """
+
+    experts: np.ndarray  # int32 [num_used], ascending
+    starts: np.ndarray  # int32 [num_used + 1]
+    pairs: np.ndarray  # int32 [num_tokens * top_k]
+
+
+def group_by_expert(routing: Routing) -> ExpertJobs:
+    flat = routing.experts.reshape(-1)
+    pairs = np.argsort(flat, kind="stable").astype(np.int32)
+    experts, starts = np.unique(flat[pairs], return_index=True)
+    return ExpertJobs(
+        experts.astype(np.int32), np.append(starts, len(flat)).astype(np.int32), pairs
+    )

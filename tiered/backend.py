@@ -74,7 +74,7 @@ class Backend(Protocol):
         """KV cache memory for all layers; `dtype` is "f32", "f16" or "int8"."""
 
     def embed(self, table: Matrix, tokens: np.ndarray) -> Array:
-        """x: the rows of the embedding table."""
+        """x: rows of the embedding table; starts a new forward pass."""
 
     def attention(self, x: Array, layer: Any, kv: Any, index: int, batch: Batch) -> None:
         """x += attention(norm(x)); appends this batch's keys and values to layer `index` of kv."""
@@ -100,7 +100,10 @@ class Backend(Protocol):
     def feed_forward(self, x: Array, h: Array | None, layer: Any) -> None:
         """x += ffn(h), where h is norm(x) if not given."""
 
-    def head(self, x: Array, rows: np.ndarray, norm: np.ndarray, head: Matrix) -> np.ndarray:
+    def output_layer(self, norm: np.ndarray, head: Matrix, config: ModelConfig) -> Any:
+        """Prepare the last norm and the output head once; the result goes to `head`."""
+
+    def head(self, x: Array, rows: np.ndarray, layer: Any) -> np.ndarray:
         """Logits of the given rows of x: float32 [len(rows), vocab_size]."""
 
     def close(self) -> None:

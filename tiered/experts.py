@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,15 +78,26 @@ class ExpertJobs(NamedTuple):
     pairs `pairs[starts[i]:starts[i + 1]]`.
     """
 
-    experts: np.ndarray  # int32 [num_used], ascending
+    experts: np.ndarray  # int32 [num_used], each once
     starts: np.ndarray  # int32 [num_used + 1]
-    pairs: np.ndarray  # int32 [num_tokens * top_k]
+    pairs: np.ndarray  # int32 [num_pairs]
+
+    def take(self, selected: Sequence[int] | np.ndarray) -> ExpertJobs:
+        """The jobs of some of the experts, given by their position in `experts`."""
+        if len(selected) == len(self.experts) and all(a == b for b, a in enumerate(selected)):
+            return self
+        spans = [self.pairs[self.starts[i] : self.starts[i + 1]] for i in selected]
+        starts = np.zeros(len(spans) + 1, np.int32)
+        np.cumsum([len(span) for span in spans], out=starts[1:])
+        return ExpertJobs(self.experts[selected], starts, np.concatenate(spans))
 
 
 def group_by_expert(routing: Routing) -> ExpertJobs:
+    """Group a layer's (token, expert) pairs by expert, experts in ascending order."""
     flat = routing.experts.reshape(-1)
+    if len(routing.experts) == 1:  # decode: each choice is an expert of its own
+        count = np.arange(len(flat) + 1, dtype=np.int32)
+        return ExpertJobs(flat, count, count[:-1])
     pairs = np.argsort(flat, kind="stable").astype(np.int32)
     experts, starts = np.unique(flat[pairs], return_index=True)
-    return ExpertJobs(
-        experts.astype(np.int32), np.append(starts, len(flat)).astype(np.int32), pairs
-    )
+    return ExpertJobs(experts, np.append(starts, len(flat)).astype(np.int32), pairs)

@@ -1,0 +1,180 @@
+"""A backend in plain NumPy: slow, obviously right. What the kernels are compared with."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from cpu_kernels.formats import FORMATS
+from tiered.experts import Routing
+
+
+class NaiveMatrix:
+    def __init__(self, data, format, shape, bias=None):
+        row_bytes = FORMATS[format].row_bytes(shape[1])
+        self.weight = to_float32(np.asarray(data)[: shape[0] * row_bytes], format, shape)
+        self.bias = bias
+
+    def __call__(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+def to_float32(data, format, shape):
+    if format == "bf16":
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    if format in ("f32", "f16"):
+        return data.view({"f32": "f4", "f16": "f2"}[format]).astype(np.float32).reshape(shape)
+    kind = GGMLQuantizationType[format.upper()]
+    return dequantize(data.reshape(shape[0], -1), kind).reshape(shape)
+
+
+def at_address(address, nbytes):
+    return np.ctypeslib.as_array((ctypes.c_uint8 * int(nbytes)).from_address(int(address)))
+
+
+def rms_norm(x, weight, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def rope(x, positions, config):
+    """x: [num_tokens, heads, head_dim]."""
+    dim = config.dim or x.shape[-1]
+    half = dim // 2
+    frequency = config.theta ** (-np.arange(half) * 2.0 / dim)
+    if config.inv_freq_scale:
+        frequency = frequency / np.asarray(config.inv_freq_scale)
+    angle = np.asarray(positions)[:, None, None] * frequency
+    cos, sin = np.cos(angle) * config.magnitude, np.sin(angle) * config.magnitude
+    out = x.copy()
+    first, second = (
+        (slice(0, half), slice(half, dim))
+        if config.pairs == "half"
+        else (slice(0, dim, 2), slice(1, dim, 2))
+    )
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., second] * cos + x[..., first] * sin
+    return out.astype(np.float32)
+
+
+class NaiveBackend:
+    name = "naive"
+
+    def matrix(self, data, format, shape, bias=None):
+        return NaiveMatrix(data, format, shape, bias)
+
+    def attention_layer(self, weights, config):
+        return weights, config
+
+    def router_layer(self, norm, router, config):
+        return norm, router, config
+
+    def expert_layer(self, layout, config):
+        self.hidden_size = config.hidden_size
+        return layout
+
+    def feed_forward_layer(self, weights, config, norm=None):
+        return weights, config, norm
+
+    def kv_pages(self, config, num_pages, page_size, dtype):
+        shape = 2, config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim
+        return np.zeros(shape, np.float32)
+
+    def embed(self, table, tokens):
+        return table.weight[tokens].copy()
+
+    def attention(self, x, layer, kv, index, batch):
+        w, c = layer
+        h = rms_norm(x, w.norm, c.norm_eps)
+        q, k, v = w.q(h), w.k(h), w.v(h)
+        if c.clip_qkv:
+            q, k, v = (np.clip(t, -c.clip_qkv, c.clip_qkv) for t in (q, k, v))
+        if c.qk_norm == "full":
+            q, k = rms_norm(q, w.q_norm, c.norm_eps), rms_norm(k, w.k_norm, c.norm_eps)
+        q, k, v = (t.reshape(len(x), -1, c.head_dim) for t in (q, k, v))
+        if c.qk_norm == "head":
+            q, k = rms_norm(q, w.q_norm, c.norm_eps), rms_norm(k, w.k_norm, c.norm_eps)
+        q, k = rope(q, batch.positions, c.rope), rope(k, batch.positions, c.rope)
+        page_size = kv.shape[3]
+        out = np.empty_like(q)
+        for row in range(len(x)):
+            table = batch.page_tables[batch.sequences[row]]
+            at = batch.positions[row]
+            kv[0, index, table[at // page_size], at % page_size] = k[row]
+            kv[1, index, table[at // page_size], at % page_size] = v[row]
+        for row in range(len(x)):
+            table = batch.page_tables[batch.sequences[row]]
+            start = 0
+            if c.sliding_window:
+                start = max(0, batch.positions[row] + 1 - c.sliding_window)
+            at = np.arange(start, batch.positions[row] + 1)
+            keys, values = (t[index, table[at // page_size], at % page_size] for t in kv)
+            group = c.num_heads // c.num_kv_heads
+            keys, values = np.repeat(keys, group, 1), np.repeat(values, group, 1)
+            scores = softmax(np.einsum("hd,thd->ht", q[row], keys) / np.sqrt(c.head_dim))
+            out[row] = np.einsum("ht,thd->hd", scores, values)
+        x += w.o(out.reshape(len(x), -1))
+
+    def route(self, x, layer):
+        norm, router, config = layer
+        h = rms_norm(x, norm, config.norm_eps)
+        return h, self.guess(h, layer)
+
+    def guess(self, h, layer):
+        _, router, config = layer
+        scores = softmax(router(h))
+        experts = np.argsort(-scores, -1, kind="stable")[:, : config.top_k].astype(np.int32)
+        weights = np.take_along_axis(scores, experts, -1)
+        if config.normalize_top_k:
+            weights /= weights.sum(-1, keepdims=True)
+        return Routing(experts, weights)
+
+    def experts(self, h, layer, addresses, jobs, out):
+        top_k = len(out) // len(h)
+        for i in range(len(jobs.experts)):
+            gate, up, down = (
+                NaiveMatrix(at_address(a, t.nbytes), t.format, t.shape)
+                for a, t in zip(addresses[i], layer, strict=True)
+            )
+            pairs = jobs.pairs[jobs.starts[i] : jobs.starts[i + 1]]
+            rows = h[pairs // top_k]
+            out[pairs] = down(silu(gate(rows)) * up(rows))
+
+    def pair_outputs(self, num_pairs):
+        return np.empty((num_pairs, self.hidden_size), np.float32)
+
+    def combine(self, x, out, weights):
+        x += (out.reshape(*weights.shape, -1) * weights[..., None]).sum(1)
+
+    def feed_forward(self, x, h, layer):
+        w, config, norm = layer
+        if h is None:
+            h = rms_norm(x, norm, config.norm_eps)
+        y = w.down(silu(w.gate(h)) * w.up(h))
+        x += y if w.scale is None else y * sigmoid(w.scale(h))
+
+    def output_layer(self, norm, head, config):
+        return norm, head, config
+
+    def head(self, x, rows, layer):
+        norm, head, config = layer
+        return head(rms_norm(x[rows], norm, config.norm_eps))
+
+    def close(self):
+        pass

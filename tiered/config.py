@@ -1,8 +1,13 @@
-"""What the model dictates (ModelConfig). Frozen, and checked once, when it is made."""
+"""What the model dictates (ModelConfig) and what the user chooses (EngineConfig).
+
+Both are frozen, and checked once, when they are made.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+DEFAULT_POLICY = "layer_lfu"
 
 
 @dataclass(frozen=True)
@@ -71,3 +76,37 @@ class ModelConfig:
     def token_cycle(self) -> int:
         """Distinct experts that one token needs, over all layers."""
         return len(self.sparse_layers) * self.top_k
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The user's choices. Sizes are bytes or text such as "8G" (powers of 1024); None: decide.
+
+    `quantize` concerns float checkpoints, and says how weights are computed with: "int4" turns
+    experts into 4-bit as they are read and multiplies in integers; "none" keeps every weight as
+    stored and multiplies in float32.
+    """
+
+    ram: int | str | None = None  # everything the process holds
+    expert_ram: int | str | None = None  # expert slots alone
+    threads: int | None = None
+    policy: str = DEFAULT_POLICY
+    look_ahead: int = 1  # layers
+    quantize: str = "int4"
+    context: int | None = None  # tokens of KV cache
+    kv_dtype: str = "f16"
+    prefill_chunk: int = 512  # tokens computed at once
+    readers: int = 4  # threads that read experts from disk
+    isa: str = "auto"  # see `tiered info`
+
+    def __post_init__(self) -> None:
+        if self.quantize not in ("int4", "none"):
+            raise ValueError(f"quantize must be int4 or none, not {self.quantize!r}")
+        if self.kv_dtype not in ("f32", "f16", "int8"):
+            raise ValueError(f"kv_dtype must be f32, f16 or int8, not {self.kv_dtype!r}")
+        if not 0 <= self.look_ahead <= 3:
+            raise ValueError(f"look_ahead is 0 (off) to 3 layers, not {self.look_ahead}")
+        for name in ("threads", "context", "prefill_chunk", "readers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")

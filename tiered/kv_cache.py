@@ -1,0 +1,94 @@
+"""Which page of the KV cache holds which tokens of which sequence. The pages lie in the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import Any
+
+import numpy as np
+
+from tiered.backend import Backend, Batch
+from tiered.config import ModelConfig
+
+PAGE_SIZE = 64  # tokens
+BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "int8": 1.0}
+
+
+def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str) -> int:
+    """Bytes that the keys and values of `num_tokens` tokens take, in whole pages."""
+    num_pages = -(-num_tokens // PAGE_SIZE)
+    per_head = config.head_dim * BYTES_PER_VALUE[dtype] + (4 if dtype == "int8" else 0)
+    per_token = 2 * config.num_layers * config.num_kv_heads * per_head
+    return int(num_pages * PAGE_SIZE * per_token)
+
+
+class Sequence:
+    """The tokens of one text so far, and the pages that hold their keys and values."""
+
+    def __init__(self, max_pages: int) -> None:
+        self.tokens: list[int] = []
+        self.pages = np.full(max_pages, -1, np.int32)
+        self.num_pages = 0
+
+
+class KVCache:
+    """A pool of pages with a free list, shared by all sequences."""
+
+    def __init__(
+        self, backend: Backend, config: ModelConfig, num_tokens: int, dtype: str = "f16"
+    ) -> None:
+        self.num_pages = -(-num_tokens // PAGE_SIZE)
+        self.pages: Any = backend.kv_pages(config, self.num_pages, PAGE_SIZE, dtype)
+        self._free = list(range(self.num_pages))[::-1]
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that fit in pages no sequence holds."""
+        return len(self._free) * PAGE_SIZE
+
+    def open(self) -> Sequence:
+        return Sequence(self.num_pages)
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        keep = -(-length // PAGE_SIZE)
+        self._free.extend(int(page) for page in sequence.pages[keep : sequence.num_pages][::-1])
+        sequence.pages[keep : sequence.num_pages] = -1
+        sequence.num_pages = min(keep, sequence.num_pages)
+        del sequence.tokens[length:]
+
+    def close(self, sequence: Sequence) -> None:
+        self.truncate(sequence, 0)
+
+    def batch(self, additions: Items[tuple[Sequence, Items[int]]]) -> Batch:
+        """Append tokens to sequences, and say where each stands. MemoryError if pages run out."""
+        for sequence, tokens in additions:
+            needed = -(-(len(sequence.tokens) + len(tokens)) // PAGE_SIZE) - sequence.num_pages
+            if needed > len(self._free):
+                raise MemoryError(
+                    f"the KV cache is full: {self.num_pages * PAGE_SIZE} tokens; "
+                    "use a larger context, or a shorter text"
+                )
+            for _ in range(needed):
+                sequence.pages[sequence.num_pages] = self._free.pop()
+                sequence.num_pages += 1
+        starts = [len(sequence.tokens) for sequence, _ in additions]
+        counts = [len(tokens) for _, tokens in additions]
+        for sequence, tokens in additions:
+            sequence.tokens.extend(tokens)
+        if len(additions) == 1:
+            (sequence, tokens), start, count = additions[0], starts[0], counts[0]
+            return Batch(
+                np.array(tokens, np.int32),
+                np.arange(start, start + count, dtype=np.int32),
+                np.zeros(count, np.int32),
+                sequence.pages[None],
+            )
+        return Batch(
+            np.concatenate([np.array(tokens, np.int32) for _, tokens in additions]),
+            np.concatenate(
+                [np.arange(s, s + n, dtype=np.int32) for s, n in zip(starts, counts, strict=True)]
+            ),
+            np.repeat(np.arange(len(additions), dtype=np.int32), counts),
+            np.stack([sequence.pages for sequence, _ in additions]),
+        )

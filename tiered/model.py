@@ -1,0 +1,122 @@
+"""The decoder: embed, then attention and experts layer by layer, then the next token's logits.
+
+Read this first. `Decoder.forward` is what happens to a token; `Decoder.experts` is what this
+project is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from tiered.backend import Array, Backend, Batch
+from tiered.clock import PartClock
+from tiered.config import ModelConfig
+from tiered.experts import ExpertJobs, Routing, group_by_expert
+from tiered.trace import TraceWriter
+
+
+class ExpertSource(Protocol):
+    """Where the decoder gets experts from: a tier, or the whole model mapped into memory."""
+
+    def fetch(self, layer: int, experts: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+        """Yield, as they become ready, positions in `experts` and the addresses of their gate,
+        up and down (int64 [count, 3]); these stay valid until the next is asked for."""
+
+
+class LookAhead(Protocol):
+    """Loads what a later layer is likely to want."""
+
+    def distances(self, layer: int) -> range:
+        """How many layers ahead to guess from this one (empty: not now)."""
+
+    def submit(self, layer: int, guess: Routing) -> None:
+        """Layer `layer` is likely to want these experts."""
+
+
+class Layer(NamedTuple):
+    """One layer's prepared weights; what a layer does not have is None."""
+
+    attention: Any
+    router: Any = None
+    experts: Any = None
+    shared: Any = None  # the expert that every token uses
+    feed_forward: Any = None  # instead of experts, in a dense layer
+
+
+class Decoder:
+    """Dense weights lie in the backend's memory; experts come from `source`, layer by layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        embedding: Any,
+        layers: list[Layer],
+        output: Any,
+        source: ExpertSource | None,
+        look_ahead: LookAhead | None = None,
+    ) -> None:
+        self.config = config
+        self.backend = backend
+        self.embedding = embedding
+        self.layers = layers
+        self.output = output
+        self.source = source
+        self.look_ahead = look_ahead
+        self.trace: TraceWriter | None = None
+        self.clock = PartClock("attention", "router", "experts", "waiting", "head")
+
+    def forward(self, batch: Batch, kv: Any, rows: np.ndarray) -> np.ndarray:
+        """Logits after the tokens at `rows` of the batch: float32 [len(rows), vocab_size]."""
+        b, clock = self.backend, self.clock
+        clock.start()
+        x = b.embed(self.embedding, batch.tokens)  # [num_tokens, hidden_size]
+        for index, layer in enumerate(self.layers):
+            b.attention(x, layer.attention, kv, index, batch)
+            clock.lap("attention")
+            if layer.experts is None:
+                b.feed_forward(x, None, layer.feed_forward)
+                clock.lap("experts")
+            else:
+                self.experts(x, index, batch)
+        logits = b.head(x, rows, self.output)
+        clock.lap("head")
+        return logits
+
+    def experts(self, x: Array, index: int, batch: Batch) -> None:
+        """Route, look ahead, fetch, run, combine: x += experts(norm(x))."""
+        b, clock, layer = self.backend, self.clock, self.layers[index]
+        h, routing = b.route(x, layer.router)  # [num_tokens, hidden_size]
+        clock.lap("router")
+        jobs = group_by_expert(routing)
+        out = b.pair_outputs(routing.experts.size)  # [num_tokens * top_k, hidden_size]
+        guessed = False
+        for ready, addresses in self.source.fetch(index, jobs.experts):  # type: ignore[union-attr]
+            clock.lap("waiting")
+            if not guessed:  # only now: the loads that this layer waits for are queued already
+                self.guess(h, index)
+                guessed = True
+                clock.lap("router")
+            b.experts(h, layer.experts, addresses, jobs.take(ready), out)
+            clock.lap("experts")
+        b.combine(x, out, routing.weights)
+        if layer.shared is not None:
+            b.feed_forward(x, h, layer.shared)
+        clock.lap("experts")
+        if self.trace:
+            self.trace.record(index, batch.positions, routing)
+
+    def guess(self, h: Array, index: int) -> None:
+        """Apply the routers of layers ahead to this layer's hidden state."""
+        if self.look_ahead is None:
+            return
+        for distance in self.look_ahead.distances(index):
+            ahead = self.layers[index + distance]
+            if ahead.router is not None:
+                self.look_ahead.submit(index + distance, self.backend.guess(h, ahead.router))
+
+
+__all__ = ["Decoder", "ExpertJobs", "ExpertSource", "Layer", "LookAhead"]

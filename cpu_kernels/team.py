@@ -1,0 +1,270 @@
+"""A team of threads that run one op together, and what an op needs to share the work.
+
+An op is a function `f(record, thread, num_threads, team)` of int64, decorated with `@op` and run
+by all threads at once; `record` is the address of its arguments, an int64 struct. Ops must not
+raise, and all threads must pass the same barriers. Thread 0 is the caller, so that a team of one
+is a plain call. Workers spin for a moment after an op, because the next one usually follows within
+microseconds, and then sleep until they are woken: an idle process uses no processor time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+from numba import cfunc, njit, types
+
+from cpu_kernels.atomic import (
+    atomic_add,
+    atomic_exchange,
+    atomic_load,
+    atomic_store,
+    call_op,
+    pause,
+    yield_processor,
+)
+
+NUM_COUNTERS = 8
+SPIN_MICROSECONDS = 200.0
+
+# Byte offsets in a team's memory. What different threads write lies on different cache lines.
+_SEQUENCE = 0  # counts the ops started; the caller writes it last, workers watch it
+_FUNCTION = 8
+_RECORD = 16
+_STOP = 24
+_RUNNING = 32
+_NUM_THREADS = 64
+_PATIENCE = 72  # pauses before a waiting thread lets others have its core
+_DONE = 128  # workers that finished the op
+_ARRIVED = 192  # threads that reached the barrier
+_GENERATION = 256  # counts the barriers passed
+_COUNTERS = 320
+_ASLEEP = 384  # one word per thread: 1 if it sleeps, or is about to, and has not been woken
+
+
+class Op:
+    """An op's machine code, compiled (or loaded from the cache) when its address is first used."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    @cached_property
+    def address(self) -> int:
+        signature = types.void(*[types.int64] * 4)
+        self._code = cfunc(signature, cache=True, error_model="numpy")(self.function)
+        return self._code.address
+
+
+def op(function: Callable) -> Op:
+    return Op(function)
+
+
+@njit(inline="always")
+def share(total, thread, num_threads):
+    """The part [lo, hi) of `total` equal tasks that is this thread's."""
+    return total * thread // num_threads, total * (thread + 1) // num_threads
+
+
+@njit(cache=True, error_model="numpy")
+def next_task(team, counter):
+    """Tasks 0, 1, 2, ... of counter 0 to 7, each given to one thread; all start at 0 in an op."""
+    return atomic_add(team + _COUNTERS + 8 * counter, 1)
+
+
+@njit(cache=True, error_model="numpy")
+def _wait_until(address, value, patience):
+    num_pauses = 0
+    while atomic_load(address) != value:
+        if num_pauses < patience:
+            pause()
+            num_pauses += 1
+        else:
+            yield_processor()
+
+
+@njit(cache=True, error_model="numpy")
+def barrier(team):
+    """Wait until all threads of the op are here; what they wrote before is then visible."""
+    num_threads = atomic_load(team + _NUM_THREADS)
+    if num_threads == 1:
+        return
+    generation = atomic_load(team + _GENERATION)
+    if atomic_add(team + _ARRIVED, 1) == num_threads - 1:
+        atomic_store(team + _ARRIVED, 0)
+        atomic_store(team + _GENERATION, generation + 1)
+    else:
+        _wait_until(team + _GENERATION, generation + 1, atomic_load(team + _PATIENCE))
+
+
+@njit(cache=True, error_model="numpy")
+def _start(team, function, record):
+    for counter in range(NUM_COUNTERS):
+        atomic_store(team + _COUNTERS + 8 * counter, 0)
+    atomic_store(team + _DONE, 0)
+    atomic_store(team + _FUNCTION, function)
+    atomic_store(team + _RECORD, record)
+    atomic_store(team + _RUNNING, 1)
+    atomic_add(team + _SEQUENCE, 1)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _finish(team):
+    """Do thread 0's part of the op that was started, if one was, and wait for the others."""
+    if atomic_load(team + _RUNNING) == 0:
+        return
+    num_threads = atomic_load(team + _NUM_THREADS)
+    function = atomic_load(team + _FUNCTION)
+    call_op(function, atomic_load(team + _RECORD), 0, num_threads, team)
+    _wait_until(team + _DONE, num_threads - 1, atomic_load(team + _PATIENCE))
+    atomic_store(team + _RUNNING, 0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _run_if_awake(team, function, record):
+    """Start an op and finish it; or only start it and return False, where workers must be woken."""
+    _start(team, function, record)
+    # A worker that falls asleep sets its word and then looks at the sequence; we do it the other
+    # way round, so one of the two sees the other.
+    for thread in range(1, atomic_load(team + _NUM_THREADS)):
+        if atomic_load(team + _ASLEEP + 8 * thread) != 0:
+            return False
+    _finish(team)
+    return True
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _work(team, thread, seen, patience):
+    """Run ops as they come; returns the last one's number when none came for a while, -1 to end."""
+    while True:
+        num_pauses = 0
+        while atomic_load(team + _SEQUENCE) == seen:
+            if num_pauses >= patience:
+                return seen
+            pause()
+            num_pauses += 1
+        if atomic_load(team + _STOP) != 0:
+            return -1
+        seen += 1
+        num_threads = atomic_load(team + _NUM_THREADS)
+        function = atomic_load(team + _FUNCTION)
+        call_op(function, atomic_load(team + _RECORD), thread, num_threads, team)
+        atomic_add(team + _DONE, 1)
+
+
+@njit(cache=True, error_model="numpy")
+def _fall_asleep(team, thread, seen):
+    """True: the thread must now wait on its semaphore. False: there is work."""
+    atomic_exchange(team + _ASLEEP + 8 * thread, 1)
+    if atomic_load(team + _SEQUENCE) == seen:
+        return True
+    # An op came meanwhile. If the caller has taken our word, its release must be consumed.
+    return atomic_exchange(team + _ASLEEP + 8 * thread, 0) == 0
+
+
+@njit(cache=True, error_model="numpy")
+def _take_sleeper(team, thread):
+    return atomic_exchange(team + _ASLEEP + 8 * thread, 0) == 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _pauses(count):
+    for _ in range(count):
+        pause()
+
+
+def _pauses_per_microsecond() -> float:
+    """Measured, because a pause takes from 5 to 150 cycles, depending on the processor."""
+    _pauses(1)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter_ns()
+        _pauses(2000)
+        best = min(best, time.perf_counter_ns() - start)
+    return 2000 / max(best / 1000, 1e-3)
+
+
+class Team:
+    """`num_threads` threads: the caller's and `num_threads - 1` of its own, until `close`.
+
+    Calls of `run` from several Python threads take turns. `spin_microseconds` is how long a worker
+    watches for the next op before it sleeps.
+    """
+
+    def __init__(self, num_threads: int, spin_microseconds: float = SPIN_MICROSECONDS) -> None:
+        if num_threads < 1:
+            raise ValueError(f"a team needs at least 1 thread, not {num_threads}")
+        if spin_microseconds < 0:
+            raise ValueError(f"spin_microseconds must not be negative, is {spin_microseconds}")
+        self.num_threads = num_threads
+        self._memory = np.zeros(_ASLEEP + 8 * num_threads + 64, np.uint8)
+        self._address = -(-self._memory.ctypes.data // 64) * 64
+        pauses_per_microsecond = _pauses_per_microsecond() if num_threads > 1 else 0.0
+        self._set(_NUM_THREADS, num_threads)
+        self._set(_PATIENCE, int(50 * pauses_per_microsecond))
+        patience = int(spin_microseconds * pauses_per_microsecond)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._semaphores = [threading.Semaphore(0) for _ in range(num_threads)]
+        self._threads = [
+            threading.Thread(
+                target=_worker,
+                args=(self._address, thread, patience, self._semaphores[thread]),
+                name=f"cpu_kernels-{thread}",
+                daemon=True,  # a process that forgets to close us must still end
+            )
+            for thread in range(1, num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, function: int, record: int) -> None:
+        """Run the op at address `function` on all threads; returns when all have finished."""
+        self._lock.acquire()  # half the price of `with`, and this runs several times per layer
+        finished = False
+        try:
+            if self._closed:
+                finished = True
+                raise ValueError("this team of threads is closed")
+            finished = _run_if_awake(self._address, function, record)
+        finally:  # also when Ctrl-C arrives while the op waits for workers to wake up
+            if not finished:
+                self._wake()
+                _finish(self._address)
+            self._lock.release()
+
+    def close(self) -> None:
+        """End the threads. Closing twice is harmless."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._set(_STOP, 1)
+            _start(self._address, 0, 0)
+            self._wake()
+        for thread in self._threads:
+            thread.join()
+
+    def _wake(self) -> None:
+        for thread in range(1, self.num_threads):
+            if _take_sleeper(self._address, thread):
+                self._semaphores[thread].release()
+
+    def _set(self, offset: int, value: int) -> None:
+        start = self._address - self._memory.ctypes.data + offset
+        self._memory[start : start + 8].view(np.int64)[0] = value
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _worker(team: int, thread: int, patience: int, semaphore: threading.Semaphore) -> None:
+    seen = 0
+    while (seen := _work(team, thread, seen, patience)) >= 0:
+        if _fall_asleep(team, thread, seen):
+            semaphore.acquire()

@@ -1,0 +1,61 @@
+"""What an engine counted and timed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class EngineStats:
+    """Totals since the engine was made, or between two of them (`later - earlier`).
+
+    Times are seconds. Hits and misses count demand only, each used expert once per layer and
+    forward pass; an engine whose experts are all in memory counts hits.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    prefetches: int = 0
+    prefetches_used: int = 0
+    prefetches_wasted: int = 0
+    bytes_read: int = 0
+    parts: dict[str, float] = field(default_factory=dict)  # attention, router, experts, ...
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+    @property
+    def prefill_tok_s(self) -> float:
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Of the tokens after the first, which comes out of the prefill."""
+        return max(0, self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Read from disk, per new token, prefill included."""
+        return self.bytes_read / max(1, self.new_tokens)
+
+    def __sub__(self, earlier: EngineStats) -> EngineStats:
+        mine, theirs = asdict(self), asdict(earlier)
+        parts = {name: mine["parts"][name] - theirs["parts"].get(name, 0.0) for name in self.parts}
+        numbers = {name: mine[name] - theirs[name] for name in mine if name != "parts"}
+        return EngineStats(**numbers, parts=parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "hit_rate": self.hit_rate,
+            "prefill_tok_s": self.prefill_tok_s,
+            "decode_tok_s": self.decode_tok_s,
+            "time_to_first_token": self.prefill_seconds,
+            "bytes_per_token": self.bytes_per_token,
+        }

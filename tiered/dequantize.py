@@ -1,0 +1,120 @@
+"""Weights of every number format as float32, in NumPy: for small tensors and for checks.
+
+The blocks are ggml's (ggml-quants.c); cpu_kernels computes with them directly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpu_kernels.formats import FORMATS
+
+
+def dequantize(data: np.ndarray, format: str, shape: tuple[int, ...]) -> np.ndarray:
+    """float32 [*shape] from uint8 `data`; always a copy."""
+    if format == "f32":
+        return data.view(np.float32).reshape(shape).copy()
+    if format == "f16":
+        return data.view(np.float16).astype(np.float32).reshape(shape)
+    if format == "bf16":
+        return bf16_to_float32(data.view(np.uint16)).reshape(shape)
+    blocks = data.reshape(-1, FORMATS[format].block_bytes)
+    return _BLOCKS[format](blocks).reshape(shape)
+
+
+def bf16_to_float32(values: np.ndarray) -> np.ndarray:
+    """float32 with the same bits in its upper half; `values` is uint16."""
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def scales(data: np.ndarray, format: str) -> np.ndarray:
+    """The float16 scales of all blocks, float16 [num_blocks, 1 or 2]; of floats, the values."""
+    if FORMATS[format].is_float:
+        return dequantize(data, format, (-1, 1))
+    blocks = data.reshape(-1, FORMATS[format].block_bytes)
+    start, stop = _SCALES[format]
+    return np.ascontiguousarray(blocks[:, start:stop]).view(np.float16)
+
+
+def is_finite(data: np.ndarray, format: str) -> bool:
+    """Whether no weight is NaN or infinite: a damaged file shows itself in its scales first."""
+    return bool(np.isfinite(scales(data, format)).all())
+
+
+def _half(blocks: np.ndarray, start: int) -> np.ndarray:
+    """The float16 at byte `start` of every block, as float32 [num_blocks, 1]."""
+    column = np.ascontiguousarray(blocks[:, start : start + 2])
+    return column.view(np.float16).astype(np.float32)
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """Low halves of all bytes of a row, then the high halves: uint8 [..., 2 * num_bytes]."""
+    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+
+
+def _q8_0(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks, 0) * np.ascontiguousarray(blocks[:, 2:]).view(np.int8)
+
+
+def _q4_0(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]).astype(np.float32) - 8)
+
+
+def _q4_1(blocks: np.ndarray) -> np.ndarray:
+    return _half(blocks, 0) * _nibbles(blocks[:, 4:]) + _half(blocks, 2)
+
+
+def _k_scales(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The eight 6-bit scales and minimums in the 12 bytes of q4_k and q5_k: float32 [n, 8, 1]."""
+    low, high, rest = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+    scale = np.concatenate([low & 63, (rest & 15) | (low >> 6 << 4)], axis=1)
+    minimum = np.concatenate([high & 63, (rest >> 4) | (high >> 6 << 4)], axis=1)
+    return scale.astype(np.float32)[:, :, None], minimum.astype(np.float32)[:, :, None]
+
+
+def _k_values(blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """d * scale * code - d_min * minimum for `codes` [n, 8, 32]."""
+    scale, minimum = _k_scales(blocks[:, 4:16])
+    d, d_min = _half(blocks, 0)[:, :, None], _half(blocks, 2)[:, :, None]
+    return d * scale * codes - d_min * minimum
+
+
+def _q4_k(blocks: np.ndarray) -> np.ndarray:
+    codes = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    return _k_values(blocks, codes)
+
+
+def _q5_k(blocks: np.ndarray) -> np.ndarray:
+    low = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    bit = np.arange(8, dtype=np.uint8)[:, None]
+    high = (blocks[:, None, 16:48] >> bit) & 1  # bit j of byte i belongs to value i of group j
+    return _k_values(blocks, low | (high << 4))
+
+
+def _q6_k(blocks: np.ndarray) -> np.ndarray:
+    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
+    shift = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shift) & 3
+    codes = (low | (high << 4)).reshape(-1, 16, 16).astype(np.float32) - 32
+    scale = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
+    return (_half(blocks, 208) * scale)[:, :, None] * codes
+
+
+_BLOCKS = {
+    "q8_0": _q8_0,
+    "q4_0": _q4_0,
+    "q4_1": _q4_1,
+    "q4_k": _q4_k,
+    "q5_k": _q5_k,
+    "q6_k": _q6_k,
+}
+
+# Bytes [start, stop) of a block that hold its float16 scales.
+_SCALES = {
+    "q8_0": (0, 2),
+    "q4_0": (0, 2),
+    "q4_1": (0, 4),
+    "q4_k": (0, 4),
+    "q5_k": (0, 4),
+    "q6_k": (208, 210),
+}

@@ -1,0 +1,35 @@
+"""Checkpoint formats: one file each, with `matches(path)` and `open_checkpoint(path)`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+
+from tiered.checkpoint import Checkpoint, CheckpointError, Tensor
+
+__all__ = ["Checkpoint", "CheckpointError", "Tensor", "names", "open_checkpoint"]
+
+
+def names() -> list[str]:
+    return [module.name for module in iter_modules(__path__)]
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a model; reads headers only, so that it takes no time whatever the model's size.
+
+    Raises CheckpointError for a damaged or unsupported model and OSError for one that cannot be
+    read at all.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    for name in names():
+        module = import_module(f"{__name__}.{name}")
+        if module.matches(path):
+            checkpoint: Checkpoint = module.open_checkpoint(path)
+            return checkpoint
+    raise CheckpointError(
+        f"{path} is no model: expected a GGUF file, a folder with config.json and *.safetensors, "
+        "or a folder that `tiered convert` wrote"
+    )

@@ -1,0 +1,98 @@
+"""GGUF files, whole or split, as llama.cpp writes them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tiered import models
+from tiered.checkpoint import Checkpoint, CheckpointError, Tensor
+from tiered.config import ModelConfig
+from tiered.gguf_header import MAGIC, Metadata, read_header
+from tiered.tensor_names import GGUF, canonical_tensors, check_tensors
+
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.DOTALL)
+
+
+def matches(path: Path) -> bool:
+    if path.is_dir():
+        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
+    if path.suffix == ".gguf":
+        return True
+    with path.open("rb") as opened:
+        return opened.read(4) == MAGIC
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    files = _parts(_only_model(path) if path.is_dir() else path)
+    headers = [read_header(file) for file in files]
+    values = headers[0].values
+    num_parts = values.get("split.count", 1)
+    if num_parts != len(files) and (num_parts or len(files) > 1):
+        raise CheckpointError(
+            f"{files[0]}: one of {num_parts} parts, but its name says {len(files)}; keep the "
+            "names that the parts were downloaded with"
+        )
+    stored = [tensor for header in headers for tensor in header.tensors]
+    tensors = canonical_tensors(stored, GGUF)
+    if "embed" in tensors:  # the one place that always says it
+        values[f"{values.get('general.architecture')}.vocab_size"] = tensors["embed"].shape[0]
+    metadata = Metadata(values)
+    architecture, facts = models.find_gguf(metadata, files[0])
+    config = models.read_config(architecture.from_gguf, facts)
+    factors = tensors.pop("rope_factors", None)
+    checkpoint = Checkpoint(path, config, tensors, metadata, _tokenizer(values))
+    if factors is not None:
+        checkpoint.config = _with_rope_factors(checkpoint, factors)
+    check_tensors(files[0], config, tensors)
+    return checkpoint
+
+
+def _tokenizer(values: dict[str, Any]) -> Metadata:
+    return Metadata({key: value for key, value in values.items() if key.startswith("tokenizer.")})
+
+
+def _only_model(folder: Path) -> Path:
+    """The one model in a folder; the first part of a split one."""
+    firsts = []
+    for file in sorted(folder.glob("*.gguf")):
+        part = _PART.fullmatch(file.name)
+        if part is None or int(part[2]) == 1:
+            firsts.append(file)
+    if len(firsts) != 1:
+        listed = ", ".join(file.name for file in firsts) or "none that is a first part"
+        raise CheckpointError(f"{folder} must hold one GGUF model, not {listed}")
+    return firsts[0]
+
+
+def _parts(path: Path) -> list[Path]:
+    """All parts of a split file, given any one of them."""
+    part = _PART.fullmatch(path.name)
+    if part is None:
+        return [path]
+    stem, _, count, suffix = part.groups()
+    files = []
+    for number in range(1, int(count) + 1):
+        files.append(path.with_name(f"{stem}-{number:05}-of-{count}{suffix}"))
+        if not files[-1].exists():
+            raise CheckpointError(f"{path}: one of {int(count)} parts, but {files[-1]} is missing")
+    return files
+
+
+def _with_rope_factors(checkpoint: Checkpoint, factors: Tensor) -> ModelConfig:
+    """Llama-3 scaling comes as a tensor with one divisor per frequency."""
+    rope = checkpoint.config.rope
+    values = checkpoint.view(factors)
+    half = rope.dim // 2
+    if factors.format != "f32" or factors.shape != (half,):
+        raise CheckpointError(
+            f"{factors.file}: tensor 'rope_freqs.weight' must be F32 with {half} values"
+        )
+    scale = [float(value) for value in values.view("<f4")]
+    if not all(0 < value < 1e30 for value in scale):
+        raise CheckpointError(f"{factors.file}: tensor 'rope_freqs.weight' is damaged")
+    if rope.inv_freq_scale:
+        scale = [a * b for a, b in zip(scale, rope.inv_freq_scale, strict=True)]
+    return replace(checkpoint.config, rope=replace(rope, inv_freq_scale=tuple(scale)))

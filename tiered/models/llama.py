@@ -1,0 +1,26 @@
+"""Llama: every layer is dense."""
+
+from tiered.config import ModelConfig
+from tiered.facts import Facts
+from tiered.models import gguf_common, hf_common
+from tiered.tensor_names import HF_BASE, HF_DENSE
+
+GGUF_ARCHITECTURE = "llama"
+HAS_EXPERTS = False
+HF_NAMES = {**HF_BASE, **HF_DENSE}
+
+
+def from_hf(facts: Facts) -> ModelConfig:
+    if facts.flag("mlp_bias", default=False):
+        raise facts.error("mlp_bias", True, "false")
+    return ModelConfig(
+        model_type="llama", ffn_size=facts.integer("intermediate_size"), **hf_common(facts)
+    )
+
+
+def from_gguf(facts: Facts) -> ModelConfig:
+    return ModelConfig(
+        model_type="llama",
+        ffn_size=facts.integer("feed_forward_length"),
+        **gguf_common(facts, pairs="adjacent"),
+    )

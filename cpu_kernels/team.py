@@ -26,6 +26,7 @@ from cpu_kernels.atomic import (
     pause,
     yield_processor,
 )
+from cpu_kernels.cache import compiling
 
 NUM_COUNTERS = 8
 SPIN_MICROSECONDS = 200.0
@@ -54,7 +55,8 @@ class Op:
     @cached_property
     def address(self) -> int:
         signature = types.void(*[types.int64] * 4)
-        self._code = cfunc(signature, cache=True, error_model="numpy")(self.function)
+        with compiling():
+            self._code = cfunc(signature, cache=True, error_model="numpy")(self.function)
         return self._code.address
 
 

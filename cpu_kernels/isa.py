@@ -1,0 +1,77 @@
+"""Which instructions the kernels use: found out from the processor's features, or forced.
+
+An instruction that the processor lacks is not an error in LLVM: it ends the process. Kernels are
+therefore chosen here, before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+VARIABLE = "TIERED_ISA"
+
+
+class Isa(NamedTuple):
+    """A set of instructions that kernels are written for.
+
+    `groups` groups of 32 weights are multiplied in one step of a GEMV: their 16-byte halves fill a
+    register of `16 * groups` bytes. `panel_rows` rows of weights are interleaved for a GEMM, one
+    in each 32-bit lane, and multiplied with `panel_tokens` tokens at a time.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    groups: int
+    panel_rows: int
+    panel_tokens: int
+
+
+# Best first. The last one needs nothing: plain vector code, lowered to whatever is there.
+ISAS: dict[str, Isa] = {
+    isa.name: isa
+    for isa in (
+        Isa("avx512_vnni", ("avx512f", "avx512bw", "avx512vl", "avx512vnni"), 4, 16, 12),
+        Isa("avx_vnni", ("avx2", "fma", "f16c", "avxvnni"), 2, 8, 6),
+        Isa("avx2", ("avx2", "fma", "f16c"), 2, 8, 6),
+        Isa("neon_dotprod", ("neon", "dotprod"), 1, 4, 8),
+        Isa("portable", (), 1, 4, 4),
+    )
+}
+
+
+def host_features() -> dict[str, bool]:
+    """The processor's features under LLVM's names."""
+    from llvmlite import binding
+
+    return dict(binding.get_host_cpu_features())
+
+
+def usable(features: Mapping[str, bool]) -> list[str]:
+    """Names of the instruction sets that a processor with these features has, best first."""
+    return [
+        isa.name
+        for isa in ISAS.values()
+        if all(features.get(feature, False) for feature in isa.features)
+    ]
+
+
+def choose(name: str = "auto", features: Mapping[str, bool] | None = None) -> Isa:
+    """The instruction set to use: `name`, or TIERED_ISA, or the best that the processor has.
+
+    Raises ValueError for an unknown name and for one that this processor cannot run.
+    """
+    names = usable(host_features() if features is None else features)
+    if name == "auto":
+        name = os.environ.get(VARIABLE, "auto") or "auto"
+    if name == "auto":
+        name = names[0]
+    if name not in ISAS:
+        raise ValueError(f"unknown instruction set {name!r}: choose auto or one of {list(ISAS)}")
+    if name not in names:
+        lacking = [f for f in ISAS[name].features if not (features or host_features()).get(f)]
+        raise ValueError(
+            f"this processor cannot run {name}: it lacks {', '.join(lacking)}. It can run {names}"
+        )
+    return ISAS[name]

@@ -7,11 +7,13 @@ stay valid until the next `embed`. What steers (ids, weights, positions, address
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import psutil
 
-from tiered.config import ModelConfig
+from tiered.config import EngineConfig, ModelConfig
 from tiered.experts import ExpertJobs, ExpertLayout, Routing
 
 Array = Any
@@ -108,3 +110,20 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """End the threads."""
+
+
+def open_cpu(choices: EngineConfig) -> Backend:
+    """The CPU's backend, with the threads and kernels that the user chose."""
+    from cpu_kernels.backend import CpuBackend
+
+    backend: Backend = CpuBackend(
+        choices.threads or default_threads(), choices.isa, exact=choices.quantize == "none"
+    )
+    return backend
+
+
+def default_threads() -> int:
+    """Cores that this process may use: one thread each, hyperthreads left out."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    physical = psutil.cpu_count(logical=False)
+    return max(1, min(allowed or 1, physical or allowed or 1))

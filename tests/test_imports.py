@@ -1,0 +1,41 @@
+"""Who may import whom: control knows no arithmetic library, arithmetic knows nothing of ours."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "tiered": {"numba", "llvmlite", "torch", "triton", "gpu_backend"},
+    "cpu_kernels": {"tiered", "gpu_backend", "torch", "triton"},
+    "gpu_backend": {"tiered"},
+}
+ALLOWED = {("tiered/backend.py", "gpu_backend")}  # the one place that opens a GPU
+
+
+def imported(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_arrows(package):
+    for file in (ROOT / package).rglob("*.py"):
+        name = file.relative_to(ROOT).as_posix()
+        wrong = {m for m in imported(file) if m in FORBIDDEN[package] and (name, m) not in ALLOWED}
+        assert not wrong, f"{name} must not import {', '.join(sorted(wrong))}"
+
+
+def test_describing_a_model_loads_no_arithmetic_library():
+    code = (
+        "import sys, tiered.formats, tiered.cli, tiered.commands.info; "
+        "print(sorted({'numba', 'torch', 'transformers'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stderr

@@ -1,0 +1,59 @@
+"""tiered bench"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tiered.commands import options as opt
+from tiered.commands.loading import open_engine
+from tiered.commands.output import notes, print_json, results
+
+
+@click.command("bench")
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@opt.option("--prefill", type=click.IntRange(1), default=512, help="Tokens of prompt.")
+@opt.option("--decode", type=click.IntRange(2), default=64, help="Tokens to generate.")
+@opt.option("--runs", type=click.IntRange(1), default=1, help="Repeat, and report the median.")
+@opt.option("--kernels", is_flag=True, help="Measure the kernels alone; MODEL is not needed.")
+@opt.json_option
+@opt.engine_options
+def command(
+    model: Path | None,
+    prefill: int,
+    decode: int,
+    runs: int,
+    kernels: bool,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Measure MODEL's speed with random tokens, beside this machine's memory bandwidth."""
+    if kernels:
+        raise click.UsageError("--kernels is not available yet")
+    if model is None:
+        raise click.UsageError("give a MODEL, or --kernels")
+    from tiered.bench import bench_model
+
+    choices["context"] = choices["context"] or prefill + decode
+    with open_engine(model, choices) as engine, notes.status("measuring"):
+        report = bench_model(engine, prefill, decode, runs)
+    if as_json:
+        print_json(report)
+        return
+    results.print(
+        f"prefill {report['prefill_tok_s']:.1f} tokens/s of {prefill}, "
+        f"decode {report['decode_tok_s']:.2f} tokens/s of {decode}, "
+        f"{report['threads']} threads, {report['isa']}"
+    )
+    results.print(
+        f"decode reads {report['weights_gb_per_token']:.3f} GB of weights a token: "
+        f"{report['decode_gb_s']:.1f} GB/s, {report['of_bandwidth']:.0%} of this machine's "
+        f"{report['bandwidth_gb_s']:.1f} GB/s"
+    )
+    if report["misses"]:
+        results.print(
+            f"hit rate {report['hit_rate']:.1%}, {report['bytes_per_token'] / 1e6:.1f} MB read "
+            "from disk per token"
+        )

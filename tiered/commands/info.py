@@ -1,0 +1,108 @@
+"""tiered info"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from tiered.commands import options as opt
+from tiered.commands.output import print_json, results
+from tiered.memory import available_bytes, format_bytes
+
+
+@click.command("info")
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@opt.option("--context", type=click.IntRange(1), default=4096, help="Tokens to size the KV cache for.")
+@opt.option("--quantize", type=click.Choice(["int4", "none"]), default="int4",
+            help="How a float checkpoint's experts would be held.")
+@opt.json_option
+def command(model: Path | None, context: int, quantize: str, as_json: bool) -> None:
+    """Tell what MODEL is and what fits where, from its headers alone; without MODEL, this machine."""
+    facts = describe_model(model, context, quantize) if model else describe_machine()
+    if as_json:
+        print_json(facts)
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in facts.items():
+        label = name.replace("_bytes", "").replace("_", " ")
+        table.add_row(label, present(name, value))
+    results.print(table)
+
+
+def present(name: str, value: Any) -> str:
+    if name.endswith("_bytes"):
+        return format_bytes(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {present(name, item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value in (None, "") else str(value)
+
+
+def describe_machine() -> dict[str, Any]:
+    """This machine, and what `tiered` will use of it."""
+    import psutil
+
+    from cpu_kernels import isa
+    from tiered.backend import default_threads
+    from tiered.version import __version__
+
+    return {
+        "tiered": __version__,
+        "threads": default_threads(),
+        "kernels": isa.choose().name,
+        "kernels_available": isa.available(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "free_for_us_bytes": available_bytes(),
+    }
+
+
+def describe_model(path: Path, context: int, quantize: str) -> dict[str, Any]:
+    """The facts of a model, and what fits where on this machine."""
+    from tiered import budget, kv_cache
+    from tiered.dense import dense_bytes
+    from tiered.formats import open_checkpoint
+    from tiered.store import ExpertStore
+
+    with open_checkpoint(path) as checkpoint:
+        config = checkpoint.config
+        context = min(context, config.context_length)
+        facts: dict[str, Any] = {
+            "model": str(path),
+            "architecture": config.model_type,
+            "layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "heads": config.num_heads,
+            "kv_heads": config.num_kv_heads,
+            "vocabulary": config.vocab_size,
+            "context_length": config.context_length,
+            "experts": config.num_experts,
+            "top_k": config.top_k,
+        }
+        formats = sorted({tensor.format for tensor in checkpoint.tensors.values()})
+        dense = dense_bytes(checkpoint, quantize)
+        kv = kv_cache.kv_bytes(config, context, "f16")
+        work = budget.workspace_bytes(config, 512)
+        facts |= {"formats": formats, "dense_bytes": dense, f"kv_cache_of_{context}_bytes": kv,
+                  "workspace_bytes": work}  # fmt: skip
+        if config.sparse_layers:
+            with ExpertStore(checkpoint, quantize) as store:
+                sizes = [store.layout(layer).nbytes for layer in config.sparse_layers]
+            experts = sum(sizes) * config.num_experts
+            free = available_bytes()
+            room = max(0, free - dense - kv - work)
+            facts |= {
+                "expert_bytes": max(sizes),
+                "experts_bytes": experts,
+                "read_per_token_bytes": dense + sum(sizes) * config.top_k,
+                "least_expert_ram_bytes": max(sizes) * config.top_k,
+                "one_token_cycle_bytes": sum(sizes) * config.top_k,
+                "free_for_us_bytes": free,
+                "experts_in_memory": f"{min(1.0, room / experts):.0%}",
+            }
+        return facts

@@ -1,0 +1,89 @@
+"""Options that several commands share. Each has an environment twin: --some-thing, TIERED_SOME_THING."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from tiered import policies
+from tiered.config import DEFAULT_POLICY
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
+    """click.option with the environment twin, shown in the help text."""
+    long = next(name for name in names if name.startswith("--")).split("/")[0]
+    twin = "TIERED_" + long[2:].upper().replace("-", "_")
+    settings.setdefault("show_default", settings.get("default") is not None)
+    return click.option(*names, envvar=twin, **settings)
+
+
+def several(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """One decorator for a group of options, shown in this order."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(options):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+model_argument = click.argument("model", type=click.Path(path_type=Path))
+
+json_option = option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+
+engine_options = several(
+    option("--ram", metavar="SIZE", help="All the memory the process may hold, as 8G. "
+           "Default: what is free, less a margin."),
+    option("--expert-ram", metavar="SIZE", help="Memory for experts alone, as 2G."),
+    option("--threads", type=click.IntRange(1), help="Threads that compute. Default: all cores."),
+    option("--policy", default=DEFAULT_POLICY, metavar="NAME",
+           help=f"Eviction policy: {', '.join(policies.names())}; or FILE.py:CLASS."),
+    option("--look-ahead", type=click.IntRange(0, 3), default=1,
+           help="Layers ahead that experts are guessed and read; 0: off."),
+    option("--quantize", type=click.Choice(["int4", "none"]), default="int4",
+           help="How a checkpoint's weights are computed with: float experts as 4-bit integers, "
+           "or every weight as stored, in float32."),
+    option("--context", type=click.IntRange(1), help="Tokens of context to keep memory for. "
+           "Default: the model's own, at most 4096."),
+    option("--kv-dtype", type=click.Choice(["f16", "int8", "f32"]), default="f16",
+           help="Precision of the KV cache."),
+    option("--readers", type=click.IntRange(1), default=4, help="Threads that read from disk."),
+    option("--isa", default="auto", metavar="NAME", help="Force the kernels of a processor family "
+           "that this machine can run."),
+)  # fmt: skip
+
+ENGINE_CHOICES = (
+    "ram", "expert_ram", "threads", "policy", "look_ahead", "quantize", "context", "kv_dtype",
+    "readers", "isa",
+)  # fmt: skip
+
+sampling_options = several(
+    option("--max-new-tokens", "-n", type=click.IntRange(1), default=256, help="Stop after these."),
+    option("--temperature", type=click.FloatRange(0), default=0.0,
+           help="0: always the likeliest token."),
+    option("--top-k", type=click.IntRange(0), default=0, help="Sample from the K best; 0: all."),
+    option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0,
+           help="Sample from the likeliest tokens that make up this much probability."),
+    option("--min-p", type=click.FloatRange(0, 1), default=0.0,
+           help="Drop tokens less likely than this times the best one."),
+    option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0,
+           help="Above 1: make tokens that were used already less likely."),
+    option("--seed", type=int, help="Make sampling repeatable."),
+    option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
+)  # fmt: skip
+
+SAMPLING_CHOICES = (
+    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+    "stop",
+)  # fmt: skip
+
+
+def take(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Take the named options out of a command's keyword arguments."""
+    return {name: options.pop(name) for name in names}

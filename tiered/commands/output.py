@@ -1,0 +1,66 @@
+"""What commands print: text on standard output, everything about it on standard error."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from tiered.memory import format_bytes
+from tiered.stats import EngineStats
+
+results = Console(highlight=False, soft_wrap=True)
+notes = Console(stderr=True, highlight=False)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    click.echo(json.dumps(result, indent=2))
+
+
+def stats_line(stats: EngineStats) -> str:
+    """One line about a generation."""
+    parts = [
+        f"{stats.new_tokens} tokens, {stats.decode_tok_s:.1f} tokens/s",
+        f"first after {stats.prefill_seconds:.2f} s ({stats.prompt_tokens} of prompt)",
+    ]
+    if stats.hits or stats.misses:
+        parts.append(f"hit rate {stats.hit_rate:.1%}")
+        parts.append(f"{format_bytes(round(stats.bytes_per_token))} read per token")
+    if stats.prefetches:
+        parts.append(f"{stats.prefetches_used} of {stats.prefetches} prefetches used")
+    return " · ".join(parts)
+
+
+def bytes_progress() -> Progress:
+    """A progress bar for bytes, on standard error; gone when done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=notes,
+        transient=True,
+    )
+
+
+def steps_progress() -> Progress:
+    """A progress bar for steps, on standard error; gone when done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(),
+        console=notes,
+        transient=True,
+    )

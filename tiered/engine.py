@@ -1,0 +1,296 @@
+"""Load a model and generate text from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import psutil
+
+from tiered import kv_cache, memory, policies
+from tiered.backend import Backend, open_cpu
+from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
+from tiered.chat import ChatTemplate
+from tiered.config import EngineConfig, ModelConfig
+from tiered.dense import dense_bytes
+from tiered.formats import open_checkpoint
+from tiered.kv_cache import KVCache
+from tiered.model import Decoder
+from tiered.prefetch import Prefetcher
+from tiered.sampling import Sampler, SamplingParams
+from tiered.source import MappedExperts, TieredExperts
+from tiered.stats import EngineStats
+from tiered.store import ExpertStore
+from tiered.text import StopStrings
+from tiered.tier import RamSlots, Tier
+from tiered.tokenizer import Tokenizer, load_tokenizer
+from tiered.weights import WeightLoader
+
+DEFAULT_CONTEXT = 4096  # tokens
+
+
+class Engine:
+    """A model, ready to generate.
+
+        with Engine("model.gguf", ram="8G") as engine:
+            for piece in engine.generate("Once upon a time", max_new_tokens=64):
+                print(piece, end="", flush=True)
+
+    `path` is a GGUF file (any part of a split one), a Hugging Face folder or a store made by
+    `tiered convert`. The other arguments are EngineConfig's. Not safe to use from several threads
+    at once. Raises CheckpointError for damaged or unknown files, MemoryError for budgets that
+    cannot work, both with the number or the name that would.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, backend: Backend | None = None, **choices: Any
+    ) -> None:
+        self.choices = EngineConfig(**choices)
+        with ExitStack() as stack:
+            self.checkpoint = stack.enter_context(open_checkpoint(Path(path)))
+            self.config: ModelConfig = self.checkpoint.config
+            self.backend = backend or open_cpu(self.choices)
+            stack.callback(self.backend.close)
+            self._build(stack)
+            self._closing = stack.pop_all()
+
+    def _build(self, stack: ExitStack) -> None:
+        config, choices = self.config, self.choices
+        self.context = min(choices.context or DEFAULT_CONTEXT, config.context_length)
+        self.store: ExpertStore | None = None
+        if config.sparse_layers:
+            self.store = ExpertStore(self.checkpoint, choices.quantize)
+            stack.callback(self.store.close)
+        self.plan = self._plan_memory()
+        self.source = self._open_source(stack)
+        prefetcher = None
+        if isinstance(self.source, TieredExperts) and choices.look_ahead:
+            prefetcher = Prefetcher(self.source.tier, config.num_layers, choices.look_ahead)
+        self.prefetcher = prefetcher
+        loader = WeightLoader(self.checkpoint, self.backend, choices.quantize)
+        self.decoder = Decoder(
+            config,
+            self.backend,
+            loader.embedding(),
+            [loader.layer(index, self.store) for index in range(config.num_layers)],
+            loader.output(),
+            self.source,
+            prefetcher,
+        )
+        self.kv = KVCache(self.backend, config, self.context, choices.kv_dtype)
+        self._tokens = EngineStats()
+        self._tokenizer: Tokenizer | None = None
+        self._template: ChatTemplate | None = None
+
+    def _plan_memory(self) -> MemoryPlan:
+        config, choices = self.config, self.choices
+        limit = choices.ram and memory.parse_bytes(choices.ram)
+        expert_ram = choices.expert_ram and memory.parse_bytes(choices.expert_ram)
+        layouts = [self.store.layout(i).nbytes for i in config.sparse_layers] if self.store else []
+        return plan_memory(
+            limit=limit or memory.default_limit(),
+            expert_ram=expert_ram,
+            process=psutil.Process().memory_info().rss,
+            dense=dense_bytes(self.checkpoint, choices.quantize),
+            kv=kv_cache.kv_bytes(config, self.context, choices.kv_dtype),
+            workspace=workspace_bytes(config, choices.prefill_chunk),
+            experts=sum(layouts) * config.num_experts,
+            floor=max(layouts, default=0) * config.top_k,
+            mappable=self.store is not None and self.store.mappable,
+        )
+
+    def _open_source(self, stack: ExitStack) -> MappedExperts | TieredExperts | None:
+        if self.store is None:
+            return None
+        if self.plan.mapped:
+            return MappedExperts(self.store)
+        blob_bytes = max(self.store.layout(i).nbytes for i in self.config.sparse_layers)
+        slots = RamSlots.of_budget(self.plan.slots, blob_bytes)
+        policy = policies.create(self.choices.policy, slots.num_slots, self.config)
+        tier = stack.enter_context(Tier(slots, self.store, policy, self.choices.readers))
+        return TieredExperts(tier, self.store)
+
+    # --- text ---
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.checkpoint.tokenizer_source)
+        return self._tokenizer
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.eos_ids) | frozenset(self.config.eos_ids)
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 256,
+        *,
+        stop: Sequence[str] = (),
+        sequence: kv_cache.Sequence | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Continue `prompt`; yields pieces of text. `sampling` is SamplingParams'."""
+        tokens = self.generate_tokens(
+            self.tokenizer.encode(prompt),
+            max_new_tokens,
+            stop_ids=self.eos_ids,
+            sequence=sequence,
+            **sampling,
+        )
+        stream, stops = self.tokenizer.stream(), StopStrings(stop)
+        for token in tokens:
+            if piece := stops.push(stream.push(token)):
+                yield piece
+            if stops.stopped:
+                return
+        if piece := stops.push(stream.finish()) + stops.finish():
+            yield piece
+
+    def chat(
+        self, messages: Sequence[dict[str, Any]], max_new_tokens: int = 256, **options: Any
+    ) -> Iterator[str]:
+        """Answer a conversation: [{"role": "user", "content": "..."}, ...]. Yields text."""
+        if self._template is None:
+            self._template = ChatTemplate.of(self.tokenizer)
+        return self.generate(self._template.render(messages), max_new_tokens, **options)
+
+    # --- tokens ---
+
+    def generate_tokens(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int = 256,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        sequence: kv_cache.Sequence | None = None,
+        **sampling: Any,
+    ) -> Iterator[int]:
+        """Continue token ids; yields ids, and ends before one of `stop_ids` or a full context.
+
+        With `sequence` (of `open_sequence`), what it has in common with `ids` is not computed
+        again, and it stays open for the next call.
+        """
+        params = SamplingParams(**sampling)
+        ids = self._checked(ids)
+        own = sequence is None
+        sequence = sequence or self.kv.open()
+        try:
+            shared = common_prefix(sequence.tokens, ids[:-1])
+            self.kv.truncate(sequence, shared)
+            start = perf_counter()
+            logits = self._prefill(sequence, ids[shared:])
+            self._tokens.prefill_seconds += perf_counter() - start
+            self._tokens.prompt_tokens += len(ids) - shared
+            sampler = Sampler(params, ids)
+            for count in range(1, max_new_tokens + 1):
+                token = sampler.sample(logits)
+                if token in stop_ids:
+                    return
+                self._tokens.new_tokens += 1
+                yield token
+                if count == max_new_tokens or len(sequence.tokens) == self.context:
+                    return
+                start = perf_counter()
+                logits = self._forward(sequence, [token], last_only=True)[0]
+                self._tokens.decode_seconds += perf_counter() - start
+        finally:
+            if own:
+                self.kv.close(sequence)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """What follows each token: float32 [len(ids), vocab_size]."""
+        ids = self._checked(ids)
+        sequence = self.kv.open()
+        try:
+            return np.concatenate(
+                [self._forward(sequence, chunk, last_only=False) for chunk in self._chunks(ids)]
+            )
+        finally:
+            self.kv.close(sequence)
+
+    def open_sequence(self) -> kv_cache.Sequence:
+        """A text of its own in the KV cache, empty; for `generate_tokens(sequence=...)`."""
+        return self.kv.open()
+
+    def _prefill(self, sequence: kv_cache.Sequence, ids: Sequence[int]) -> np.ndarray:
+        for chunk in self._chunks(ids):
+            logits = self._forward(sequence, chunk, last_only=True)
+        return logits[0]  # type: ignore[no-any-return]
+
+    def _chunks(self, ids: Sequence[int]) -> list[Sequence[int]]:
+        size = self.choices.prefill_chunk
+        return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+    def _forward(
+        self, sequence: kv_cache.Sequence, ids: Sequence[int], last_only: bool
+    ) -> np.ndarray:
+        """Append tokens and compute them; on an error the sequence is as it was before."""
+        length = len(sequence.tokens)
+        rows = np.array([len(ids) - 1]) if last_only else np.arange(len(ids))
+        try:
+            batch = self.kv.batch([(sequence, ids)])
+            return self.decoder.forward(batch, self.kv.pages, rows)
+        except BaseException:
+            self.kv.truncate(sequence, length)
+            raise
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        ids = [int(token) for token in ids]
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one token")
+        if len(ids) > self.context:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and the context holds {self.context}: "
+                f"shorten it, or raise --context (this model: {self.config.context_length} at most)"
+            )
+        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+            raise ValueError(f"token ids must lie in 0 ... {self.config.vocab_size - 1}")
+        return ids
+
+    # --- the rest ---
+
+    @property
+    def stats(self) -> EngineStats:
+        """Totals so far; subtract an earlier one for what happened between."""
+        stats = EngineStats(**vars(self._tokens))
+        stats.parts = dict(self.decoder.clock.seconds)
+        if isinstance(self.source, MappedExperts):
+            stats.hits = self.source.hits
+        elif isinstance(self.source, TieredExperts):
+            tier = self.source.tier.stats
+            stats.hits, stats.misses, stats.bytes_read = tier.hits, tier.misses, tier.bytes_read
+            stats.prefetches = tier.prefetches
+            stats.prefetches_used = tier.prefetches_used
+            stats.prefetches_wasted = tier.prefetches_wasted
+        return stats
+
+    def close(self) -> None:
+        """End the threads and unmap the files. Closing twice is harmless."""
+        self._closing.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts share from their start."""
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return min(len(a), len(b))

@@ -1,0 +1,51 @@
+"""Where a decoder's experts come from: a RAM tier, or the whole model mapped into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tiered.experts import ExpertKey
+from tiered.store import ExpertStore
+from tiered.tier import Tier
+
+
+class MappedExperts:
+    """All experts of a model that fits, computed straight from the file's memory map.
+
+    Nothing is copied: the page cache is the only memory that holds them. Every use is a hit.
+    """
+
+    def __init__(self, store: ExpertStore) -> None:
+        config = store.checkpoint.config
+        self.hits = 0
+        self._addresses = {
+            layer: np.stack(
+                [store.addresses(ExpertKey(layer, e)) for e in range(config.num_experts)]
+            )  # int64 [num_experts, 3]
+            for layer in config.sparse_layers
+        }
+
+    def fetch(self, layer: int, experts: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+        self.hits += len(experts)
+        yield range(len(experts)), self._addresses[layer][experts]
+
+
+class TieredExperts:
+    """Experts in the slots of a tier, which loads what is missing."""
+
+    def __init__(self, tier: Tier, store: ExpertStore) -> None:
+        self.tier = tier
+        self._offsets = {
+            layer: store.layout(layer).offsets for layer in store.checkpoint.config.sparse_layers
+        }
+
+    def fetch(self, layer: int, experts: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+        offsets = self._offsets[layer]
+        keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
+        for ready in self.tier.fetch(keys):
+            selected = [index for index, _ in ready]
+            slots = np.array([address for _, address in ready], np.int64)
+            yield selected, slots[:, None] + offsets

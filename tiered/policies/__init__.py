@@ -1,0 +1,103 @@
+"""Eviction policies: one file each with a `class Policy`; the file's name is the policy's name."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+from tiered.experts import ExpertKey
+
+Evictable = Callable[[ExpertKey], bool]
+
+
+class Space(NamedTuple):
+    """What a policy manages: `capacity` bytes, for blobs of `blob_bytes[layer]` bytes each.
+
+    A dense layer has blobs of 0 bytes.
+    """
+
+    capacity: int
+    blob_bytes: tuple[int, ...]
+
+    @classmethod
+    def of_slots(cls, num_slots: int, num_layers: int) -> Space:
+        """Room for `num_slots` experts that are all of one size."""
+        return cls(num_slots, (1,) * num_layers)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blob_bytes)
+
+    @property
+    def num_sparse_layers(self) -> int:
+        return sum(nbytes > 0 for nbytes in self.blob_bytes)
+
+    @property
+    def num_slots(self) -> int:
+        """No more experts than this are ever resident."""
+        return self.capacity // min(nbytes for nbytes in self.blob_bytes if nbytes)
+
+
+class Policy(Protocol):
+    """Chooses what to evict. Called by one thread at a time, in a deterministic order.
+
+    `Policy(space)` is created once per tier. Two more methods are used where a policy has them:
+
+    * `victim_for(key, evictable)` instead of `victim`: `key` is the expert that needs the room,
+    * `insert(key)` instead of `touch`: `key` was loaded on a guess, nobody has used it yet.
+
+    A policy that sets `partitioned = True` divides the room among layers, and says with
+    `excess(layer)` by how many bytes a layer exceeds its share.
+    """
+
+    def touch(self, key: ExpertKey) -> None:
+        """`key` was just used: it was resident, or has just been given a slot."""
+
+    def forget(self, key: ExpertKey) -> None:
+        """`key` left the tier."""
+
+    def victim(self, evictable: Evictable) -> ExpertKey | None:
+        """The resident expert to evict, among those that `evictable` accepts; None: none of them.
+
+        `forget` follows."""
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in iter_modules(__path__))
+
+
+def create(policy: str | Callable[..., Policy], space: Space, **options: Any) -> Policy:
+    """A policy by name ("lru"), from a file ("my_policy.py:Policy"), or by its class.
+
+    `options` go to the class. Raises ValueError for an unknown name or a file without the class.
+    """
+    if not isinstance(policy, str):
+        return policy(space, **options)
+    if ".py" in policy:
+        path, _, name = policy.partition(":")
+        module, name = _load(Path(path)), name or "Policy"
+    elif policy in names():
+        module, name = import_module(f"{__name__}.{policy}"), "Policy"
+    else:
+        raise ValueError(
+            f"unknown policy {policy!r}; choose one of {', '.join(names())}, "
+            "or name a class of your own as path/to/file.py:Class"
+        )
+    if not hasattr(module, name):
+        raise ValueError(f"{policy.partition(':')[0]} has no class {name!r}")
+    made: Policy = getattr(module, name)(space, **options)
+    return made
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ValueError(f"{path} is no Python file to take a policy from")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,227 @@
+"""Residency: which experts are in a tier's slots. Bookkeeping only: no bytes move, no thread waits.
+
+The same calls in the same order always give the same hits, misses and evictions, whatever the
+speed of the disk. A live tier and a replayed trace share this class, so their counts are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+
+from tiered.experts import ExpertKey
+from tiered.policies import Evictable, Policy, Space
+
+
+@dataclass
+class TierStats:
+    """Counts since the tier was made. `a - b` is what happened between two copies."""
+
+    hits: int = 0  # demanded, and there (or on its way already)
+    misses: int = 0  # demanded, and not there
+    evictions: int = 0
+    prefetches: int = 0  # loads started on a guess
+    prefetches_used: int = 0  # ... that a demand found
+    prefetches_wasted: int = 0  # ... that were evicted, or given up, before any demand
+    bytes_read: int = 0  # by demand: misses times blob size
+    bytes_prefetched: int = 0
+    late: int = 0  # hits that had to wait for a load under way (depends on timing)
+    failures: int = 0  # reads that failed (depends on the disk)
+    seconds_waiting: float = 0.0  # demand waited for reads
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+    def copy(self) -> TierStats:
+        return TierStats(**vars(self))
+
+    def __sub__(self, before: TierStats) -> TierStats:
+        names = (field.name for field in fields(self))
+        return TierStats(**{name: getattr(self, name) - getattr(before, name) for name in names})
+
+
+class Residency:
+    """At most `space.capacity` bytes of experts, each in a slot of its own.
+
+    `protected` always means: keys that must not be evicted by this call.
+    """
+
+    def __init__(self, space: Space, policy: Policy) -> None:
+        if space.capacity < max(space.blob_bytes):
+            raise MemoryError(
+                f"{space.capacity} bytes cannot hold one expert of {max(space.blob_bytes)}"
+            )
+        self.space = space
+        self.policy = policy
+        self.stats = TierStats()
+        self.used = 0  # bytes
+        self._blob_bytes = space.blob_bytes
+        self._largest = max(space.blob_bytes)
+        self._slots: dict[ExpertKey, int] = {}
+        self._unused: list[int] = list(range(space.num_slots - 1, -1, -1))
+        self.vacated: list[int] = []  # slots whose expert has left and that still hold its bytes
+        self._guesses: set[ExpertKey] = set()  # prefetched, not yet demanded
+        self._touch = policy.touch
+        self._insert = getattr(policy, "insert", policy.touch)
+        self._victim_for = getattr(policy, "victim_for", None)
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return key in self._slots
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def slot(self, key: ExpertKey) -> int:
+        return self._slots[key]
+
+    def fits(self, keys: Collection[ExpertKey]) -> bool:
+        """Whether these (distinct) experts can be resident at the same time."""
+        if len(keys) * self._largest <= self.space.capacity:
+            return True
+        return sum(self._blob_bytes[key.layer] for key in keys) <= self.space.capacity
+
+    def can_admit(self, keys: Sequence[ExpertKey], pinned: Collection[ExpertKey]) -> bool:
+        """Whether `keys` can be looked up while `pinned` stay."""
+        return all(key in self._slots for key in keys) or self.fits({*keys, *pinned})
+
+    def chunks(self, keys: Sequence[ExpertKey]) -> list[list[int]]:
+        """Positions in `keys`, in pieces that fit: all of them in one piece if that fits.
+
+        Else pieces fill half the capacity, so that one loads while another is used; resident
+        experts come first, so that they are used before they are evicted.
+        """
+        if self.fits(keys):
+            return [list(range(len(keys)))]
+        pieces: list[list[int]] = [[]]
+        room = half = max(self.space.capacity // 2, max(self._blob_bytes))
+        for position in sorted(range(len(keys)), key=lambda i: keys[i] not in self._slots):
+            nbytes = self._blob_bytes[keys[position].layer]
+            if nbytes > room:
+                pieces.append([])
+                room = half
+            pieces[-1].append(position)
+            room -= nbytes
+        return pieces
+
+    def lookup(
+        self, keys: Sequence[ExpertKey], also: Collection[ExpertKey] = ()
+    ) -> tuple[list[int], list[int]]:
+        """Demand distinct experts: their slots, and the positions of those that have to be loaded.
+
+        `keys` and `also` are protected, and must fit together.
+        """
+        slots = list(map(self._slots.get, keys))
+        touch, stats = self._touch, self.stats
+        if None not in slots:
+            for key in keys:
+                touch(key)
+            stats.hits += len(slots)
+            if self._guesses:
+                self._use_guesses(keys)
+            return slots, []  # type: ignore[return-value]
+        missing = [i for i, slot in enumerate(slots) if slot is None]
+        for key, slot in zip(keys, slots, strict=True):
+            if slot is not None:
+                touch(key)
+        protected = {*keys, *also}
+        for i in missing:
+            slots[i] = self._admit(keys[i], lambda key: key not in protected)
+            touch(keys[i])
+            stats.bytes_read += self._blob_bytes[keys[i].layer]
+        stats.hits += len(slots) - len(missing)
+        stats.misses += len(missing)
+        if self._guesses:
+            self._use_guesses(keys)
+        return slots, missing  # type: ignore[return-value]
+
+    def demand(self, keys: Sequence[ExpertKey]) -> None:
+        """All that a fetch by the only thread does: piece by piece, the previous one protected."""
+        if self.fits(keys):
+            self.lookup(keys)
+            return
+        before: list[ExpertKey] = []
+        for positions in self.chunks(keys):
+            piece = [keys[i] for i in positions]
+            self.lookup(piece, before if self.can_admit(piece, before) else ())
+            before = piece
+
+    def guess(
+        self, keys: Sequence[ExpertKey], limit: int, also: Collection[ExpertKey] = ()
+    ) -> list[ExpertKey]:
+        """Give slots to at most `limit` of `keys`, best first, as long as something is evictable.
+
+        Returns those that have to be loaded. `keys` and `also` are protected.
+        """
+        protected = {*keys, *also}
+        room = self.space.capacity - sum(
+            self._blob_bytes[key.layer] for key in protected if key in self._slots
+        )
+        issued: list[ExpertKey] = []
+        for key in keys:
+            if len(issued) >= limit:
+                break
+            nbytes = self._blob_bytes[key.layer]
+            if key in self._slots or nbytes > room:
+                continue
+            room -= nbytes
+            self._admit(key, lambda key: key not in protected)
+            self._insert(key)
+            self._guesses.add(key)
+            issued.append(key)
+            self.stats.prefetches += 1
+            self.stats.bytes_prefetched += nbytes
+        return issued
+
+    def drop(self, key: ExpertKey) -> None:
+        """The expert's load was given up, or failed: its slot is free again."""
+        if key in self._slots:
+            self._leave(key)
+
+    def cancel(self, key: ExpertKey) -> None:
+        """A guess was given up before its load started: nothing was read."""
+        if key in self._guesses:
+            self.stats.bytes_prefetched -= self._blob_bytes[key.layer]
+            self._leave(key)
+
+    def _admit(self, key: ExpertKey, evictable: Evictable) -> int:
+        nbytes = self._blob_bytes[key.layer]
+        while self.used + nbytes > self.space.capacity:
+            self.evict(key, evictable)
+        # Room for the bytes means a free slot: no blob is smaller than capacity / num_slots.
+        self._slots[key] = slot = (self.vacated or self._unused).pop()
+        self.used += nbytes
+        return slot
+
+    def evict(self, incoming: ExpertKey, evictable: Evictable) -> None:
+        """Evict one expert so that `incoming` may come."""
+        if self._victim_for is not None:
+            victim = self._victim_for(incoming, evictable)
+        else:
+            victim = self.policy.victim(evictable)
+        if victim is None or victim not in self._slots:
+            raise RuntimeError(
+                f"policy {type(self.policy).__module__} chose {victim} to evict, "
+                "which is not resident"
+            )
+        self._leave(victim)
+        self.stats.evictions += 1
+
+    def recycle(self) -> None:
+        """The vacated slots hold nothing any more."""
+        self._unused += self.vacated
+        self.vacated.clear()
+
+    def _leave(self, key: ExpertKey) -> None:
+        self.policy.forget(key)
+        self.used -= self._blob_bytes[key.layer]
+        self.vacated.append(self._slots.pop(key))
+        if key in self._guesses:
+            self._guesses.discard(key)
+            self.stats.prefetches_wasted += 1
+
+    def _use_guesses(self, keys: Sequence[ExpertKey]) -> None:
+        for key in keys:
+            if key in self._guesses:
+                self._guesses.discard(key)
+                self.stats.prefetches_used += 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tiered.dense import dense_bytes
+from tiered.dense import dense_bytes, dense_format, matrix_bytes
 from tiered.engine import Engine
 from tiered.version import __version__
 
@@ -16,10 +16,11 @@ from tiered.version import __version__
 def weights_per_token(engine: Engine) -> int:
     """Bytes of weights that one decoded token reads: dense ones and top_k experts a layer."""
     config, store = engine.config, engine.store
-    dense = dense_bytes(engine.checkpoint, engine.choices.quantize, per_token=True)
-    if store is None:
-        return dense
-    return dense + config.top_k * sum(store.layout(i).nbytes for i in config.sparse_layers)
+    dense = dense_bytes(engine.checkpoint, engine.choices.quantize)
+    if "head" in engine.checkpoint.tensors:  # else the embedding is the head, and is read whole
+        embedding = engine.checkpoint.tensors["embed"]
+        dense -= matrix_bytes(dense_format(embedding, engine.choices.quantize), embedding.shape)
+    return dense + (config.top_k * sum(store.blob_bytes) if store else 0)
 
 
 def bench_model(engine: Engine, prefill: int, decode: int, runs: int = 1) -> dict[str, Any]:

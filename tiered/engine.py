@@ -22,13 +22,15 @@ from tiered.dense import dense_bytes
 from tiered.formats import open_checkpoint
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
+from tiered.policies import Space
 from tiered.prefetch import Prefetcher
 from tiered.sampling import Sampler, SamplingParams
 from tiered.source import MappedExperts, TieredExperts
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
 from tiered.text import StopStrings
-from tiered.tier import RamSlots, Tier
+from tiered.slots import RamMemory
+from tiered.tier import Tier
 from tiered.tokenizer import Tokenizer, load_tokenizer
 from tiered.weights import WeightLoader
 
@@ -92,7 +94,7 @@ class Engine:
         config, choices = self.config, self.choices
         limit = choices.ram and memory.parse_bytes(choices.ram)
         expert_ram = choices.expert_ram and memory.parse_bytes(choices.expert_ram)
-        layouts = [self.store.layout(i).nbytes for i in config.sparse_layers] if self.store else []
+        blobs = self.store.blob_bytes if self.store else [0]
         return plan_memory(
             limit=limit or memory.default_limit(),
             expert_ram=expert_ram,
@@ -100,8 +102,8 @@ class Engine:
             dense=dense_bytes(self.checkpoint, choices.quantize),
             kv=kv_cache.kv_bytes(config, self.context, choices.kv_dtype),
             workspace=workspace_bytes(config, choices.prefill_chunk),
-            experts=sum(layouts) * config.num_experts,
-            floor=max(layouts, default=0) * config.top_k,
+            experts=sum(blobs) * config.num_experts,
+            floor=max(blobs) * config.top_k,
             mappable=self.store is not None and self.store.mappable,
         )
 
@@ -110,10 +112,10 @@ class Engine:
             return None
         if self.plan.mapped:
             return MappedExperts(self.store)
-        blob_bytes = max(self.store.layout(i).nbytes for i in self.config.sparse_layers)
-        slots = RamSlots.of_budget(self.plan.slots, blob_bytes)
-        policy = policies.create(self.choices.policy, slots.num_slots, self.config)
-        tier = stack.enter_context(Tier(slots, self.store, policy, self.choices.readers))
+        space = Space(self.plan.slots, tuple(self.store.blob_bytes))
+        policy = policies.create(self.choices.policy, space)
+        tier = Tier(RamMemory(space), self.store, policy, self.choices.readers)
+        stack.callback(tier.close)
         return TieredExperts(tier, self.store)
 
     # --- text ---

@@ -19,13 +19,10 @@ class MappedExperts:
     """
 
     def __init__(self, store: ExpertStore) -> None:
-        config = store.checkpoint.config
         self.hits = 0
         self._addresses = {
-            layer: np.stack(
-                [store.addresses(ExpertKey(layer, e)) for e in range(config.num_experts)]
-            )  # int64 [num_experts, 3]
-            for layer in config.sparse_layers
+            layer: store.address_table(layer)  # int64 [num_experts, 3]
+            for layer in store.checkpoint.config.sparse_layers
         }
 
     def fetch(self, layer: int, experts: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
@@ -45,7 +42,7 @@ class TieredExperts:
     def fetch(self, layer: int, experts: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
         offsets = self._offsets[layer]
         keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
-        for ready in self.tier.fetch(keys):
-            selected = [index for index, _ in ready]
-            slots = np.array([address for _, address in ready], np.int64)
-            yield selected, slots[:, None] + offsets
+        with self.tier.fetch(keys) as groups:
+            for group in groups:
+                ready, slots = zip(*group, strict=True)
+                yield ready, np.array(slots, np.int64)[:, None] + offsets

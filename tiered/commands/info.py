@@ -92,7 +92,7 @@ def describe_model(path: Path, context: int, quantize: str) -> dict[str, Any]:
                   "workspace_bytes": work}  # fmt: skip
         if config.sparse_layers:
             with ExpertStore(checkpoint, quantize) as store:
-                sizes = [store.layout(layer).nbytes for layer in config.sparse_layers]
+                sizes = store.blob_bytes
             experts = sum(sizes) * config.num_experts
             free = available_bytes()
             room = max(0, free - dense - kv - work)

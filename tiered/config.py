@@ -93,7 +93,8 @@ class EngineConfig:
     policy: str = DEFAULT_POLICY
     look_ahead: int = 1  # layers
     quantize: str = "int4"
-    context: int | None = None  # tokens of KV cache
+    context: int | None = None  # tokens of one text
+    kv_tokens: int | None = None  # tokens of KV cache, over all texts at once; None: one context
     kv_dtype: str = "f16"
     prefill_chunk: int = 512  # tokens computed at once
     readers: int = 4  # threads that read experts from disk
@@ -106,7 +107,7 @@ class EngineConfig:
             raise ValueError(f"kv_dtype must be f32, f16 or int8, not {self.kv_dtype!r}")
         if not 0 <= self.look_ahead <= 3:
             raise ValueError(f"look_ahead is 0 (off) to 3 layers, not {self.look_ahead}")
-        for name in ("threads", "context", "prefill_chunk", "readers"):
+        for name in ("threads", "context", "kv_tokens", "prefill_chunk", "readers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")

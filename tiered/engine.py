@@ -65,6 +65,7 @@ class Engine:
     def _build(self, stack: ExitStack) -> None:
         config, choices = self.config, self.choices
         self.context = min(choices.context or DEFAULT_CONTEXT, config.context_length)
+        self.kv_tokens = max(choices.kv_tokens or 0, self.context)
         self.store: ExpertStore | None = None
         if config.sparse_layers:
             self.store = ExpertStore(self.checkpoint, choices.quantize)
@@ -85,7 +86,7 @@ class Engine:
             self.source,
             prefetcher,
         )
-        self.kv = KVCache(self.backend, config, self.context, choices.kv_dtype)
+        self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype)
         self._tokens = EngineStats()
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
@@ -100,7 +101,7 @@ class Engine:
             expert_ram=expert_ram,
             process=psutil.Process().memory_info().rss,
             dense=dense_bytes(self.checkpoint, choices.quantize),
-            kv=kv_cache.kv_bytes(config, self.context, choices.kv_dtype),
+            kv=kv_cache.kv_bytes(config, self.kv_tokens, choices.kv_dtype),
             workspace=workspace_bytes(config, choices.prefill_chunk),
             experts=sum(blobs) * config.num_experts,
             floor=max(blobs) * config.top_k,

@@ -32,7 +32,11 @@ class Sequence:
 
 
 class KVCache:
-    """A pool of pages with a free list, shared by all sequences."""
+    """A pool of pages with a free list, shared by all sequences.
+
+    A full page never changes, so several texts that begin alike may hold the same one; it is free
+    again when the last of them lets go of it.
+    """
 
     def __init__(
         self, backend: Backend, config: ModelConfig, num_tokens: int, dtype: str = "f16"
@@ -40,19 +44,45 @@ class KVCache:
         self.num_pages = -(-num_tokens // PAGE_SIZE)
         self.pages: Any = backend.kv_pages(config, self.num_pages, PAGE_SIZE, dtype)
         self._free = list(range(self.num_pages))[::-1]
+        self._holders = [0] * self.num_pages  # by page
 
     @property
     def free_tokens(self) -> int:
         """Tokens that fit in pages no sequence holds."""
         return len(self._free) * PAGE_SIZE
 
-    def open(self) -> Sequence:
-        return Sequence(self.num_pages)
+    def open(self, tokens: Items[int] = (), pages: Items[int] = ()) -> Sequence:
+        """A new text. With `pages`, it begins with `tokens`, which fill these pages exactly."""
+        assert len(tokens) == len(pages) * PAGE_SIZE
+        sequence = Sequence(self.num_pages)
+        sequence.tokens.extend(tokens)
+        sequence.pages[: len(pages)] = pages
+        sequence.num_pages = len(pages)
+        for page in pages:
+            self.hold(page)
+        return sequence
+
+    def hold(self, page: int) -> None:
+        """Keep a page that is in use, until as many calls of `release`."""
+        assert self._holders[page]
+        self._holders[page] += 1
+
+    def release(self, page: int) -> None:
+        self._holders[page] -= 1
+        if not self._holders[page]:
+            self._free.append(page)
+
+    def is_shared(self, page: int) -> bool:
+        """Whether more than one holds it."""
+        return self._holders[page] > 1
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Forget all but the first `length` tokens."""
         keep = -(-length // PAGE_SIZE)
-        self._free.extend(int(page) for page in sequence.pages[keep : sequence.num_pages][::-1])
+        if length % PAGE_SIZE and length < len(sequence.tokens):  # its last page changes again
+            assert not self.is_shared(sequence.pages[keep - 1])
+        for page in sequence.pages[keep : sequence.num_pages][::-1].tolist():
+            self.release(page)
         sequence.pages[keep : sequence.num_pages] = -1
         sequence.num_pages = min(keep, sequence.num_pages)
         del sequence.tokens[length:]
@@ -70,7 +100,9 @@ class KVCache:
                     "use a larger context, or a shorter text"
                 )
             for _ in range(needed):
-                sequence.pages[sequence.num_pages] = self._free.pop()
+                page = self._free.pop()
+                self._holders[page] = 1
+                sequence.pages[sequence.num_pages] = page
                 sequence.num_pages += 1
         starts = [len(sequence.tokens) for sequence, _ in additions]
         counts = [len(tokens) for _, tokens in additions]

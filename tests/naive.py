@@ -103,10 +103,10 @@ class NaiveBackend:
         w, c = layer
         h = rms_norm(x, w.norm, c.norm_eps)
         q, k, v = w.q(h), w.k(h), w.v(h)
-        if c.clip_qkv:
-            q, k, v = (np.clip(t, -c.clip_qkv, c.clip_qkv) for t in (q, k, v))
         if c.qk_norm == "full":
             q, k = rms_norm(q, w.q_norm, c.norm_eps), rms_norm(k, w.k_norm, c.norm_eps)
+        if c.clip_qkv:
+            q, k, v = (np.clip(t, -c.clip_qkv, c.clip_qkv) for t in (q, k, v))
         q, k, v = (t.reshape(len(x), -1, c.head_dim) for t in (q, k, v))
         if c.qk_norm == "head":
             q, k = rms_norm(q, w.q_norm, c.norm_eps), rms_norm(k, w.k_norm, c.norm_eps)

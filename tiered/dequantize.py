@@ -18,8 +18,8 @@ def dequantize(data: np.ndarray, format: str, shape: tuple[int, ...]) -> np.ndar
         return data.view(np.float16).astype(np.float32).reshape(shape)
     if format == "bf16":
         return bf16_to_float32(data.view(np.uint16)).reshape(shape)
-    blocks = data.reshape(-1, FORMATS[format].block_bytes)
-    return _BLOCKS[format](blocks).reshape(shape)
+    values: np.ndarray = _BLOCKS[format](data.reshape(-1, FORMATS[format].block_bytes))
+    return values.reshape(shape)
 
 
 def bf16_to_float32(values: np.ndarray) -> np.ndarray:
@@ -53,7 +53,9 @@ def _nibbles(packed: np.ndarray) -> np.ndarray:
 
 
 def _q8_0(blocks: np.ndarray) -> np.ndarray:
-    return _half(blocks, 0) * np.ascontiguousarray(blocks[:, 2:]).view(np.int8)
+    codes: np.ndarray = np.ascontiguousarray(blocks[:, 2:]).view(np.int8)
+    values: np.ndarray = codes * _half(blocks, 0)
+    return values
 
 
 def _q4_0(blocks: np.ndarray) -> np.ndarray:
@@ -61,7 +63,8 @@ def _q4_0(blocks: np.ndarray) -> np.ndarray:
 
 
 def _q4_1(blocks: np.ndarray) -> np.ndarray:
-    return _half(blocks, 0) * _nibbles(blocks[:, 4:]) + _half(blocks, 2)
+    values: np.ndarray = _half(blocks, 0) * _nibbles(blocks[:, 4:]) + _half(blocks, 2)
+    return values
 
 
 def _k_scales(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +79,8 @@ def _k_values(blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """d * scale * code - d_min * minimum for `codes` [n, 8, 32]."""
     scale, minimum = _k_scales(blocks[:, 4:16])
     d, d_min = _half(blocks, 0)[:, :, None], _half(blocks, 2)[:, :, None]
-    return d * scale * codes - d_min * minimum
+    values: np.ndarray = d * scale * codes - d_min * minimum
+    return values
 
 
 def _q4_k(blocks: np.ndarray) -> np.ndarray:
@@ -97,7 +101,8 @@ def _q6_k(blocks: np.ndarray) -> np.ndarray:
     high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shift) & 3
     codes = (low | (high << 4)).reshape(-1, 16, 16).astype(np.float32) - 32
     scale = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
-    return (_half(blocks, 208) * scale)[:, :, None] * codes
+    values: np.ndarray = (_half(blocks, 208) * scale)[:, :, None] * codes
+    return values
 
 
 _BLOCKS = {

@@ -6,6 +6,7 @@ every count, length and offset is checked against the file's size before it is u
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,7 @@ class StoredArray(NamedTuple):
 
     file: Path
     type: int
-    count: int
+    num_values: int
     offset: int
     nbytes: int
 
@@ -51,9 +52,9 @@ class StoredArray(NamedTuple):
         if len(data) != self.nbytes:
             raise OSError(f"{self.file}: the file became shorter while it was open")
         if self.type != _STRING:
-            return np.frombuffer(data, "<" + _SCALARS[self.type]).tolist()
+            return list(np.frombuffer(data, "<" + _SCALARS[self.type]).tolist())
         values, position = [], 0
-        for _ in range(self.count):
+        for _ in range(self.num_values):
             start = position + 8
             position = start + int.from_bytes(data[position:start], "little")
             values.append(data[start:position].decode("utf-8", "replace"))
@@ -158,12 +159,10 @@ class _Parser:
 
     def nbytes(self, name: str, format: str, shape: tuple[int, ...]) -> int:
         try:
-            nbytes = FORMATS[format].row_bytes(shape[-1])
+            nbytes = int(FORMATS[format].row_bytes(shape[-1]))
         except ValueError as error:
             raise self.error(f"tensor {name!r}: {error}") from None
-        for size in shape[:-1]:
-            nbytes *= size
-        return nbytes
+        return nbytes * math.prod(shape[:-1])
 
     def alignment(self, values: dict[str, Any]) -> int:
         alignment = values.get("general.alignment", 32)

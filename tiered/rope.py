@@ -121,7 +121,8 @@ def _yarn(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
-    return 1 / (ramp / factor + (1 - ramp))
+    scale: np.ndarray = 1 / (ramp / factor + (1 - ramp))
+    return scale
 
 
 def _magnitude(factor: float, scale: float = 1.0) -> float:

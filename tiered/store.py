@@ -1,0 +1,227 @@
+"""The store: every expert of a model on disk, the bottom of the hierarchy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from cpu_kernels.formats import FORMATS
+from tiered.checkpoint import Checkpoint, CheckpointError, Tensor
+from tiered.dense import is_usable
+from tiered.experts import ExpertKey, ExpertLayout, TensorLayout, aligned, expert_layout
+from tiered.quantize import GROUP_SIZE, quantize_rows
+from tiered.reader import BLOCK, FileReader
+
+PROJECTIONS = "gate", "up", "down"
+PIECE = 4 << 20  # bytes of a large expert that one thread reads at a time
+
+Task = Callable[[], None]
+
+
+class ExpertStore:
+    """Reads experts of a checkpoint, as blobs, quantizing float ones on the way if asked.
+
+    `quantize` is "int4" (float experts become q4_0) or "none". `readers` threads share the pieces
+    of one large expert; `read_into` itself may be called from any number of threads.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, quantize: str = "int4", readers: int = 4, direct: bool = True
+    ) -> None:
+        if quantize not in ("int4", "none"):
+            raise ValueError(f"quantize must be int4 or none, not {quantize!r}")
+        self.checkpoint = checkpoint
+        self.quantize = quantize
+        self.bytes_read = 0
+        self._layouts = {
+            layer: self._layer_layout(layer) for layer in checkpoint.config.sparse_layers
+        }
+        self.mappable = all(self._is_mappable(layer) for layer in self._layouts)
+        self._direct = direct
+        self._files: dict[Path, FileReader] = {}
+        self._lock = threading.Lock()
+        self._readers = ThreadPoolExecutor(readers, "tiered-reader") if readers > 1 else None
+        self._tables: dict[int, np.ndarray] = {}
+
+    def __enter__(self) -> ExpertStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def layout(self, layer: int) -> ExpertLayout:
+        """Where gate, up and down lie in the blobs of this layer's experts."""
+        return self._layouts[layer]
+
+    @property
+    def blob_bytes(self) -> list[int]:
+        """Bytes of one expert's blob, by layer; 0 for a layer without experts."""
+        config = self.checkpoint.config
+        return [
+            self._layouts[layer].nbytes if config.is_sparse(layer) else 0
+            for layer in range(config.num_layers)
+        ]
+
+    def addresses(self, key: ExpertKey) -> np.ndarray:
+        """int64 [3]: where gate, up and down lie in the memory map. For a `mappable` store."""
+        address: np.ndarray = self.address_table(key.layer)[key.expert]
+        return address
+
+    def address_table(self, layer: int) -> np.ndarray:
+        """int64 [num_experts, 3] of addresses. They are valid until the checkpoint is closed."""
+        if not self.mappable:
+            raise ValueError(f"{self.checkpoint.path}: experts must be read, not mapped")
+        table = self._tables.get(layer)
+        if table is None:
+            bases: dict[Path, int] = {}
+            rows = []
+            for expert in range(self.checkpoint.config.num_experts):
+                for tensor in self._tensors(ExpertKey(layer, expert)):
+                    if tensor.file not in bases:
+                        start = self.checkpoint.view(tensor).__array_interface__["data"][0]
+                        bases[tensor.file] = start - tensor.offset
+                    rows.append(bases[tensor.file] + tensor.offset)
+            table = self._tables[layer] = np.array(rows, np.int64).reshape(-1, 3)
+        return table
+
+    def read_into(self, key: ExpertKey, slot: np.ndarray) -> None:
+        """Fill `slot` (uint8, at least the layout's `nbytes`) with the expert's blob.
+
+        Slots at multiples of 4096, with room for whole blocks of 4096, are filled without a copy
+        where the file allows it. Raises OSError naming the file; the slot is undefined then.
+        """
+        tasks = list(self._tasks(key, slot))
+        shared = [] if self._readers is None else [self._readers.submit(t) for t in tasks[1:]]
+        try:
+            for task in tasks[: len(tasks) - len(shared)]:
+                task()
+        finally:
+            wait(shared)  # whatever happens, nobody writes to the slot afterwards
+        for future in shared:
+            future.result()
+        with self._lock:
+            self.bytes_read += sum(tensor.nbytes for tensor in self._tensors(key))
+
+    def advise(self, keys: Iterable[ExpertKey]) -> None:
+        """Ask the system to bring these experts into the page cache: for mapped use."""
+        for key in keys:
+            for tensor in self._tensors(key):
+                self.checkpoint.advise(tensor)
+
+    def close(self) -> None:
+        """End the threads and close the files."""
+        if self._readers is not None:
+            self._readers.shutdown()
+        with self._lock:
+            for reader in self._files.values():
+                reader.close()
+            self._files.clear()
+
+    def _tensors(self, key: ExpertKey) -> list[Tensor]:
+        prefix = f"layers.{key.layer}.experts.{key.expert}."
+        return [self.checkpoint.tensors[prefix + name] for name in PROJECTIONS]
+
+    def _layer_layout(self, layer: int) -> ExpertLayout:
+        config = self.checkpoint.config
+        kinds = {
+            tuple(tensor.format for tensor in self._tensors(ExpertKey(layer, expert)))
+            for expert in range(config.num_experts)
+        }
+        if len(kinds) > 1:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: experts of layer {layer} differ in their number "
+                f"formats ({sorted(kinds)}); they must be alike within a layer"
+            )
+        sizes = config.hidden_size, config.hidden_size, config.expert_size  # in_features
+        formats = [self._format(*pair) for pair in zip(kinds.pop(), sizes, strict=True)]
+        return expert_layout(config.hidden_size, config.expert_size, *formats)
+
+    def _format(self, stored: str, in_features: int) -> str:
+        """The number format that a stored expert matrix is computed in."""
+        if self.quantize == "none" or not FORMATS[stored].is_float:
+            return stored
+        if in_features % GROUP_SIZE:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: rows of {in_features} values cannot be quantized in "
+                f"groups of {GROUP_SIZE}; use --quantize none"
+            )
+        return "q4_0"
+
+    def _is_mappable(self, layer: int) -> bool:
+        """Whether the file's own bytes can be computed with."""
+        formats = [tensor.format for tensor in self._layouts[layer]]
+        return all(
+            [tensor.format for tensor in tensors] == formats and all(map(is_usable, tensors))
+            for tensors in (
+                self._tensors(ExpertKey(layer, expert))
+                for expert in range(self.checkpoint.config.num_experts)
+            )
+        )
+
+    def _tasks(self, key: ExpertKey, slot: np.ndarray) -> Iterator[Task]:
+        """What fills the slot; each task writes to a part of its own."""
+        layout, tensors = self._layouts[key.layer], self._tensors(key)
+        if len(slot) < layout.nbytes:
+            raise ValueError(f"{key} takes {layout.nbytes} bytes, but the slot has {len(slot)}")
+        if self._is_blob(layout, tensors):  # as in our own stores: the blob in one run
+            start, nbytes = tensors[0].offset, layout.nbytes
+            if start % BLOCK == 0:  # rows are padded there, so that whole blocks can be read
+                room = min(len(slot), self._reader(tensors[0].file).size - start)
+                nbytes = min(aligned(nbytes, BLOCK), room)
+            yield from self._reads(tensors[0].file, start, slot[:nbytes])
+            return
+        for tensor, target in zip(tensors, layout, strict=True):
+            out = slot[target.offset : target.offset + target.nbytes]
+            if tensor.format == target.format:
+                yield from self._reads(tensor.file, tensor.offset, out)
+            else:
+                yield from self._quantizations(tensor, target, out)
+
+    def _is_blob(self, layout: ExpertLayout, tensors: list[Tensor]) -> bool:
+        first = tensors[0]
+        return all(
+            tensor.format == target.format
+            and tensor.file == first.file
+            and tensor.offset - first.offset == target.offset
+            for tensor, target in zip(tensors, layout, strict=True)
+        )
+
+    def _reads(self, file: Path, offset: int, out: np.ndarray) -> Iterator[Task]:
+        reader = self._reader(file)
+        for start in range(0, len(out), PIECE):
+            yield partial(reader.read_into, offset + start, out[start : start + PIECE])
+
+    def _quantizations(
+        self, tensor: Tensor, target: TensorLayout, out: np.ndarray
+    ) -> Iterator[Task]:
+        """Read a few rows of floats, quantize them into `out`."""
+        reader = self._reader(tensor.file)
+        num_rows, row_bytes = tensor.shape[0], tensor.nbytes // tensor.shape[0]
+        rows = out.reshape(num_rows, -1)
+        step = max(1, PIECE // row_bytes)
+
+        def task(first: int) -> None:
+            part = rows[first : first + step]
+            data = np.empty(len(part) * row_bytes, np.uint8)
+            reader.read_into(tensor.offset + first * row_bytes, data)
+            part[:] = quantize_rows(data, tensor, target.format)
+
+        for first in range(0, num_rows, step):
+            yield partial(task, first)
+
+    def _reader(self, file: Path) -> FileReader:
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = FileReader(file, self._direct)
+            return self._files[file]

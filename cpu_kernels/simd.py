@@ -230,10 +230,11 @@ class Emitter:
         return self._overloaded("fmuladd", a, b, c)
 
     def maximum(self, a: Value, b: Value) -> Value:
-        return self._overloaded("maxnum" if a.is_float else "smax", a, b)
+        """Of floats and signed integers; NaN if either is."""
+        return self._overloaded("maximum" if a.is_float else "smax", a, b)
 
     def minimum(self, a: Value, b: Value) -> Value:
-        return self._overloaded("minnum" if a.is_float else "smin", a, b)
+        return self._overloaded("minimum" if a.is_float else "smin", a, b)
 
     def absolute(self, a: Value) -> Value:
         return self._overloaded("fabs", a)
@@ -245,9 +246,11 @@ class Emitter:
     def _halve(self, a: Value, combine: Callable[[Value, Value], Value]) -> Value:
         while a.lanes > 1:
             half = a.lanes // 2
-            low, high = self.shuffle(a, mask=range(half)), self.shuffle(a, mask=range(half, a.lanes))
             if half == 1:
                 low, high = a.lane(0), a.lane(1)
+            else:
+                low = self.shuffle(a, mask=range(half))
+                high = self.shuffle(a, mask=range(half, a.lanes))
             a = combine(low, high)
         return a
 
@@ -306,7 +309,8 @@ def emitted(returns: str, arguments: str) -> Callable[[Callable[..., Any]], Any]
         # Numba asks a typing function for its parameters by name.
         names = ", ".join(function.__code__.co_varnames[1 : function.__code__.co_argcount])
         scope: dict[str, Any] = {"typing": typing}
-        exec(f"def {function.__name__}(typingctx, {names}): return typing(typingctx, {names})", scope)
+        call = f"{function.__name__}(typingctx, {names}): return typing(typingctx, {names})"
+        exec(f"def {call}", scope)
         named = scope[function.__name__]
         named.__doc__, named.__module__ = function.__doc__, function.__module__
         return intrinsic(prefer_literal=True)(named)

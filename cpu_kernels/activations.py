@@ -1,0 +1,117 @@
+"""Activations as the kernels want them: int8 groups of 32 with a scale each, computed once per row.
+
+Prepared memory starts with a header of int64 (address of the float32 rows, bytes between them,
+their number, their length, bytes of a prepared row) and continues with the rows. A row is a run
+of chunks of 256 values, padded with zeros:
+
+    2 x 128 bytes   four groups each: their four first halves, then their four second halves
+    8 x float32     scales of the groups, in the order of POSITION
+    8 x float32     scale x sum of the group, the same of its first half, of its second half
+
+so that kernels with registers of 16, 32 and 64 bytes can all load what they multiply in one step.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32
+from cpu_kernels.team import share
+from cpu_kernels.words import store_word
+
+GROUP = 32
+CHUNK = 256
+CHUNK_BYTES = 384
+HEADER_BYTES = 64
+SCALES, SUMS, FIRST_SUMS, SECOND_SUMS = 256, 288, 320, 352  # byte offsets in a chunk
+# Even groups in the lower half of a 256-bit register, odd ones in the upper half: spreading the
+# scales of groups (2j, 2j + 1) over the two halves is then one shuffle inside the halves.
+POSITION = [(group >> 1) + 4 * (group & 1) for group in range(8)]
+
+
+def byte_offset(group: int, half: int) -> int:
+    """Where 16 values of a group lie in a chunk."""
+    return 128 * (group // 4) + 64 * half + 16 * (group % 4)
+
+
+@njit(inline="always")
+def prepared_row_bytes(k):
+    return (k + CHUNK - 1) // CHUNK * CHUNK_BYTES
+
+
+@njit
+def prepared_bytes(n, k):
+    """Bytes that `prepare_activations` needs for n rows of k values."""
+    return HEADER_BYTES + n * prepared_row_bytes(k)
+
+
+def quantize_chunk(k: Emitter, x: Value, target: Value) -> None:
+    """256 float32 at `x` to the chunk at `target`."""
+    for group in range(8):
+        parts = [k.load(x + 4 * (GROUP * group + 16 * half), f32(16)) for half in (0, 1)]
+        largest = k.largest(k.maximum(*[k.absolute(p) for p in parts]))
+        # Below 1e-35 its inverse might be infinite: such a group counts as zero.
+        tiny = largest.compare("<", 1e-35)
+        zero = k.constant(f32(1), 0.0)
+        scale = k.select(tiny, zero, largest * (1 / 127))
+        inverse = k.select(tiny, zero, k.constant(f32(1), 127.0) / largest)
+        sums = []
+        for half, part in enumerate(parts):
+            rounded = k.round(part * k.splat(inverse, 16))
+            limit = k.constant(f32(16), 127.0)
+            # Keeps conversion defined for infinities; with a NaN, the scale is one already.
+            rounded = k.select(rounded.compare("<", 127.0), rounded, limit)
+            rounded = k.select(rounded.compare(">", -127.0), rounded, k.constant(f32(16), -127.0))
+            integers = rounded.cast("fptosi", i32)
+            k.store(target + byte_offset(group, half), integers.cast("trunc", i8))
+            sums.append(k.sum(integers))
+        first, second = [s.cast("sitofp", f32) for s in sums]
+        at = target + 4 * POSITION[group]
+        k.store(at + SCALES, scale)
+        k.store(at + SUMS, (first + second) * scale)
+        k.store(at + FIRST_SUMS, first * scale)
+        k.store(at + SECOND_SUMS, second * scale)
+
+
+@emitted("void", "i64 i64")
+def _quantize_whole(k, x, target):
+    quantize_chunk(k, x, target)
+
+
+@emitted("void", "i64 i64 i64")
+def _quantize_last(k, x, count, target):
+    """The same for a last chunk of `count` values, which nothing may be read after."""
+    padded = k.stack(4 * CHUNK)
+    for part in range(CHUNK // 16):
+        k.store(padded + 64 * part, k.constant(f32(16), 0.0))
+    with k.loop(count) as i:
+        k.store(padded + i * 4, k.load(x + i * 4, f32(1)))
+    quantize_chunk(k, padded, target)
+
+
+@njit(error_model="numpy")
+def prepare_activations(x, ldx, n, k, prepared, thread, num_threads):
+    """This thread's share of quantizing n float32 rows of k values, `ldx` values apart.
+
+    `x` and `prepared` (prepared_bytes(n, k) of room, aligned to 64) are addresses. The rows must
+    stay as they are while `prepared` is used: kernels of float formats read them. A barrier must
+    follow, before anything is multiplied.
+    """
+    row_bytes = prepared_row_bytes(k)
+    if thread == 0:
+        store_word(prepared, 0, x)
+        store_word(prepared, 1, 4 * ldx)
+        store_word(prepared, 2, n)
+        store_word(prepared, 3, k)
+        store_word(prepared, 4, row_bytes)
+    num_chunks = (k + CHUNK - 1) // CHUNK
+    first, last = share(n * num_chunks, thread, num_threads)
+    for i in range(first, last):
+        row = i // num_chunks
+        chunk = i - row * num_chunks
+        source = x + 4 * (row * ldx + chunk * CHUNK)
+        target = prepared + HEADER_BYTES + row * row_bytes + chunk * CHUNK_BYTES
+        if (chunk + 1) * CHUNK <= k:
+            _quantize_whole(source, target)
+        else:
+            _quantize_last(source, k - chunk * CHUNK, target)

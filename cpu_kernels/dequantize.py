@@ -1,0 +1,61 @@
+"""Weights of any format as float32: for embedding rows, exact products and GEMM panels."""
+
+from __future__ import annotations
+
+from cpu_kernels.activations import FIRST_SUMS, GROUP, POSITION, SECOND_SUMS, SUMS
+from cpu_kernels.formats import FORMATS
+from cpu_kernels.gemv import load_floats
+from cpu_kernels.groups import GROUPS, Chunk, is_whole, with_padded_chunk
+from cpu_kernels.simd import Emitter, Value, emitted, f32, i32
+
+
+def scale_and_offset(k: Emitter, chunk: Chunk, group: int, half: int) -> tuple[Value, Value]:
+    """Two scalars: a weight of this half group is scale * integer + offset."""
+    position = POSITION[group]
+    scale = chunk.scales[half if len(chunk.scales) == 2 else 0].lane(position)
+    offset = k.constant(f32(1), 0.0)
+    for values, sums in chunk.offsets:
+        if sums in (SUMS, (FIRST_SUMS, SECOND_SUMS)[half]):
+            offset = values.lane(position)
+    return scale, offset
+
+
+def _dequantize_chunk(k: Emitter, format: str, weights: Value, target: Value) -> None:
+    chunk = Chunk(k, format, weights, groups=1)
+    for group in range(GROUPS):
+        for half in (0, 1):
+            scale, offset = scale_and_offset(k, chunk, group, half)
+            values = chunk.integers(group, half).cast("sext" if chunk.is_signed else "zext", i32)
+            values = k.multiply_add(
+                values.cast("sitofp", f32), k.splat(scale, 16), k.splat(offset, 16)
+            )
+            k.store(target + 4 * (GROUP * group + 16 * half), values)
+
+
+@emitted("void", "i64 i64")
+def dequantize_chunk(k, format, weights, target):
+    """256 quantized weights at `weights` to float32 at `target`."""
+    _dequantize_chunk(k, format, weights, target)
+
+
+@emitted("void", "i64 i64 i64")
+def dequantize_last(k, format, weights, num_groups, target):
+    """The same for fewer than 8 groups: only they are read and written."""
+    if is_whole(format):
+        return
+    values = k.stack(4 * GROUP * GROUPS)
+    _dequantize_chunk(k, format, with_padded_chunk(k, format, weights, num_groups), values)
+    with k.loop(num_groups * GROUP) as i:
+        k.store(target + i * 4, k.load(values + i * 4, f32(1)))
+
+
+@emitted("void", "i64 i64 i64")
+def floats_to_float32(k, format, weights, count, target):
+    """`count` weights of format f32, f16 or bf16."""
+    size = FORMATS[format].block_bytes
+    whole = count >> 3
+    with k.loop(whole) as i:
+        k.store(target + i * 32, load_floats(k, format, weights + i * (8 * size), 8))
+    with k.loop(count & 7) as i:
+        at = (whole << 3) + i
+        k.store(target + at * 4, load_floats(k, format, weights + at * size, 1))

@@ -1,0 +1,133 @@
+"""A row of weights times a few rows of activations, straight from the file's bytes.
+
+The trick: weights of two groups (four with 512-bit registers, one with 128) share a register, one
+half of each group at a time. Products are summed in integers within a group; then one conversion
+and one multiply-add with a vector of both groups' scales add them to float32 lanes. What is added
+to the integers (a minimum, or -8) is a second, much smaller product: that of the groups' offsets
+with the activations' group sums. Each row's additions have the same order whatever rows it is
+computed with.
+"""
+
+from __future__ import annotations
+
+from cpu_kernels.activations import CHUNK_BYTES, POSITION, SCALES, byte_offset
+from cpu_kernels.dot import multiply_bytes, wants_unsigned
+from cpu_kernels.groups import GROUPS, LARGEST, Chunk, chunk_bytes, is_whole, with_padded_chunk
+from cpu_kernels.isa import ISAS
+from cpu_kernels.simd import Emitter, Value, Variable, emitted, f16, f32, i16, i32
+
+PREFETCH_BYTES = 2048  # ahead of what is being multiplied
+LINE = 64
+
+
+class _Sums:
+    """The running sums of one row of activations."""
+
+    def __init__(self, k: Emitter, x: Value, lanes: int) -> None:
+        self.x = x
+        self.products = [k.variable(k.constant(f32(lanes), 0.0)) for _ in range(2)]
+        self.offsets = k.variable(k.constant(f32(GROUPS), 0.0))
+
+    def add(self, k: Emitter, to: Variable, a: Value, b: Value) -> None:
+        to.set(k.multiply_add(a, b, to.get()))
+
+    def total(self, k: Emitter) -> Value:
+        return k.sum(self.products[0].get() + self.products[1].get()) + k.sum(self.offsets.get())
+
+
+def _spread(k: Emitter, scales: Value, step: int, groups: int) -> Value:
+    """The scales of a step's groups, each in the four lanes of its group."""
+    first = step * groups
+    return k.shuffle(scales, mask=[POSITION[first + i] for i in range(groups) for _ in range(4)])
+
+
+def _multiply_chunk(
+    k: Emitter, isa: str, format: str, weights: Value, position: Value, rows: list[_Sums]
+) -> None:
+    groups = ISAS[isa].groups
+    chunk = Chunk(k, format, weights, groups, wants_unsigned(isa))
+    xs = [row.x + position for row in rows]
+    spread_from = []
+    for row, x in zip(rows, xs, strict=True):
+        for offset, sums in chunk.offsets:
+            row.add(k, row.offsets, offset, k.load(x + sums, f32(GROUPS)))
+        x_scales = k.load(x + SCALES, f32(GROUPS))
+        spread_from.append([scale * x_scales for scale in chunk.scales])
+    for step in range(GROUPS // groups):
+        halves = [chunk.integers(step, half) for half in (0, 1)]
+        for row, x, scales in zip(rows, xs, spread_from, strict=True):
+            pairs = [
+                (w, k.load(x + byte_offset(step * groups, half), w.type))
+                for half, w in enumerate(halves)
+            ]
+            parts = [pairs] if len(scales) == 1 else [[pair] for pair in pairs]
+            for index, (part, scale) in enumerate(zip(parts, scales, strict=True)):
+                dots = multiply_bytes(k, isa, part, LARGEST[format], chunk.is_signed)
+                to = row.products[index if len(parts) == 2 else step % 2]
+                row.add(k, to, dots.cast("sitofp", f32), _spread(k, scale, step, groups))
+
+
+def _dot(k: Emitter, isa: str, format: str, weights: Value, num_groups: Value, xs: list[Value]):
+    """The row at `weights` times each of the prepared rows `xs`: float32 scalars."""
+    rows = [_Sums(k, x, 4 * ISAS[isa].groups) for x in xs]
+    nbytes = chunk_bytes(format)
+    with k.loop(num_groups >> 3) as i:
+        at = weights + i * nbytes
+        for line in range(-(-nbytes // LINE)):
+            k.prefetch(at + (PREFETCH_BYTES + line * LINE))
+        _multiply_chunk(k, isa, format, at, i * CHUNK_BYTES, rows)
+    if not is_whole(format):
+        rest, whole = num_groups & (GROUPS - 1), num_groups >> 3
+        with k.when(rest.compare(">", 0)):
+            padded = with_padded_chunk(k, format, weights + whole * nbytes, rest)
+            _multiply_chunk(k, isa, format, padded, whole * CHUNK_BYTES, rows)
+    return [row.total(k) for row in rows]
+
+
+@emitted("f32", "i64 i64 i64")
+def dot_1(k, isa, format, weights, num_groups, x):
+    """Quantized weights (a row of `num_groups` groups of 32) times a prepared row."""
+    return _dot(k, isa, format, weights, num_groups, [x])[0]
+
+
+@emitted("void", "i64 i64 i64 i64 i64 i64 i64")
+def dot_4(k, isa, format, weights, num_groups, x0, x1, x2, x3, results):
+    """The same with four prepared rows; the four float32 go to `results`."""
+    totals = _dot(k, isa, format, weights, num_groups, [x0, x1, x2, x3])
+    for index, total in enumerate(totals):
+        k.store(results + 4 * index, total)
+
+
+def load_floats(k: Emitter, format: str, address: Value, lanes: int) -> Value:
+    if format == "f32":
+        return k.load(address, f32(lanes))
+    if format == "f16":
+        return k.load(address, f16(lanes)).cast("fpext", f32)
+    return (k.load(address, i16(lanes)).cast("zext", i32) << 16).view(f32(lanes))
+
+
+@emitted("f32", "i64 i64 i64")
+def dot_floats(k, isa, format, weights, count, x):
+    """Weights of format f32, f16 or bf16 times float32 activations."""
+    lanes = 16 if ISAS[isa].groups == 4 else 8
+    num_bytes = 4 if format == "f32" else 2
+    sums = [k.variable(k.constant(f32(lanes), 0.0)) for _ in range(4)]
+    step = 4 * lanes
+    num_steps = count >> (step.bit_length() - 1)
+    with k.loop(num_steps) as i:
+        at = weights + i * (step * num_bytes)
+        for line in range(0, step * num_bytes, LINE):
+            k.prefetch(at + (PREFETCH_BYTES + line))
+        for part, variable in enumerate(sums):
+            w = load_floats(k, format, at + part * lanes * num_bytes, lanes)
+            values = k.load(x + i * (step * 4) + part * lanes * 4, f32(lanes))
+            variable.set(k.multiply_add(w, values, variable.get()))
+    total = k.variable(
+        k.sum((sums[0].get() + sums[1].get()) + (sums[2].get() + sums[3].get()))
+    )
+    done = num_steps * step
+    with k.loop(count - done) as i:
+        at = done + i
+        w = load_floats(k, format, weights + at * num_bytes, 1)
+        total.set(k.multiply_add(w, k.load(x + at * 4, f32(1)), total.get()))
+    return total.get()

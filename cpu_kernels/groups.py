@@ -1,0 +1,175 @@
+"""How groups of 32 weights lie in the blocks of each number format, as data, and their decoding.
+
+Kernels work on a chunk of 256 weights: one block of a K format, eight blocks of the others. Inside
+a chunk, each half of a group (16 weights, `piece`) has its low bits in 16 consecutive bytes,
+shifted by 0 or 4, and perhaps high bits in 16 other bytes: that is all there is to know.
+Layouts are ggml's (ggml-common.h, ggml-quants.c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cpu_kernels.activations import FIRST_SUMS, POSITION, SECOND_SUMS, SUMS
+from cpu_kernels.formats import FORMATS
+from cpu_kernels.simd import Emitter, Value, f16, f32, i8, i16, i32
+
+GROUPS = 8  # in a chunk
+
+
+class Piece(NamedTuple):
+    """Where 16 weights are, in a chunk: byte offsets, and how far to shift right."""
+
+    low: int
+    low_shift: int
+    high: int = 0
+    high_shift: int = 0
+
+
+def chunk_bytes(format: str) -> int:
+    return 256 // FORMATS[format].block_size * FORMATS[format].block_bytes
+
+
+def piece(format: str, group: int, half: int) -> Piece:
+    match format:
+        case "q4_0":
+            return Piece(18 * group + 2, 4 * half)
+        case "q4_1":
+            return Piece(20 * group + 4, 4 * half)
+        case "q8_0":
+            return Piece(34 * group + 2 + 16 * half, 0)
+        case "q4_k":
+            return Piece(16 + 32 * (group // 2) + 16 * half, 4 * (group % 2))
+        case "q5_k":
+            return Piece(48 + 32 * (group // 2) + 16 * half, 4 * (group % 2), 16 + 16 * half, group)
+        case "q6_k":
+            part, group = divmod(group, 4)
+            low = 64 * part + 32 * (group % 2) + 16 * half
+            return Piece(low, 4 * (group // 2), 128 + 32 * part + 16 * half, 2 * group)
+    raise ValueError(f"no kernel knows the number format {format!r}")
+
+
+HIGH_MASK = {"q5_k": 1, "q6_k": 3}
+LARGEST = {"q4_0": 15, "q4_1": 15, "q4_k": 15, "q5_k": 31, "q6_k": 63, "q8_0": 128}
+QUANTIZED = tuple(LARGEST)
+
+
+def is_whole(format: str) -> bool:
+    """A block is a chunk, so that no row ends within one."""
+    return FORMATS[format].block_size == 256
+
+
+def with_padded_chunk(k: Emitter, format: str, address: Value, num_groups: Value) -> Value:
+    """Address of a chunk of `num_groups` blocks from `address` and zeros after them."""
+    nbytes = chunk_bytes(format)
+    padded = k.stack(-(-nbytes // 16) * 16)
+    for offset in range(0, nbytes, 16):
+        k.store(padded + offset, k.constant(i8(16), 0))
+    with k.loop(num_groups * (nbytes // GROUPS // 2)) as i:  # block sizes are even
+        k.store(padded + i * 2, k.load(address + i * 2, i16(1)))
+    return padded
+
+
+class Chunk:
+    """Decodes the chunk at an address, `groups` (1, 2 or 4) groups at a time.
+
+    A weight is `scale * integer + offset`. `scales` has float32 vectors of the eight groups (in
+    the order of POSITION): one, or two where the halves of a group differ. `offsets` pairs such
+    vectors with the kind of activation sums (see activations.py) that they are multiplied with.
+    `make_unsigned`: q8_0's integers get 128 added, for instructions that want unsigned weights.
+    """
+
+    def __init__(
+        self, k: Emitter, format: str, address: Value, groups: int, make_unsigned: bool = False
+    ) -> None:
+        self.k, self.format, self.address, self.groups = k, format, address, groups
+        self.flip = make_unsigned and format == "q8_0"
+        self.is_signed = format == "q8_0" and not self.flip
+        self._loaded: dict[tuple[int, ...], Value] = {}
+        self.scales, self.offsets = self._scales()
+
+    def integers(self, step: int, half: int) -> Value:
+        """One half of each of this step's groups: i8 [16 * groups]."""
+        range_ = range(step * self.groups, (step + 1) * self.groups)
+        pieces = [piece(self.format, group, half) for group in range_]
+        low = self._bytes([p.low for p in pieces])
+        if self.format == "q8_0":
+            return low ^ 0x80 if self.flip else low
+        low = self._shift(low, [-p.low_shift for p in pieces]) & 15
+        if self.format not in HIGH_MASK:
+            return low
+        high = self._bytes([p.high for p in pieces])
+        mask = HIGH_MASK[self.format]
+        by = [4 - p.high_shift for p in pieces]  # straight to where the high bits belong
+        if min(by) >= 0 or max(by) <= 0:
+            return low | (self._shift(high, by) & (mask << 4))
+        high = self._shift(high, [-p.high_shift for p in pieces]) & mask
+        return low | self._shift(high, [4] * len(pieces))
+
+    def _bytes(self, offsets: Sequence[int]) -> Value:
+        """16 bytes from each offset; loaded once, however often they are asked for."""
+        key = tuple(offsets)
+        if key not in self._loaded:
+            k, first = self.k, self.address + offsets[0]
+            if all(offset == offsets[0] for offset in offsets):
+                value = k.load(first, i8(16))
+                value = k.shuffle(value, mask=list(range(16)) * len(offsets))
+            elif list(offsets) == [offsets[0] + 16 * i for i in range(len(offsets))]:
+                value = k.load(first, i8(16 * len(offsets)))
+            else:
+                value = k.concatenate([k.load(self.address + o, i8(16)) for o in offsets])
+            self._loaded[key] = value
+        return self._loaded[key]
+
+    def _shift(self, value: Value, left: Sequence[int]) -> Value:
+        """Shift the bits of each piece, left or (negative) right; bits enter from neighbours."""
+        if not any(left):
+            return value
+        words = value.view(i32(value.lanes // 4))
+        amounts = [abs(n) for n in left for _ in range(4)]
+        by = self.k.constant(words.type, amounts)
+        words = words << by if max(left) > 0 else words >> by
+        return words.view(value.type)
+
+    def _scales(self) -> tuple[list[Value], list[tuple[Value, int]]]:
+        k, p = self.k, self.address
+        if self.format in ("q4_0", "q8_0"):
+            scale = self._halves(0)
+            if self.format == "q4_0":
+                return [scale], [(scale * -8.0, SUMS)]
+            return [scale], [(scale * -128.0, SUMS)] if self.flip else []
+        if self.format == "q4_1":
+            return [self._halves(0)], [(self._halves(2), SUMS)]
+        if self.format in ("q4_k", "q5_k"):
+            return self._six_bit_scales()
+        # q6_k: a signed byte for each half of a group, and one factor
+        factor = k.splat(k.load(p + 208, f16(1)).cast("fpext", f32), 8)
+        bytes_ = k.load(p + 192, i8(16))
+        order = [POSITION.index(i) for i in range(8)]
+        scales = []
+        for half in (0, 1):
+            part = k.shuffle(bytes_, mask=[2 * group + half for group in order])
+            scales.append(part.cast("sext", i32).cast("sitofp", f32) * factor)
+        return scales, [(scales[0] * -32.0, FIRST_SUMS), (scales[1] * -32.0, SECOND_SUMS)]
+
+    def _halves(self, offset: int) -> Value:
+        """The float16 at `offset` of each of eight blocks, as float32."""
+        block_bytes = FORMATS[self.format].block_bytes
+        order = [POSITION.index(i) for i in range(8)]
+        scalars = [self.k.load(self.address + (block_bytes * g + offset), f16(1)) for g in order]
+        return self.k.gather(scalars).cast("fpext", f32)
+
+    def _six_bit_scales(self) -> tuple[list[Value], list[tuple[Value, int]]]:
+        """q4_k and q5_k: two factors, then eight scales and eight minima of 6 bits in 12 bytes."""
+        k, p = self.k, self.address
+        a, b, c = [k.load(p + (4 + 4 * i), i32(1)) for i in range(3)]
+        scales = a & 0x3F3F3F3F, (c & 0x0F0F0F0F) | ((a >> 2) & 0x30303030)
+        minima = b & 0x3F3F3F3F, ((c >> 4) & 0x0F0F0F0F) | ((b >> 2) & 0x30303030)
+        order = [POSITION.index(i) for i in range(8)]
+        values = []
+        for offset, words in ((0, scales), (2, minima)):
+            factor = k.load(p + offset, f16(1)).cast("fpext", f32)
+            bytes_ = k.shuffle(k.gather(words).view(i8(8)), mask=order)
+            values.append(bytes_.cast("zext", i32).cast("sitofp", f32) * k.splat(factor, 8))
+        return [values[0]], [(values[1] * -1.0, SUMS)]

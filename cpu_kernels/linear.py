@@ -1,0 +1,123 @@
+"""Matrices of weights in any number format, and y = W x for rows of activations.
+
+    prepare_activations(x, ldx, n, k, prepared, thread, num_threads)
+    barrier(team)
+    multiply(matrix, prepared, n, y, ldy, thread, num_threads)
+
+inside an op; `matrix` is `Matrix.address`. A product with up to FEW_ROWS rows of activations gives
+each row exactly what it would get alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from cpu_kernels.activations import prepare_activations, prepared_bytes
+from cpu_kernels.formats import FORMATS
+from cpu_kernels.isa import Isa
+from cpu_kernels.products import (
+    kernel,
+    make_dequantize,
+    make_exact_gemv,
+    make_float_gemv,
+    make_gemv,
+)
+from cpu_kernels.team import share
+from cpu_kernels.words import address_of, call_kernel, load_i32, word
+
+FEW_ROWS = 8
+ROW_BLOCK = 16  # threads share the rows of a matrix in blocks of this many
+
+# Words of a matrix's record.
+DATA, ROWS, COLUMNS, ROW_BYTES, BIAS, FEW, MANY, DEQUANTIZE = range(8)
+
+
+def products_of(isa: Isa, format: str, exact: bool = False) -> tuple[int, int]:
+    """Addresses of the kernels of a format for few and for many rows of activations."""
+    if FORMATS[format].is_float:
+        few, many = make_float_gemv, make_float_gemv
+    elif exact:
+        few, many = make_exact_gemv, make_exact_gemv
+    else:
+        few, many = make_gemv, make_gemv
+    return kernel(few, isa.name, format)[0], kernel(many, isa.name, format)[0]
+
+
+class Matrix:
+    """Weights [out_features, in_features] whose bytes are used where they are.
+
+    `data`: uint8, rows of blocks of `format` one after the other, of any alignment; it is kept, not
+    copied. `bias`: float32 [out_features]. `exact`: quantized weights are multiplied with float32
+    activations instead of int8 ones. Raises ValueError if the data is too short.
+    """
+
+    def __init__(
+        self,
+        data: np.ndarray,
+        format: str,
+        shape: tuple[int, int],
+        isa: Isa,
+        bias: np.ndarray | None = None,
+        exact: bool = False,
+    ) -> None:
+        if format not in FORMATS:
+            raise ValueError(f"unknown number format {format!r}: expected one of {list(FORMATS)}")
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"a matrix needs two dimensions of at least 1, not shape {shape}")
+        row_bytes = FORMATS[format].row_bytes(shape[1])
+        if data.dtype != np.uint8 or not data.flags.c_contiguous:
+            raise ValueError(f"the data of a matrix must be contiguous uint8, not {data.dtype}")
+        if data.size < shape[0] * row_bytes:
+            raise ValueError(
+                f"a {format} matrix of shape {shape} has {shape[0] * row_bytes} bytes, "
+                f"but only {data.size} are there"
+            )
+        if bias is not None:
+            bias = np.ascontiguousarray(bias, np.float32)
+            if bias.shape != (shape[0],):
+                raise ValueError(f"bias must have shape ({shape[0]},), not {bias.shape}")
+        self.format, self.shape, self.data, self.bias = format, tuple(shape), data, bias
+        few, many = products_of(isa, format, exact)
+        dequantize = kernel(make_dequantize, isa.name, format)[0]
+        words = data.ctypes.data, *shape, row_bytes, address_of(bias), few, many, dequantize
+        self.record = np.array(words, np.int64)
+        self.address = address_of(self.record)
+
+
+@njit(error_model="numpy")
+def multiply(matrix, prepared, n, y, ldy, thread, num_threads):
+    """This thread's share of the output features, for n rows: float32 y[i * ldy + feature]."""
+    rows = word(matrix, ROWS)
+    first, last = share((rows + ROW_BLOCK - 1) // ROW_BLOCK, thread, num_threads)
+    last = min(last * ROW_BLOCK, rows)
+    first *= ROW_BLOCK
+    if first < last:
+        product = word(matrix, FEW) if n <= FEW_ROWS else word(matrix, MANY)
+        arguments = (
+            word(matrix, DATA), word(matrix, COLUMNS), first, last,
+            prepared, 0, 1, n, y, 0, ldy, word(matrix, BIAS),
+        )  # fmt: skip
+        call_kernel(product, arguments)
+
+
+@njit(error_model="numpy")
+def gather_rows(matrix, ids, n, y, ldy, thread, num_threads):
+    """This thread's share of the rows ids (address of int32 [n]) of a matrix, as float32."""
+    first, last = share(n, thread, num_threads)
+    k = word(matrix, COLUMNS)
+    for i in range(first, last):
+        row = np.int64(load_i32(ids, i))
+        target = y + 4 * i * ldy
+        arguments = (word(matrix, DATA), k, row, row + 1, 0, 0, 1, 1, target, 0, 0, 0)
+        call_kernel(word(matrix, DEQUANTIZE), arguments)
+
+
+__all__ = [
+    "FEW_ROWS",
+    "Matrix",
+    "gather_rows",
+    "multiply",
+    "prepare_activations",
+    "prepared_bytes",
+]

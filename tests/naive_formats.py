@@ -1,0 +1,66 @@
+"""Number formats, slow and obviously right: random blocks, and what they mean in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from cpu_kernels.formats import FORMATS
+
+# Byte offsets of the float16 scales in a block.
+HALVES = {
+    "q4_0": [0],
+    "q4_1": [0, 2],
+    "q8_0": [0],
+    "q4_k": [0, 2],
+    "q5_k": [0, 2],
+    "q6_k": [208],
+}
+
+
+def random_matrix(rng, format, shape, scale=0.01):
+    """uint8 [rows, row_bytes]: random bits, with scales of either sign around `scale`."""
+    rows, columns = shape
+    if FORMATS[format].is_float:
+        values = (rng.standard_normal(shape) * scale).astype(np.float32)
+        if format == "f16":
+            values = values.astype(np.float16)
+        elif format == "bf16":
+            values = (values.view(np.uint32) >> 16).astype(np.uint16)
+        return values.view(np.uint8).reshape(rows, -1)
+    blocks = columns // FORMATS[format].block_size
+    data = rng.integers(0, 256, (rows, blocks, FORMATS[format].block_bytes), np.uint8)
+    for offset in HALVES[format]:
+        halves = rng.uniform(0.5, 1.5, (rows, blocks)) * scale
+        halves = (halves * rng.choice([-1, 1], (rows, blocks))).astype(np.float16)
+        data[:, :, offset : offset + 2] = halves.view(np.uint8).reshape(rows, blocks, 2)
+    return data.reshape(rows, -1)
+
+
+def to_float64(data, format, shape):
+    """The weights [rows, columns] that rows of blocks stand for."""
+    data = np.ascontiguousarray(data).reshape(shape[0], -1)
+    if format == "bf16":
+        values = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    elif FORMATS[format].is_float:
+        values = data.view({"f32": np.float32, "f16": np.float16}[format])
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = dequantize(data, GGMLQuantizationType[format.upper()])
+    return values.reshape(shape).astype(np.float64)
+
+
+def quantized_activations(x):
+    """float64 [n, k]: x as int8 groups of 32 with a float32 scale each."""
+    n, k = x.shape
+    padded = np.zeros((n, -(-k // 32) * 32), np.float32)
+    padded[:, :k] = x
+    groups = padded.reshape(n, -1, 32)
+    largest = np.abs(groups).max(-1, keepdims=True)
+    inverse = np.divide(
+        np.float32(127), largest, out=np.zeros_like(largest), where=largest >= np.float32(1e-35)
+    )
+    integers = np.clip(np.rint(groups * inverse), -127, 127).astype(np.float64)
+    scales = np.where(largest >= np.float32(1e-35), largest * np.float32(1 / 127), 0)
+    return (integers * scales).reshape(n, -1)[:, :k]

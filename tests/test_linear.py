@@ -1,0 +1,205 @@
+"""Products of quantized matrices against float64, on every instruction set that runs here."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+from cpu_kernels.formats import FORMATS
+from cpu_kernels.isa import ISAS, host_features, usable
+from cpu_kernels.linear import (
+    Matrix,
+    gather_rows,
+    multiply,
+    prepare_activations,
+    prepared_bytes,
+)
+from cpu_kernels.team import Team, barrier, op
+from cpu_kernels.words import address_of, aligned_bytes, record, word
+from naive_formats import quantized_activations, random_matrix, to_float64
+
+ISA_NAMES = usable(host_features())
+
+
+@op
+def product(arguments, thread, num_threads, team):
+    """matrix, x, n, k, prepared, y, rows"""
+    x, n, k = word(arguments, 1), word(arguments, 2), word(arguments, 3)
+    prepared = word(arguments, 4)
+    prepare_activations(x, k, n, k, prepared, thread, num_threads)
+    barrier(team)
+    rows = word(arguments, 6)
+    multiply(word(arguments, 0), prepared, n, word(arguments, 5), rows, thread, num_threads)
+
+
+@op
+def gather(arguments, thread, num_threads, team):
+    """matrix, ids, n, y, k"""
+    k = word(arguments, 4)
+    matrix, ids, n, y = (
+        word(arguments, 0),
+        word(arguments, 1),
+        word(arguments, 2),
+        word(arguments, 3),
+    )
+    gather_rows(matrix, ids, n, y, k, thread, num_threads)
+
+
+@njit
+def room(n, k):
+    return prepared_bytes(n, k)
+
+
+@pytest.fixture(scope="module")
+def teams():
+    with Team(1) as one, Team(2) as two:
+        yield {1: one, 2: two}
+
+
+def run_product(team, matrix, x):
+    x = np.ascontiguousarray(x, np.float32)
+    n, k = x.shape
+    y = np.full((n, matrix.shape[0]), np.nan, np.float32)
+    prepared = aligned_bytes(room(n, k))
+    words = record(
+        matrix.address, address_of(x), n, k, address_of(prepared), address_of(y), y.shape[1]
+    )
+    team.run(product.address, address_of(words))
+    return y
+
+
+def expected(data, format, shape, x, exact=False):
+    if not (exact or FORMATS[format].is_float):
+        x = quantized_activations(x)
+    weights = to_float64(data, format, shape)
+    return x.astype(np.float64) @ weights.T, np.abs(x).astype(np.float64) @ np.abs(weights).T
+
+
+def assert_close(got, data, format, shape, x, bias=None, exact=False):
+    """Sums of float32 products: the error is bounded by that of the sum of their magnitudes.
+
+    Formats with an offset add and subtract more than the weight itself (at most 17 times as much:
+    a q4_0 weight of 1 is 9 - 8), which is the rest of the tolerance.
+    """
+    want, magnitude = expected(data, format, shape, x, exact)
+    if bias is not None:
+        want, magnitude = want + bias, magnitude + np.abs(bias)
+    tolerance = 1e-5 * magnitude + 1e-5 * magnitude.mean() + 1e-30
+    assert (np.abs(got - want) <= tolerance).all(), np.abs(got - want).max()
+
+
+@pytest.mark.parametrize("isa", ISA_NAMES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_product(format, isa, teams):
+    rng = np.random.default_rng(1)
+    shape = 40, 768
+    data = random_matrix(rng, format, shape)
+    bias = rng.standard_normal(shape[0]).astype(np.float32)
+    matrix = Matrix(data.reshape(-1), format, shape, ISAS[isa], bias)
+    for n in (1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 70):
+        x = rng.standard_normal((n, shape[1])).astype(np.float32)
+        one, two = (run_product(teams[threads], matrix, x) for threads in (1, 2))
+        assert_close(one, data, format, shape, x, bias)
+        assert (one == two).all()
+
+
+@pytest.mark.parametrize("isa", ISA_NAMES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_few_rows_are_as_one_row(format, isa, teams):
+    rng = np.random.default_rng(2)
+    shape = 19, 512
+    matrix = Matrix(random_matrix(rng, format, shape).reshape(-1), format, shape, ISAS[isa])
+    x = rng.standard_normal((8, shape[1])).astype(np.float32)
+    single = np.concatenate([run_product(teams[1], matrix, x[i : i + 1]) for i in range(8)])
+    for n in range(2, 9):
+        assert (run_product(teams[2], matrix, x[:n]) == single[:n]).all()
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if not FORMATS[f].is_float])
+def test_exact_product_uses_float_activations(format, teams):
+    rng = np.random.default_rng(3)
+    shape = 24, 512
+    data = random_matrix(rng, format, shape)
+    matrix = Matrix(data.reshape(-1), format, shape, ISAS[ISA_NAMES[0]], exact=True)
+    for n in (1, 3, 20):
+        x = rng.standard_normal((n, shape[1])).astype(np.float32)
+        assert_close(run_product(teams[2], matrix, x), data, format, shape, x, exact=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    format=st.sampled_from(list(FORMATS)),
+    isa=st.sampled_from(ISA_NAMES),
+    rows=st.integers(1, 45),
+    groups=st.integers(1, 24),
+    n=st.integers(1, 40),
+    exact=st.booleans(),
+    offset=st.integers(0, 3),
+    scale=st.sampled_from([1e-7, 1e-3, 1.0, 60.0]),
+    x_scale=st.sampled_from([1e-20, 1e-6, 1.0, 1e6]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(format, isa, rows, groups, n, exact, offset, scale, x_scale, seed):
+    rng = np.random.default_rng(seed)
+    block = FORMATS[format].block_size
+    columns = groups * 256 if block == 256 else groups * 32
+    if block == 1:
+        columns = max(1, columns - seed % 31)
+    shape = rows, columns
+    data = random_matrix(rng, format, shape, scale)
+    moved = np.zeros(data.size + offset, np.uint8)  # ends where the weights end, starts anywhere
+    moved[offset:] = data.reshape(-1)
+    matrix = Matrix(moved[offset:], format, shape, ISAS[isa], exact=exact)
+    x = (rng.standard_normal((n, columns)) * x_scale).astype(np.float32)
+    x[rng.random(x.shape) < 0.1] = 0
+    x[:, :32] *= rng.choice([0, 1e-3, 1])
+    with Team(1) as team:
+        assert_close(run_product(team, matrix, x), data, format, shape, x, exact=exact)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_as_floats(format, teams):
+    rng = np.random.default_rng(4)
+    shape = 30, 768
+    data = random_matrix(rng, format, shape)
+    matrix = Matrix(data.reshape(-1), format, shape, ISAS[ISA_NAMES[0]])
+    ids = np.array([3, 0, 29, 3, 17], np.int32)
+    y = np.full((len(ids), shape[1]), np.nan, np.float32)
+    words = record(matrix.address, address_of(ids), len(ids), address_of(y), shape[1])
+    teams[2].run(gather.address, address_of(words))
+    assert (y == to_float64(data, format, shape).astype(np.float32)[ids]).all()
+
+
+def test_zeros_and_tiny_activations(teams):
+    rng = np.random.default_rng(5)
+    shape = 8, 96
+    data = random_matrix(rng, "q4_0", shape)
+    matrix = Matrix(data.reshape(-1), "q4_0", shape, ISAS[ISA_NAMES[0]])
+    assert (run_product(teams[1], matrix, np.zeros((1, 96))) == 0).all()
+    assert (run_product(teams[1], matrix, np.full((1, 96), 1e-40)) == 0).all()
+
+
+def test_not_a_number_stays_one(teams):
+    rng = np.random.default_rng(6)
+    shape = 8, 64
+    data = random_matrix(rng, "q4_0", shape)
+    x = np.ones((1, 64), np.float32)
+    x[0, 5] = np.nan
+    matrix = Matrix(data.reshape(-1), "q4_0", shape, ISAS[ISA_NAMES[0]])
+    assert np.isnan(run_product(teams[1], matrix, x)).all()
+    data[2, :2] = np.array([np.nan], np.float16).view(np.uint8)
+    y = run_product(teams[1], matrix, np.ones((1, 64)))
+    assert (np.isnan(y[0]) == (np.arange(8) == 2)).all()
+
+
+def test_wrong_matrices_are_refused():
+    data, isa = np.zeros(100, np.uint8), ISAS[ISA_NAMES[0]]
+    with pytest.raises(ValueError, match="only 100 are there"):
+        Matrix(data, "q4_0", (8, 64), isa)
+    with pytest.raises(ValueError, match="unknown number format"):
+        Matrix(data, "q3_x", (8, 64), isa)
+    with pytest.raises(ValueError, match="no whole number"):
+        Matrix(data, "q4_0", (1, 63), isa)
+    with pytest.raises(ValueError, match="bias"):
+        Matrix(data, "q4_0", (1, 64), isa, np.zeros(2, np.float32))

@@ -182,7 +182,7 @@ class Engine:
         again, and it stays open for the next call.
         """
         params = SamplingParams(**sampling)
-        ids = self._checked(ids)
+        ids = self.checked(ids)
         own = sequence is None
         sequence = sequence or self.kv.open()
         try:
@@ -210,7 +210,7 @@ class Engine:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """What follows each token: float32 [len(ids), vocab_size]."""
-        ids = self._checked(ids)
+        ids = self.checked(ids)
         sequence = self.kv.open()
         try:
             return np.concatenate(
@@ -245,7 +245,8 @@ class Engine:
             self.kv.truncate(sequence, length)
             raise
 
-    def _checked(self, ids: Sequence[int]) -> list[int]:
+    def checked(self, ids: Sequence[int]) -> list[int]:
+        """`ids` as a list; ValueError if this model cannot continue them."""
         ids = [int(token) for token in ids]
         if not ids:
             raise ValueError("the prompt is empty: give at least one token")

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from numba import njit
 
+from cpu_kernels.memory import store_word
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32
 from cpu_kernels.team import share
-from cpu_kernels.words import store_word
 
 GROUP = 32
 CHUNK = 256

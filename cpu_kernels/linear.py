@@ -16,6 +16,7 @@ from numba import njit
 from cpu_kernels.activations import prepare_activations, prepared_bytes
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import Isa
+from cpu_kernels.memory import address_of, call_kernel, load_i32, word
 from cpu_kernels.products import (
     kernel,
     make_dequantize,
@@ -24,7 +25,6 @@ from cpu_kernels.products import (
     make_gemv,
 )
 from cpu_kernels.team import share
-from cpu_kernels.words import address_of, call_kernel, load_i32, word
 
 FEW_ROWS = 8
 ROW_BLOCK = 16  # threads share the rows of a matrix in blocks of this many

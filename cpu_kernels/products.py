@@ -29,7 +29,7 @@ from cpu_kernels.dequantize import dequantize_chunk, dequantize_last, floats_to_
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.gemv import dot_1, dot_4, dot_floats
 from cpu_kernels.groups import chunk_bytes
-from cpu_kernels.words import (
+from cpu_kernels.memory import (
     NUM_KERNEL_ARGUMENTS,
     load_f32,
     load_i32,

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_formats import quantized_activations, random_matrix, to_float64
 from numba import njit
 
 from cpu_kernels.formats import FORMATS
@@ -15,9 +16,8 @@ from cpu_kernels.linear import (
     prepare_activations,
     prepared_bytes,
 )
+from cpu_kernels.memory import address_of, aligned_bytes, record, word
 from cpu_kernels.team import Team, barrier, op
-from cpu_kernels.words import address_of, aligned_bytes, record, word
-from naive_formats import quantized_activations, random_matrix, to_float64
 
 ISA_NAMES = usable(host_features())
 

@@ -1,0 +1,263 @@
+"""A layer's experts in one call: gate, up, SiLU, down, for the rows that each expert was given.
+
+Nothing is gathered or scattered: kernels read the activations of the rows that they are told, and
+write to rows that they are told. Threads share the rows of all experts' matrices in proportion to
+their work, so that a few small experts keep all of them busy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from cpu_kernels.activations import prepare_activations
+from cpu_kernels.exponential import exp
+from cpu_kernels.isa import Isa
+from cpu_kernels.lanes import by_lanes
+from cpu_kernels.linear import FEW_ROWS, ROW_BLOCK, products_of
+from cpu_kernels.memory import call_kernel, load_f32, load_i32, word
+from cpu_kernels.record import Record, fields
+from cpu_kernels.simd import emitted, f32
+from cpu_kernels.team import Team, barrier, op, share
+from cpu_kernels.workspace import Workspace
+
+# What it costs to decode a row of weights, in rows of activations multiplied with it.
+DECODING_COST = 2
+
+EXPERTS = fields(
+    "h num_rows hidden_size expert_size num_jobs addresses starts pairs top_k out "
+    "gate_few gate_many up_few up_many down_few down_many "
+    "prepared gate_out up_out inner_prepared identity"
+)
+COMBINE = fields("x out weights num_rows top_k hidden_size")
+
+
+@emitted("void", "i64 i64 i64")
+def silu_multiply(k, gate, up, count):
+    """gate = gate * sigmoid(gate) * up, of `count` float32."""
+
+    def do(offset, lanes):
+        g = k.load(gate + offset, f32(lanes))
+        one, zero = k.constant(f32(lanes), 1.0), k.constant(f32(lanes), 0.0)
+        sigmoid = one / (exp(k, zero - g) + 1.0)
+        k.store(gate + offset, g * sigmoid * k.load(up + offset, f32(lanes)))
+
+    by_lanes(k, count, do)
+
+
+@emitted("void", "i64 i64 i64 f32")
+def add_scaled(k, x, y, count, factor):
+    """x += factor * y, of `count` float32."""
+
+    def do(offset, lanes):
+        y_values = k.load(y + offset, f32(lanes))
+        sums = k.multiply_add(y_values, k.splat(factor, lanes), k.load(x + offset, f32(lanes)))
+        k.store(x + offset, sums)
+
+    by_lanes(k, count, do)
+
+
+@njit(inline="always")
+def _divide_up(a, b):
+    return (a + b - 1) // b
+
+
+@njit(inline="always")
+def _job_rows(starts, job):
+    """First row of a job, counted over all jobs, and how many it has."""
+    first = np.int64(load_i32(starts, job))
+    return first - np.int64(load_i32(starts, 0)), np.int64(load_i32(starts, job + 1)) - first
+
+
+@njit(error_model="numpy")
+def _total_cost(starts, num_jobs, features):
+    cost = 0
+    for job in range(num_jobs):
+        num_rows = _job_rows(starts, job)[1]
+        if num_rows > 0:
+            cost += _divide_up(features, ROW_BLOCK) * (num_rows + DECODING_COST)
+    return cost
+
+
+@njit(error_model="numpy")
+def _part_of_job(before, num_rows, features, low, high):
+    """Output features [first, last) of a job that are within [low, high) of the whole cost."""
+    cost = num_rows + DECODING_COST
+    blocks = _divide_up(features, ROW_BLOCK)
+    first = min(_divide_up(max(low - before, 0), cost), blocks)
+    last = min(_divide_up(max(high - before, 0), cost), blocks)
+    return first * ROW_BLOCK, min(last * ROW_BLOCK, features), before + blocks * cost
+
+
+@njit(error_model="numpy")
+def _gate_and_up(r, thread, num_threads):
+    """This thread's share of silu(gate h) * (up h), for every row of every job."""
+    starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
+    hidden, size = word(r, EXPERTS.hidden_size), word(r, EXPERTS.expert_size)
+    prepared, identity = word(r, EXPERTS.prepared), word(r, EXPERTS.identity)
+    gate_out, up_out = word(r, EXPERTS.gate_out), word(r, EXPERTS.up_out)
+    pairs, top_k = word(r, EXPERTS.pairs), word(r, EXPERTS.top_k)
+    low, high = share(_total_cost(starts, num_jobs, size), thread, num_threads)
+    before = 0
+    for job in range(num_jobs):
+        row, num_rows = _job_rows(starts, job)
+        if num_rows == 0:
+            continue
+        first, last, before = _part_of_job(before, num_rows, size, low, high)
+        if first >= last:
+            continue
+        few = num_rows <= FEW_ROWS
+        addresses = word(r, EXPERTS.addresses) + 24 * job
+        x_rows = pairs + 4 * (row + np.int64(load_i32(starts, 0)))
+        y_rows = identity + 4 * row
+        for matrix in range(2):
+            if matrix == 0:
+                kernel = word(r, EXPERTS.gate_few) if few else word(r, EXPERTS.gate_many)
+            else:
+                kernel = word(r, EXPERTS.up_few) if few else word(r, EXPERTS.up_many)
+            y = gate_out if matrix == 0 else up_out
+            weights = word(addresses, matrix)
+            arguments = (
+                weights, hidden, first, last, prepared, x_rows, top_k, num_rows, y, y_rows, size, 0
+            )  # fmt: skip
+            call_kernel(kernel, arguments)
+        for i in range(row, row + num_rows):
+            at = 4 * (i * size + first)
+            silu_multiply(gate_out + at, up_out + at, last - first)
+
+
+@njit(error_model="numpy")
+def _down(r, thread, num_threads):
+    """This thread's share of down @ inner, for every row of every job."""
+    starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
+    hidden, size = word(r, EXPERTS.hidden_size), word(r, EXPERTS.expert_size)
+    prepared, identity = word(r, EXPERTS.inner_prepared), word(r, EXPERTS.identity)
+    out, pairs = word(r, EXPERTS.out), word(r, EXPERTS.pairs)
+    low, high = share(_total_cost(starts, num_jobs, hidden), thread, num_threads)
+    before = 0
+    for job in range(num_jobs):
+        row, num_rows = _job_rows(starts, job)
+        if num_rows == 0:
+            continue
+        first, last, before = _part_of_job(before, num_rows, hidden, low, high)
+        if first < last:
+            few = num_rows <= FEW_ROWS
+            kernel = word(r, EXPERTS.down_few) if few else word(r, EXPERTS.down_many)
+            weights = word(word(r, EXPERTS.addresses) + 24 * job, 2)
+            x_rows = identity + 4 * row
+            y_rows = pairs + 4 * (row + np.int64(load_i32(starts, 0)))
+            arguments = (
+                weights, size, first, last, prepared, x_rows, 1, num_rows, out, y_rows, hidden, 0
+            )  # fmt: skip
+            call_kernel(kernel, arguments)
+
+
+@njit(error_model="numpy")
+def run_experts(r, thread, num_threads, team):
+    """Everything, from prepared h to out; ends without a barrier."""
+    starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
+    num_pairs = np.int64(load_i32(starts, num_jobs)) - np.int64(load_i32(starts, 0))
+    size, inner = word(r, EXPERTS.expert_size), word(r, EXPERTS.gate_out)
+    _gate_and_up(r, thread, num_threads)
+    barrier(team)
+    inner_prepared = word(r, EXPERTS.inner_prepared)
+    prepare_activations(inner, size, num_pairs, size, inner_prepared, thread, num_threads)
+    barrier(team)
+    _down(r, thread, num_threads)
+
+
+@njit(error_model="numpy")
+def prepare_h(r, thread, num_threads):
+    hidden = word(r, EXPERTS.hidden_size)
+    h, num_rows = word(r, EXPERTS.h), word(r, EXPERTS.num_rows)
+    prepare_activations(h, hidden, num_rows, hidden, word(r, EXPERTS.prepared), thread, num_threads)
+
+
+@op
+def _experts(r, thread, num_threads, team):
+    prepare_h(r, thread, num_threads)
+    barrier(team)
+    run_experts(r, thread, num_threads, team)
+
+
+@op
+def _combine(r, thread, num_threads, team):
+    hidden, top_k = word(r, COMBINE.hidden_size), word(r, COMBINE.top_k)
+    x, out, weights = word(r, COMBINE.x), word(r, COMBINE.out), word(r, COMBINE.weights)
+    # Columns in blocks of 64, so that one row is shared, too.
+    blocks = _divide_up(hidden, 64)
+    low, high = share(word(r, COMBINE.num_rows) * blocks, thread, num_threads)
+    for i in range(low, high):
+        row, block = i // blocks, i % blocks
+        count = min(64, hidden - 64 * block)
+        for pair in range(row * top_k, (row + 1) * top_k):
+            source = out + 4 * (pair * hidden + 64 * block)
+            target = x + 4 * (row * hidden + 64 * block)
+            add_scaled(target, source, count, load_f32(weights, pair))
+
+
+class ExpertLayer:
+    """The sizes and number formats of a layer's experts, ready to run.
+
+    `layout`'s gate, up and down have `format` and `shape`.
+    """
+
+    def __init__(self, layout: Any, isa: Isa, exact: bool, workspace: Workspace) -> None:
+        self.expert_size, self.hidden_size = layout.gate.shape
+        if layout.up.shape != layout.gate.shape or layout.down.shape != layout.gate.shape[::-1]:
+            raise ValueError(
+                f"gate, up and down do not fit together: {layout.gate.shape}, "
+                f"{layout.up.shape}, {layout.down.shape}"
+            )
+        self.workspace = workspace
+        self.record = Record(EXPERTS, hidden_size=self.hidden_size, expert_size=self.expert_size)
+        for name in ("gate", "up", "down"):
+            few, many = products_of(isa, getattr(layout, name).format, exact)
+            self.record.set(**{f"{name}_few": few, f"{name}_many": many})
+        _ = _experts.address  # compiled now rather than in the first token
+
+    def run(
+        self, team: Team, h: np.ndarray, addresses: np.ndarray, jobs: Any, out: np.ndarray
+    ) -> None:
+        """See Backend.experts. `jobs` has `starts` and `pairs`."""
+        starts, pairs = jobs.starts, jobs.pairs
+        num_jobs = len(starts) - 1
+        if num_jobs < 1:
+            return
+        top_k, remainder = divmod(len(out), len(h))
+        if h.dtype != np.float32 or out.dtype != np.float32 or remainder:
+            raise ValueError("h and out must be float32, with top_k rows of out for each of h")
+        if h.shape[1] != self.hidden_size or out.shape[1] != self.hidden_size:
+            raise ValueError(f"h and out must have {self.hidden_size} columns")
+        if addresses.shape != (num_jobs, 3) or addresses.dtype != np.int64:
+            raise ValueError(f"addresses must be int64 [{num_jobs}, 3]")
+        if starts.dtype != np.int32 or pairs.dtype != np.int32:
+            raise ValueError("starts and pairs of the jobs must be int32")
+        self.workspace.reserve(len(h), self.hidden_size, len(pairs), self.expert_size)
+        self.record.set(
+            h=h, num_rows=len(h), num_jobs=num_jobs, addresses=np.ascontiguousarray(addresses),
+            starts=starts, pairs=pairs, top_k=top_k, out=out, **self.workspace.arrays,
+        )  # fmt: skip
+        team.run(_experts.address, self.record.address)
+
+
+class Combine:
+    """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * top_k + rank]."""
+
+    def __init__(self) -> None:
+        self.record = Record(COMBINE)
+
+    def run(self, team: Team, x: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
+        num_rows, top_k = weights.shape
+        if weights.dtype != np.float32 or not weights.flags.c_contiguous:
+            weights = np.ascontiguousarray(weights, np.float32)
+        if x.shape[0] != num_rows or out.shape != (num_rows * top_k, x.shape[1]):
+            raise ValueError(
+                f"shapes do not fit: x {x.shape}, out {out.shape}, weights {weights.shape}"
+            )
+        self.record.set(
+            x=x, out=out, weights=weights, num_rows=num_rows, top_k=top_k, hidden_size=x.shape[1]
+        )
+        team.run(_combine.address, self.record.address)

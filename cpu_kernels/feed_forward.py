@@ -1,0 +1,109 @@
+"""The dense feed-forward: an expert that every row uses, added to x."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cpu_kernels.experts import (
+    EXPERTS,
+    ExpertLayer,
+    add_scaled,
+    prepare_h,
+    run_experts,
+)
+from cpu_kernels.exponential import exp
+from cpu_kernels.isa import Isa
+from cpu_kernels.linear import multiply
+from cpu_kernels.memory import load_f32, word
+from cpu_kernels.norm import apply_norm, rms_scale
+from cpu_kernels.record import Record, fields
+from cpu_kernels.simd import emitted, f32
+from cpu_kernels.team import Team, barrier, op, share
+from cpu_kernels.workspace import Workspace
+
+FEED_FORWARD = fields("experts x norm eps scale scores")
+
+
+@emitted("f32", "f32")
+def sigmoid(k, value):
+    one = k.constant(f32(1), 1.0)
+    return one / (exp(k, k.constant(f32(1), 0.0) - value) + 1.0)
+
+
+@op
+def _feed_forward(r, thread, num_threads, team):
+    experts = word(r, FEED_FORWARD.experts)
+    x, scale = word(r, FEED_FORWARD.x), word(r, FEED_FORWARD.scale)
+    num_rows, hidden = word(experts, EXPERTS.num_rows), word(experts, EXPERTS.hidden_size)
+    norm, scores = word(r, FEED_FORWARD.norm), word(r, FEED_FORWARD.scores)
+    first, last = share(num_rows, thread, num_threads)
+    if norm != 0:
+        for row in range(first, last):
+            source = x + 4 * row * hidden
+            factor = rms_scale(source, hidden, load_f32(r, 2 * FEED_FORWARD.eps))
+            target = word(experts, EXPERTS.h) + 4 * row * hidden
+            apply_norm(source, norm, target, hidden, factor)
+        barrier(team)
+    prepare_h(experts, thread, num_threads)
+    barrier(team)
+    if scale != 0:
+        prepared = word(experts, EXPERTS.prepared)
+        multiply(scale, prepared, num_rows, scores, 1, thread, num_threads)
+    run_experts(experts, thread, num_threads, team)
+    barrier(team)
+    out = word(experts, EXPERTS.out)
+    for row in range(first, last):
+        factor = sigmoid(load_f32(scores, row)) if scale != 0 else 1.0
+        add_scaled(x + 4 * row * hidden, out + 4 * row * hidden, hidden, factor)
+
+
+class _Layout(NamedTuple):
+    gate: Any
+    up: Any
+    down: Any
+
+
+class FeedForwardLayer:
+    """x += ffn(h), times sigmoid(scale @ h) if there is a scale; `weights` has matrices gate, up,
+    down and scale (or None). With `norm` (float32 [hidden_size]), h = norm(x)."""
+
+    def __init__(
+        self,
+        weights: Any,
+        isa: Isa,
+        exact: bool,
+        workspace: Workspace,
+        norm: np.ndarray | None = None,
+        norm_eps: float = 0.0,
+    ) -> None:
+        self.weights, self.workspace = weights, workspace
+        layout = _Layout(weights.gate, weights.up, weights.down)
+        self.layer = ExpertLayer(layout, isa, exact, workspace)
+        addresses = [matrix.data.ctypes.data for matrix in layout]
+        self.layer.record.set(num_jobs=1, top_k=1, addresses=np.array(addresses, np.int64))
+        self.norm = None if norm is None else np.ascontiguousarray(norm, np.float32)
+        self.record = Record(
+            FEED_FORWARD,
+            experts=self.layer.record.address,
+            eps=float(norm_eps),
+            scale=weights.scale.address if weights.scale is not None else 0,
+        )
+        _ = _feed_forward.address
+
+    def run(self, team: Team, x: np.ndarray, h: np.ndarray | None) -> None:
+        num_rows, hidden = x.shape
+        if h is None and self.norm is None:
+            raise ValueError("this feed-forward was prepared without a norm: give it h")
+        space, size = self.workspace, self.layer.expert_size
+        space.reserve(num_rows, hidden, num_rows, size)
+        space.reserve_dense(num_rows, hidden)
+        starts = np.array((0, num_rows), np.int32)
+        self.layer.record.set(
+            h=space.dense["h"] if h is None else h, num_rows=num_rows, starts=starts,
+            pairs=space.arrays["identity"], out=space.dense["out"], **space.arrays,
+        )  # fmt: skip
+        norm = self.norm if h is None else None
+        self.record.set(x=x, scores=space.dense["scores"], norm=norm)
+        team.run(_feed_forward.address, self.record.address)

@@ -1,0 +1,185 @@
+"""A layer's experts, the dense feed-forward and the weighted sum against float64."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive_formats import quantized_activations, random_matrix, to_float64
+
+from cpu_kernels.experts import Combine, ExpertLayer
+from cpu_kernels.feed_forward import FeedForwardLayer
+from cpu_kernels.formats import FORMATS
+from cpu_kernels.isa import choose
+from cpu_kernels.linear import Matrix
+from cpu_kernels.team import Team
+from cpu_kernels.workspace import Workspace
+from tiered.experts import ExpertJobs, Routing, expert_layout, group_by_expert
+
+ISA = choose()
+
+
+@pytest.fixture(scope="module")
+def teams():
+    with Team(1) as one, Team(2) as two:
+        yield {1: one, 2: two}
+
+
+class Weights(NamedTuple):
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    scale: Matrix | None = None
+
+
+def silu(x):
+    return x * (1 + np.tanh(x / 2)) / 2
+
+
+def expert(x, blob, layout, exact):
+    """float64 result of one expert, with activations quantized as the kernels do."""
+
+    def times(tensor, x):
+        data = blob[tensor.offset : tensor.offset + tensor.nbytes]
+        if not (exact or FORMATS[tensor.format].is_float):
+            x = quantized_activations(x)
+        return x.astype(np.float64) @ to_float64(data, tensor.format, tensor.shape).T
+
+    inner = silu(times(layout.gate, x)) * times(layout.up, x)
+    return times(layout.down, inner.astype(np.float32))
+
+
+def random_blob(rng, layout):
+    blob = np.zeros(layout.nbytes, np.uint8)
+    for tensor in layout:
+        scale = 0.0005 if tensor.format.endswith("_k") else 0.02  # of about 30 times as much
+        data = random_matrix(rng, tensor.format, tensor.shape, scale)
+        blob[tensor.offset : tensor.offset + tensor.nbytes] = data.reshape(-1)
+    return blob
+
+
+def random_jobs(rng, num_tokens, num_experts, top_k):
+    chosen = np.stack([rng.permutation(num_experts)[:top_k] for _ in range(num_tokens)])
+    weights = rng.random((num_tokens, top_k)).astype(np.float32)
+    return group_by_expert(Routing(chosen.astype(np.int32), weights)), weights
+
+
+def addresses_of(blobs, layout, experts):
+    return np.array([blobs[e].ctypes.data for e in experts])[:, None] + layout.offsets
+
+
+def assert_close(got, want, exact):
+    # An int8 activation may be rounded the other way (1/254 of its group's largest).
+    tolerance = 1e-5 if exact else 3e-3
+    assert np.abs(got - want).max() <= tolerance * np.abs(want).max() + 1e-20
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    formats=st.sampled_from(
+        [("q4_0",) * 3, ("q4_k", "q4_k", "q6_k"), ("bf16",) * 3, ("q4_0", "q8_0", "f32")]
+    ),
+    num_tokens=st.integers(1, 40),
+    num_experts=st.integers(1, 9),
+    top_k=st.integers(1, 4),
+    hidden=st.integers(1, 4),
+    size=st.integers(1, 5),
+    exact=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_experts(formats, num_tokens, num_experts, top_k, hidden, size, exact, seed):
+    rng = np.random.default_rng(seed)
+    unit = max(32, *(FORMATS[f].block_size for f in formats))
+    layout = expert_layout(unit * hidden, unit * size, *formats)
+    top_k = min(top_k, num_experts)
+    jobs, _ = random_jobs(rng, num_tokens, num_experts, top_k)
+    blobs = [random_blob(rng, layout) for _ in range(num_experts)]
+    h = rng.standard_normal((num_tokens, unit * hidden)).astype(np.float32)
+    addresses = addresses_of(blobs, layout, jobs.experts)
+    results = []
+    for threads in (1, 2, 3):
+        layer = ExpertLayer(layout, ISA, exact, Workspace())
+        out = np.full((num_tokens * top_k, unit * hidden), np.nan, np.float32)
+        with Team(threads) as team:
+            layer.run(team, h, addresses, jobs, out)
+        results.append(out)
+    assert (results[0] == results[1]).all()
+    assert (results[0] == results[2]).all()
+    for i, e in enumerate(jobs.experts):
+        pairs = jobs.pairs[jobs.starts[i] : jobs.starts[i + 1]]
+        want = expert(h[pairs // top_k], blobs[e], layout, exact)
+        assert_close(results[0][pairs], want, exact)
+
+
+def test_jobs_one_by_one_give_the_same(teams):
+    rng = np.random.default_rng(1)
+    layout = expert_layout(96, 64, "q4_0", "q4_0", "q4_0")
+    jobs, _ = random_jobs(rng, 13, 6, 2)
+    blobs = [random_blob(rng, layout) for _ in range(6)]
+    h = rng.standard_normal((13, 96)).astype(np.float32)
+    layer = ExpertLayer(layout, ISA, False, Workspace())
+    whole, parts = np.zeros((2, 26, 96), np.float32)
+    layer.run(teams[2], h, addresses_of(blobs, layout, jobs.experts), jobs, whole)
+    for i in range(len(jobs.experts)):
+        one = ExpertJobs(jobs.experts[i : i + 1], jobs.starts[i : i + 2], jobs.pairs)
+        layer.run(teams[1], h, addresses_of(blobs, layout, one.experts), one, parts)
+    assert (whole == parts).all()
+
+
+def test_no_jobs(teams):
+    layout = expert_layout(64, 32, "q4_0", "q4_0", "q4_0")
+    layer = ExpertLayer(layout, ISA, False, Workspace())
+    out = np.ones((2, 64), np.float32)
+    empty = ExpertJobs(np.zeros(0, np.int32), np.zeros(1, np.int32), np.zeros(0, np.int32))
+    h = np.zeros((1, 64), np.float32)
+    layer.run(teams[2], h, np.zeros((0, 3), np.int64), empty, out)
+    assert (out == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2048), (5, 2, 70), (40, 3, 64)])
+def test_combine(shape, teams):
+    num_tokens, top_k, hidden = shape
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((num_tokens, hidden)).astype(np.float32)
+    out = rng.standard_normal((num_tokens * top_k, hidden)).astype(np.float32)
+    weights = rng.random((num_tokens, top_k)).astype(np.float32)
+    want = x + (out.reshape(num_tokens, top_k, hidden) * weights[..., None]).sum(1)
+    results = []
+    for team in teams.values():
+        got = x.copy()
+        Combine().run(team, got, out, weights)
+        results.append(got)
+    assert np.abs(results[0] - want).max() < 1e-5
+    assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 30])
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("with_scale", [False, True])
+def test_feed_forward(num_rows, with_norm, with_scale, teams):
+    rng = np.random.default_rng(3)
+    layout = expert_layout(192, 96, "q4_0", "q8_0", "q4_1")
+    blob = random_blob(rng, layout)
+    matrices = [
+        Matrix(blob[t.offset : t.offset + t.nbytes], t.format, t.shape, ISA) for t in layout
+    ]
+    scale = random_matrix(rng, "f32", (1, 192), 1.0)
+    x = rng.standard_normal((num_rows, 192)).astype(np.float32)
+    norm = rng.random(192).astype(np.float32)
+    h = rng.standard_normal((num_rows, 192)).astype(np.float32)
+    want_h = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * norm if with_norm else h
+    want = expert(want_h, blob, layout, False)
+    if with_scale:
+        want = want / (1 + np.exp(-want_h @ to_float64(scale, "f32", (1, 192)).T))
+    scale = Matrix(scale.reshape(-1), "f32", (1, 192), ISA) if with_scale else None
+    results = []
+    for team in teams.values():
+        layer = FeedForwardLayer(
+            Weights(*matrices, scale), ISA, False, Workspace(), norm if with_norm else None, 1e-5
+        )
+        got = x.copy()
+        layer.run(team, got, None if with_norm else h)
+        results.append(got)
+    assert_close(results[0] - x, want, False)
+    assert (results[0] == results[1]).all()

@@ -1,0 +1,255 @@
+"""A layer's attention in one call: norm, projections, rope, KV cache, attention, output."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from cpu_kernels.batch import PreparedBatch
+from cpu_kernels.flash import ATTENTION, BATCH, attend_blocks, attend_split, merge_split
+from cpu_kernels.kv import KV, KVPages, append, padded
+from cpu_kernels.linear import multiply, prepare_activations
+from cpu_kernels.norm import add, apply_norm, clip, rms_norm_rows, rms_scale, scaled_copy
+from cpu_kernels.record import Record
+from cpu_kernels.rope import RopeTable, rotate_adjacent, rotate_half, rotation
+from cpu_kernels.team import Team, barrier, op, share
+from cpu_kernels.memory import load_f32, load_i32, word
+
+
+@njit(error_model="numpy")
+def _float(layer, field):
+    return load_f32(layer + 8 * field, 0)
+
+
+@njit(error_model="numpy")
+def _finish_heads(layer, thread, num_threads):
+    """Norm, clip and rotate this thread's share of the heads of q, k and v; queries go to where
+    attention reads them, keys and values into the KV cache."""
+    batch, kv = word(layer, ATTENTION.batch), word(layer, ATTENTION.kv)
+    head_dim, padded_dim = word(layer, ATTENTION.head_dim), word(layer, ATTENTION.padded_dim)
+    num_heads, num_kv_heads = word(layer, ATTENTION.num_heads), word(layer, ATTENTION.num_kv_heads)
+    group, half = word(layer, ATTENTION.group), word(layer, ATTENTION.half)
+    norms = word(layer, ATTENTION.q_norm), word(layer, ATTENTION.k_norm)
+    full = word(layer, ATTENTION.full_norm) != 0
+    eps, limit = _float(layer, ATTENTION.eps), _float(layer, ATTENTION.clip)
+    num_rows, num_all = word(batch, BATCH.num_rows), num_heads + 2 * num_kv_heads
+    page_size = word(kv, KV.page_size)
+    angles = word(batch, BATCH.workspaces) + thread * word(batch, BATCH.workspace_bytes)
+    values = angles + 8 * padded_dim  # one head
+    lo, hi = share(num_rows * num_all, thread, num_threads)
+    last_row, position, scale = -1, 0, np.float32(0.0)
+    q_scale, k_scale = np.float32(0.0), np.float32(0.0)
+    for task in range(lo, hi):
+        row, head = task // num_all, task % num_all
+        projected = word(batch, BATCH.projected) + 4 * row * num_all * head_dim
+        if row != last_row:
+            last_row, position = row, np.int64(load_i32(word(batch, BATCH.positions), row))
+            rotation(
+                word(layer, ATTENTION.coarse), word(layer, ATTENTION.fine), half, position, angles
+            )
+            if full:
+                q_scale = rms_scale(projected, num_heads * head_dim, eps)
+                keys = projected + 4 * num_heads * head_dim
+                k_scale = rms_scale(keys, num_kv_heads * head_dim, eps)
+        source = projected + 4 * head * head_dim
+        is_query, is_value = head < num_heads, head >= num_heads + num_kv_heads
+        kv_head = head - num_heads if not is_value else head - num_heads - num_kv_heads
+        weight = 0 if is_value else norms[0] if is_query else norms[1]
+        if weight:
+            if full:
+                weight += 4 * head_dim * (head if is_query else kv_head)
+                scale = q_scale if is_query else k_scale
+            else:
+                scale = rms_scale(source, head_dim, eps)
+            apply_norm(source, weight, values, head_dim, scale)
+        else:
+            scaled_copy(source, values, head_dim, np.float32(1.0))
+        if limit > 0:
+            clip(values, head_dim, limit)
+        if not is_value:
+            if word(layer, ATTENTION.adjacent):
+                rotate_adjacent(values, angles, half)
+            else:
+                rotate_half(values, angles, half)
+        if is_query:
+            number = (head // group * num_rows + row) * group + head % group
+            query = word(batch, BATCH.queries) + 4 * number * padded_dim
+            scaled_copy(values, query, head_dim, _float(layer, ATTENTION.query_scale))
+        else:
+            sequence = np.int64(load_i32(word(batch, BATCH.sequences), row))
+            table = word(batch, BATCH.tables) + 4 * sequence * word(batch, BATCH.max_pages)
+            page = np.int64(load_i32(table, position // page_size))
+            append(kv, 1 if is_value else 0, values, page, position % page_size, kv_head)
+
+
+@op
+def attention(layer, thread, num_threads, team):
+    batch = word(layer, ATTENTION.batch)
+    num_rows, hidden_size = word(batch, BATCH.num_rows), word(layer, ATTENTION.hidden_size)
+    q_size = word(layer, ATTENTION.num_heads) * word(layer, ATTENTION.head_dim)
+    kv_size = word(layer, ATTENTION.num_kv_heads) * word(layer, ATTENTION.head_dim)
+    x, normed = word(batch, BATCH.x), word(batch, BATCH.normed)
+    lo, hi = share(num_rows, thread, num_threads)
+    rms_norm_rows(
+        x, word(layer, ATTENTION.norm), normed, lo, hi, hidden_size, _float(layer, ATTENTION.eps)
+    )
+    barrier(team)
+    prepared = word(batch, BATCH.prepared)
+    prepare_activations(
+        normed, hidden_size, num_rows, hidden_size, prepared, thread, num_threads
+    )
+    barrier(team)
+    out, width = word(batch, BATCH.projected), q_size + 2 * kv_size
+    multiply(word(layer, ATTENTION.q), prepared, num_rows, out, width, thread, num_threads)
+    out += 4 * q_size
+    multiply(word(layer, ATTENTION.k), prepared, num_rows, out, width, thread, num_threads)
+    out += 4 * kv_size
+    multiply(word(layer, ATTENTION.v), prepared, num_rows, out, width, thread, num_threads)
+    barrier(team)
+    _finish_heads(layer, thread, num_threads)
+    barrier(team)
+    if word(batch, BATCH.split):
+        attend_split(layer, thread, team)
+        barrier(team)
+        merge_split(layer, thread, num_threads)
+    else:
+        attend_blocks(layer, thread, team)
+    barrier(team)
+    attended, prepared = word(batch, BATCH.attended), word(batch, BATCH.prepared_out)
+    prepare_activations(attended, q_size, num_rows, q_size, prepared, thread, num_threads)
+    barrier(team)
+    out = word(batch, BATCH.out)
+    multiply(word(layer, ATTENTION.o), prepared, num_rows, out, hidden_size, thread, num_threads)
+    barrier(team)
+    lo, hi = share(num_rows * hidden_size, thread, num_threads)
+    add(x + 4 * lo, out + 4 * lo, hi - lo)
+
+
+class Geometry(NamedTuple):
+    """What decides how much memory attention needs."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    padded_dim: int
+
+
+class AttentionLayer:
+    """A layer's weights, ready for `Attention.run`. `weights` and `config` have the attributes of
+    tiered.backend.AttentionWeights and tiered.config.ModelConfig, its matrices are Matrix."""
+
+    def __init__(self, weights: Any, config: Any, batch: Record, rope: RopeTable) -> None:
+        c = config
+        self.geometry = Geometry(
+            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, padded(c.head_dim)
+        )
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        if c.qk_norm not in ("", "head", "full"):
+            raise ValueError(f'qk_norm must be "", "head" or "full", not {c.qk_norm!r}')
+        full = c.qk_norm == "full"
+        norm_shapes = (q_size, kv_size) if full else (c.head_dim, c.head_dim)
+        has_norm = bool(c.qk_norm)
+        for name, shape in (
+            ("q", (q_size, c.hidden_size)),
+            ("k", (kv_size, c.hidden_size)),
+            ("v", (kv_size, c.hidden_size)),
+            ("o", (c.hidden_size, q_size)),
+        ):
+            if tuple(getattr(weights, name).shape) != shape:
+                raise ValueError(
+                    f"attention weight {name} must have shape {shape}, "
+                    f"not {tuple(getattr(weights, name).shape)}"
+                )
+        self.rope, self._coarse = rope, rope.coarse
+        self._weights = weights  # the record has only their addresses
+        self.record = Record(
+            ATTENTION,
+            batch=batch.address,
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            padded_dim=padded(c.head_dim),
+            group=c.num_heads // c.num_kv_heads,
+            window=c.sliding_window,
+            sinks=floats(getattr(weights, "sinks", None), "sinks", c.num_heads),
+            hidden_size=c.hidden_size,
+            eps=float(c.norm_eps),
+            norm=floats(weights.norm, "norm", c.hidden_size),
+            q=weights.q.address,
+            k=weights.k.address,
+            v=weights.v.address,
+            o=weights.o.address,
+            q_norm=floats(weights.q_norm, "q_norm", norm_shapes[0]) if has_norm else None,
+            k_norm=floats(weights.k_norm, "k_norm", norm_shapes[1]) if has_norm else None,
+            full_norm=int(full),
+            clip=float(c.clip_qkv),
+            query_scale=c.head_dim**-0.5,
+            fine=rope.fine,
+            coarse=rope.coarse,
+            half=rope.half,
+            adjacent=int(rope.pairs == "adjacent"),
+        )
+        self._kv: Record | None = None
+
+    def use(self, kv: KVPages, index: int, num_positions: int) -> None:
+        """Keep keys and values in layer `index` of kv; be ready for so many positions."""
+        record = kv.records[index]
+        if record is not self._kv:
+            g = self.geometry
+            if (kv.num_kv_heads, kv.head_dim) != (g.num_kv_heads, g.head_dim):
+                raise ValueError(
+                    f"the KV cache has {kv.num_kv_heads} heads of {kv.head_dim} values, "
+                    f"the layer {g.num_kv_heads} of {g.head_dim}"
+                )
+            self.record.set(kv=record.address)
+            self._kv = record
+        self.rope.reserve(num_positions)
+        if self._coarse is not self.rope.coarse:
+            self.record.set(coarse=self.rope.coarse)
+            self._coarse = self.rope.coarse
+
+
+class Attention:
+    """All that attention layers share: the batch at hand, scratch memory, tables of angles.
+
+    One call of `run` at a time.
+    """
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self._batch = PreparedBatch(team.num_threads)
+        self._ropes: dict[Any, RopeTable] = {}
+
+    def layer(self, weights: Any, config: Any) -> AttentionLayer:
+        key = config.rope, config.head_dim
+        if key not in self._ropes:
+            self._ropes[key] = RopeTable(config.rope, config.head_dim, config.context_length)
+        return AttentionLayer(weights, config, self._batch.record, self._ropes[key])
+
+    def run(self, x: np.ndarray, layer: AttentionLayer, kv: KVPages, index: int, batch: Any) -> None:
+        """x += attention(norm(x)): float32 [num_tokens, hidden_size]; appends keys and values."""
+        if not len(x):
+            return
+        self._batch.prepare(x, batch, kv, layer.geometry)
+        layer.use(kv, index, self._batch.num_positions)
+        self._team.run(attention.address, layer.record.address)
+
+
+def kv_pages(config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages:
+    """Room for the keys and values of all layers of a model."""
+    return KVPages(
+        config.num_layers, config.num_kv_heads, config.head_dim, num_pages, page_size, dtype
+    )
+
+
+def floats(array: np.ndarray | None, name: str, size: int) -> np.ndarray | None:
+    """A weight vector as contiguous float32 [size]; ValueError if it has another size."""
+    if array is None:
+        return None
+    array = np.ascontiguousarray(array, np.float32).reshape(-1)
+    if len(array) != size:
+        raise ValueError(f"{name} must have {size} values, not {len(array)}")
+    return array

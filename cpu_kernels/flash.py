@@ -1,0 +1,307 @@
+"""Attention over the pages of the KV cache: blocks of rows against chunks of positions.
+
+A block is up to BLOCK_ROWS consecutive rows (tokens) of one sequence; a chunk is CHUNK positions.
+Chunks begin at multiples of CHUNK and are merged in order, and the arithmetic of one row knows
+nothing of the other rows. So a token's result has the same bits in prefill and in decode, in any
+batch, and on any number of threads.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from cpu_kernels.kv import CHUNK, KV
+from cpu_kernels.lanes import ELEMENT_BYTES, LANES, load_lanes
+from cpu_kernels.memory import load_f32, load_i32, word
+from cpu_kernels.record import fields
+from cpu_kernels.simd import emitted
+from cpu_kernels.softmax import HEADER, empty_row, finish, merge, scale_row, softmax_row
+from cpu_kernels.team import next_task
+from cpu_kernels.tile import multiply_f32, multiply_f16, multiply_int8
+
+BLOCK_ROWS = 64
+STRIP = 32  # query heads whose scores are kept at once: 32 KiB, the first-level cache
+PACK_FROM = 24  # query heads from which it pays to copy a chunk's keys and values to float32
+
+# What attention needs to know of a batch, the same in all layers ...
+BATCH = fields(
+    "num_rows positions sequences tables max_pages num_blocks blocks num_chunks split x queries "
+    "normed projected attended partials workspaces workspace_bytes prepared prepared_out out"
+)
+# ... and of a layer. `kv` is the address of a record of KV.
+ATTENTION = fields(
+    "batch kv num_heads num_kv_heads head_dim padded_dim group window sinks hidden_size eps norm "
+    "q k v o q_norm k_norm full_norm clip query_scale fine coarse half adjacent"
+)
+
+
+@njit(error_model="numpy")
+def partial_bytes(padded_dim):
+    return HEADER + 4 * padded_dim
+
+
+@njit(error_model="numpy")
+def workspace_bytes(padded_dim, group):
+    """Bytes that one thread needs: packed keys, packed values, scores, partials, totals."""
+    packed = 2 * 4 * CHUNK * padded_dim
+    rows = STRIP + BLOCK_ROWS * group
+    return packed + 4 * CHUNK * STRIP + rows * partial_bytes(padded_dim)
+
+
+@njit(error_model="numpy")
+def first_visible(layer, position):
+    window = word(layer, ATTENTION.window)
+    return position + 1 - window if 0 < window <= position else 0
+
+
+@emitted("void", "i64 i64 i64 i64")
+def _pack(k, kind, source, step, count, target):
+    """Copy `count` vectors, `step` bytes apart, to float32 vectors that follow each other."""
+    with k.loop(count) as i:
+        k.store(target + i * (4 * LANES), load_lanes(k, kind, source + i * step), align=4)
+
+
+def _make_pack(kind):
+    size = ELEMENT_BYTES[kind]
+
+    @njit(error_model="numpy")
+    def pack_page(keys, values, head_dim, padded_dim, page_size, offset, packed_keys, packed_values):
+        """Add a page, whose first token has number `offset` in the chunk, to the packed chunk."""
+        for v in range(page_size // LANES):
+            target = packed_keys + (offset // LANES + v) * head_dim * 4 * LANES
+            _pack(kind, keys + v * LANES * size, page_size * size, head_dim, target)
+        for v in range(padded_dim // LANES):
+            target = packed_values + (v * CHUNK + offset) * 4 * LANES
+            _pack(kind, values + v * LANES * size, padded_dim * size, page_size, target)
+
+    return pack_page
+
+
+_pack_f32, _pack_f16, _pack_int8 = (_make_pack(kind) for kind in ("f32", "f16", "int8"))
+
+
+@njit(error_model="numpy")
+def _multiply(kind, a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh):
+    if kind == 0:
+        multiply_f32(a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh)
+    elif kind == 1:
+        multiply_f16(a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh)
+    else:
+        multiply_int8(a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh)
+
+
+@njit(error_model="numpy")
+def _block(kv, page, head):
+    return page * word(kv, KV.num_heads) + head
+
+
+@njit(error_model="numpy")
+def _pack_chunk(kv, table, head, start, lo, hi, packed_keys, packed_values):
+    """Positions start + lo to start + hi - 1 (whole pages) as float32."""
+    kind, page_size = word(kv, KV.kind), word(kv, KV.page_size)
+    head_dim, padded_dim = word(kv, KV.head_dim), word(kv, KV.padded_dim)
+    for offset in range(lo // page_size * page_size, hi, page_size):
+        block = _block(kv, load_i32(table, (start + offset) // page_size), head)
+        keys = word(kv, KV.keys) + block * word(kv, KV.key_page)
+        values = word(kv, KV.values) + block * word(kv, KV.value_page)
+        pack = keys, values, head_dim, padded_dim, page_size, offset, packed_keys, packed_values
+        if kind == 0:
+            _pack_f32(*pack)
+        elif kind == 1:
+            _pack_f16(*pack)
+        else:
+            _pack_int8(*pack)
+
+
+@njit(error_model="numpy")
+def _scores_from_pages(kv, table, head, start, lo, hi, queries, num_rows, scores):
+    kind, page_size = word(kv, KV.kind), word(kv, KV.page_size)
+    row, size = 4 * word(kv, KV.padded_dim), word(kv, KV.element_bytes)
+    for offset in range(lo // page_size * page_size, hi, page_size):
+        block = _block(kv, load_i32(table, (start + offset) // page_size), head)
+        keys = word(kv, KV.keys) + block * word(kv, KV.key_page)
+        num_vectors = (min(hi - offset, page_size) + LANES - 1) // LANES
+        step, vector = page_size * size, LANES * size
+        out, depth = scores + 4 * offset, word(kv, KV.head_dim)
+        _multiply(
+            kind, queries, row, num_rows, keys, step, vector, num_vectors, depth, out, 4 * CHUNK, 1
+        )
+
+
+@njit(error_model="numpy")
+def _values_from_pages(kv, table, head, start, lo, hi, scores, num_rows, out, out_row):
+    kind, page_size = word(kv, KV.kind), word(kv, KV.page_size)
+    padded_dim, size = word(kv, KV.padded_dim), word(kv, KV.element_bytes)
+    at = lo
+    while at < hi:
+        page_end = min((at // page_size + 1) * page_size, hi)
+        block = _block(kv, load_i32(table, (start + at) // page_size), head)
+        values = word(kv, KV.values) + block * word(kv, KV.value_page)
+        values += at % page_size * padded_dim * size
+        step, vector, fresh = padded_dim * size, LANES * size, 1 if at == lo else 0
+        a, depth, num_vectors = scores + 4 * at, page_end - at, padded_dim // LANES
+        _multiply(
+            kind, a, 4 * CHUNK, num_rows, values, step, vector, num_vectors, depth, out, out_row, fresh
+        )
+        at = page_end
+
+
+@njit(error_model="numpy")
+def _apply_scales(kv, table, head, start, lo, hi, is_value, scores, num_rows):
+    """int8: the scales of keys belong to the scores, those of values to the weights."""
+    page_size = word(kv, KV.page_size)
+    for offset in range(lo // page_size * page_size, hi, page_size):
+        block = _block(kv, load_i32(table, (start + offset) // page_size), head)
+        scales = word(kv, KV.scales) + 4 * (block * 2 + is_value) * page_size
+        num_vectors = (min(hi - offset, page_size) + LANES - 1) // LANES
+        for row in range(num_rows):
+            scale_row(scores + 4 * (row * CHUNK + offset), 0, num_vectors, scales)
+
+
+@njit(error_model="numpy")
+def _attend_chunk(layer, workspace, first_row, num_rows, head, chunk, out, accumulate):
+    """The partials of a block's query heads, of one head of keys, for one chunk: written to `out`,
+    one for each row and query head, or merged into those that are there."""
+    batch, kv = word(layer, ATTENTION.batch), word(layer, ATTENTION.kv)
+    group, padded_dim = word(layer, ATTENTION.group), word(layer, ATTENTION.padded_dim)
+    head_dim, kind = word(kv, KV.head_dim), word(kv, KV.kind)
+    positions, sequence = word(batch, BATCH.positions), load_i32(word(batch, BATCH.sequences), first_row)
+    table = word(batch, BATCH.tables) + 4 * sequence * word(batch, BATCH.max_pages)
+    start, size = chunk * CHUNK, partial_bytes(padded_dim)
+    lo = max(first_visible(layer, load_i32(positions, first_row)) - start, 0)
+    lo = lo // LANES * LANES
+    hi = min(load_i32(positions, first_row + num_rows - 1) + 1 - start, CHUNK)
+    first, last = lo // LANES, (hi + LANES - 1) // LANES  # vectors of positions
+    num_queries, query_bytes = num_rows * group, 4 * padded_dim
+    queries = word(batch, BATCH.queries)
+    queries += (head * word(batch, BATCH.num_rows) + first_row) * group * query_bytes
+    packed_keys = workspace
+    packed_values = packed_keys + 4 * CHUNK * padded_dim
+    scores = packed_values + 4 * CHUNK * padded_dim
+    parts = scores + 4 * CHUNK * STRIP
+    is_packed = num_queries >= PACK_FROM
+    if is_packed:
+        _pack_chunk(kv, table, head, start, lo, hi, packed_keys, packed_values)
+    for strip in range(0, num_queries, STRIP):
+        count = min(STRIP, num_queries - strip)
+        target = parts if accumulate else out + strip * size
+        q = queries + strip * query_bytes
+        if is_packed:
+            multiply_f32(
+                q, query_bytes, count, packed_keys + first * head_dim * 4 * LANES, 4 * LANES,
+                head_dim * 4 * LANES, last - first, head_dim, scores + 4 * lo, 4 * CHUNK, 1,
+            )  # fmt: skip
+        else:
+            _scores_from_pages(kv, table, head, start, lo, hi, q, count, scores)
+        if kind == 2:
+            _apply_scales(kv, table, head, start, lo, hi, 0, scores, count)
+        for i in range(count):
+            position = load_i32(positions, first_row + (strip + i) // group)
+            row_lo = max(first_visible(layer, position) - start, 0)
+            row_hi = min(position + 1 - start, CHUNK)
+            row, partial = scores + 4 * CHUNK * i, target + i * size
+            if row_lo < row_hi:
+                softmax_row(row, first, last, row_lo, row_hi, partial)
+            else:
+                empty_row(row, first, last, partial)
+        if kind == 2:
+            _apply_scales(kv, table, head, start, lo, hi, 1, scores, count)
+        if is_packed:
+            multiply_f32(
+                scores + 4 * lo, 4 * CHUNK, count, packed_values + lo * 4 * LANES, 4 * LANES,
+                CHUNK * 4 * LANES, padded_dim // LANES, hi - lo, target + HEADER, size, 1,
+            )  # fmt: skip
+        else:
+            _values_from_pages(
+                kv, table, head, start, lo, hi, scores, count, target + HEADER, size
+            )
+        if accumulate:
+            for i in range(count):
+                merge(out + (strip + i) * size, target + i * size, padded_dim)
+
+
+@njit(error_model="numpy")
+def _finish_row(layer, row, head, query, total):
+    """The result of query head `query` of the group of `head`, from its total."""
+    group, head_dim = word(layer, ATTENTION.group), word(layer, ATTENTION.head_dim)
+    number, sinks = head * group + query, word(layer, ATTENTION.sinks)
+    out = word(word(layer, ATTENTION.batch), BATCH.attended)
+    out += 4 * head_dim * (row * word(layer, ATTENTION.num_heads) + number)
+    sink = load_f32(sinks, number) if sinks else load_f32(total, 0)
+    finish(total, out, head_dim, sink, 1 if sinks else 0)
+
+
+@njit(error_model="numpy")
+def _chunks(layer, first_row, num_rows):
+    """Chunks [lo, hi) that some row of a block sees."""
+    positions = word(word(layer, ATTENTION.batch), BATCH.positions)
+    lo = first_visible(layer, load_i32(positions, first_row)) // CHUNK
+    return lo, load_i32(positions, first_row + num_rows - 1) // CHUNK + 1
+
+
+@njit(error_model="numpy")
+def attend_blocks(layer, thread, team):
+    """Many rows: a task is a block and a head, all of its chunks one after the other."""
+    batch, size = word(layer, ATTENTION.batch), partial_bytes(word(layer, ATTENTION.padded_dim))
+    num_heads, group = word(layer, ATTENTION.num_kv_heads), word(layer, ATTENTION.group)
+    padded_dim, blocks = word(layer, ATTENTION.padded_dim), word(batch, BATCH.blocks)
+    workspace = word(batch, BATCH.workspaces) + thread * word(batch, BATCH.workspace_bytes)
+    totals = workspace + 4 * CHUNK * (2 * padded_dim + STRIP) + STRIP * size
+    num_blocks = word(batch, BATCH.num_blocks)
+    task = next_task(team, 0)
+    while task < num_blocks * num_heads:
+        # Later blocks see more: start with those, so that the last tasks are small ones.
+        block, head = num_blocks - 1 - task // num_heads, task % num_heads
+        first_row, num_rows = word(blocks, 2 * block), word(blocks, 2 * block + 1)
+        for i in range(num_rows * group):
+            empty_row(0, 0, 0, totals + i * size)
+        lo, hi = _chunks(layer, first_row, num_rows)
+        for chunk in range(lo, hi):
+            _attend_chunk(layer, workspace, first_row, num_rows, head, chunk, totals, True)
+        for i in range(num_rows * group):
+            _finish_row(layer, first_row + i // group, head, i % group, totals + i * size)
+        task = next_task(team, 0)
+
+
+@njit(error_model="numpy")
+def _partials(layer, chunk, head, row):
+    """Where split attention keeps the partials of a row's query heads of one head and chunk."""
+    batch, size = word(layer, ATTENTION.batch), partial_bytes(word(layer, ATTENTION.padded_dim))
+    number = chunk * word(layer, ATTENTION.num_kv_heads) + head
+    number = (number * word(batch, BATCH.num_rows) + row) * word(layer, ATTENTION.group)
+    return word(batch, BATCH.partials) + number * size
+
+
+@njit(error_model="numpy")
+def attend_split(layer, thread, team):
+    """Few rows: a task is a block, a head and a chunk. `merge_split` follows, after a barrier."""
+    batch, num_heads = word(layer, ATTENTION.batch), word(layer, ATTENTION.num_kv_heads)
+    workspace = word(batch, BATCH.workspaces) + thread * word(batch, BATCH.workspace_bytes)
+    num_blocks, blocks = word(batch, BATCH.num_blocks), word(batch, BATCH.blocks)
+    num_tasks = num_blocks * num_heads * word(batch, BATCH.num_chunks)
+    task = next_task(team, 0)
+    while task < num_tasks:
+        chunk, head = task // num_heads // num_blocks, task % num_heads
+        block = task // num_heads % num_blocks
+        first_row, num_rows = word(blocks, 2 * block), word(blocks, 2 * block + 1)
+        lo, hi = _chunks(layer, first_row, num_rows)
+        if lo <= chunk < hi:
+            out = _partials(layer, chunk, head, first_row)
+            _attend_chunk(layer, workspace, first_row, num_rows, head, chunk, out, False)
+        task = next_task(team, 0)
+
+
+@njit(error_model="numpy")
+def merge_split(layer, thread, num_threads):
+    batch, size = word(layer, ATTENTION.batch), partial_bytes(word(layer, ATTENTION.padded_dim))
+    num_heads, group = word(layer, ATTENTION.num_kv_heads), word(layer, ATTENTION.group)
+    total = word(batch, BATCH.workspaces) + thread * word(batch, BATCH.workspace_bytes)
+    num_tasks = word(batch, BATCH.num_rows) * num_heads * group
+    for task in range(num_tasks * thread // num_threads, num_tasks * (thread + 1) // num_threads):
+        row, head, query = task // group // num_heads, task // group % num_heads, task % group
+        empty_row(0, 0, 0, total)
+        lo, hi = _chunks(layer, row, 1)
+        for chunk in range(lo, hi):
+            part = _partials(layer, chunk, head, row) + query * size
+            merge(total, part, word(layer, ATTENTION.padded_dim))
+        _finish_row(layer, row, head, query, total)

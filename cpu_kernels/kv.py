@@ -1,0 +1,131 @@
+"""The memory of the KV cache: pages of keys and values, written and read by attention.
+
+A page holds `page_size` tokens of one layer. Of each head, keys lie transposed, [head_dim,
+page_size], and values as they come, [page_size, head_dim padded to whole vectors], so that both
+products of attention read memory in order. int8 has one scale per token and head.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from cpu_kernels.lanes import ELEMENT_BYTES, LANES, larger, store_value
+from cpu_kernels.memory import load_f32, store_f32, word
+from cpu_kernels.record import Record, fields
+from cpu_kernels.simd import emitted, f32
+
+CHUNK = 256  # positions whose softmax is computed at once; pages divide it
+DTYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
+KINDS = tuple(DTYPES)  # a kind's number in records is its place here
+
+KV = fields(
+    "kind element_bytes keys values scales num_pages page_size num_heads head_dim padded_dim "
+    "key_page value_page"
+)
+
+
+def padded(head_dim: int) -> int:
+    return -(-head_dim // LANES) * LANES
+
+
+class KVPages:
+    """Keys and values of `num_pages` pages in each of `num_layers` layers.
+
+    `dtype` is "f32", "f16" or "int8"; `page_size` must be a multiple of 16 that divides 256.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int,
+        dtype: str,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"the KV cache is kept as f32, f16 or int8, not {dtype!r}")
+        if page_size < LANES or CHUNK % page_size:
+            raise ValueError(
+                f"page_size must be {LANES} times a power of two, at most {CHUNK}, not {page_size}"
+            )
+        shape = num_layers, num_pages, num_kv_heads
+        self.num_pages, self.page_size, self.dtype = num_pages, page_size, dtype
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
+        # Zeroed memory is not touched before it is used: a large context costs what is in it.
+        self.keys = np.zeros((*shape, head_dim, page_size), DTYPES[dtype])
+        self.values = np.zeros((*shape, page_size, padded(head_dim)), DTYPES[dtype])
+        scales = shape if dtype == "int8" else (num_layers, 0, 0)
+        self.scales = np.zeros((*scales, 2, page_size), np.float32)
+        self.records = [
+            Record(
+                KV,
+                kind=KINDS.index(dtype),
+                element_bytes=ELEMENT_BYTES[dtype],
+                keys=self.keys[layer],
+                values=self.values[layer],
+                scales=self.scales[layer],
+                num_pages=num_pages,
+                page_size=page_size,
+                num_heads=num_kv_heads,
+                head_dim=head_dim,
+                padded_dim=padded(head_dim),
+                key_page=head_dim * page_size * ELEMENT_BYTES[dtype],
+                value_page=padded(head_dim) * page_size * ELEMENT_BYTES[dtype],
+            )
+            for layer in range(num_layers)
+        ]
+
+
+@emitted("f32", "i64 i64")
+def _largest(k, x, count):
+    most = k.variable(k.constant(f32(1), 0.0))
+    with k.loop(count) as i:
+        most.set(larger(k, k.absolute(k.load(x + i * 4, f32(1))), most.get()))
+    return most.get()
+
+
+def _make_write(kind):
+    size = ELEMENT_BYTES[kind]
+
+    @njit(error_model="numpy")
+    def write(x, count, out, step, factor):
+        for i in range(count):
+            store_value(kind, out + i * step * size, load_f32(x, i) * factor)
+
+    return write
+
+
+_write_f32, _write_f16, _write_int8 = (_make_write(kind) for kind in KINDS)
+
+
+@njit(error_model="numpy")
+def _append_one(kv, x, out, step, scale_at):
+    """Write one token's head of keys or values, its values `step` elements apart."""
+    kind, head_dim = word(kv, KV.kind), word(kv, KV.head_dim)
+    if kind == 0:
+        _write_f32(x, head_dim, out, step, np.float32(1.0))
+    elif kind == 1:
+        _write_f16(x, head_dim, out, step, np.float32(1.0))
+    else:
+        largest = _largest(x, head_dim)
+        factor = np.float32(127.0) / largest if largest > np.float32(1e-30) else np.float32(0.0)
+        store_f32(scale_at, 0, largest / np.float32(127.0))
+        _write_int8(x, head_dim, out, step, factor)
+
+
+@njit(error_model="numpy")
+def append(kv, is_value, x, page, slot, head):
+    """Keep the float32 [head_dim] at x as a token's key, or value, in a slot of a page."""
+    page_size, num_heads = word(kv, KV.page_size), word(kv, KV.num_heads)
+    size = word(kv, KV.element_bytes)
+    block = page * num_heads + head
+    scale_at = word(kv, KV.scales) + 4 * ((block * 2 + is_value) * page_size + slot)
+    if is_value:
+        out = word(kv, KV.values) + block * word(kv, KV.value_page)
+        padded_dim = word(kv, KV.padded_dim)
+        _append_one(kv, x, out + slot * padded_dim * size, 1, scale_at)
+    else:
+        out = word(kv, KV.keys) + block * word(kv, KV.key_page)
+        _append_one(kv, x, out + slot * size, page_size, scale_at)

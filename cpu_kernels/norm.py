@@ -1,0 +1,77 @@
+"""RMS norm: https://arxiv.org/abs/1910.07467."""
+
+from __future__ import annotations
+
+from numba import njit
+
+from cpu_kernels.lanes import LANES, by_lanes, larger, smaller
+from cpu_kernels.simd import emitted, f32
+
+
+@emitted("f32", "i64 i64 f32")
+def rms_scale(k, x, count, eps):
+    """1 / sqrt(mean of squares + eps) of `count` float32."""
+    sums = {n: k.variable(k.constant(f32(n), 0.0)) for n in (LANES, 1)}
+
+    def add_square(offset, lanes):
+        value = k.load(x + offset, f32(lanes), align=4)
+        sums[lanes].set(k.multiply_add(value, value, sums[lanes].get()))
+
+    by_lanes(k, count, add_square)
+    total = k.sum(sums[LANES].get()) + sums[1].get()
+    mean = total / count.cast("sitofp", f32) + eps
+    return k.constant(f32(1), 1.0) / k.call("llvm.sqrt.f32", f32(1), mean)
+
+
+@emitted("void", "i64 i64 i64 i64 f32")
+def apply_norm(k, x, weight, out, count, scale):
+    """out = x * scale * weight; `out` may be x."""
+
+    def scale_values(offset, lanes):
+        value = k.load(x + offset, f32(lanes), align=4) * k.splat(scale, lanes)
+        k.store(out + offset, value * k.load(weight + offset, f32(lanes), align=4), align=4)
+
+    by_lanes(k, count, scale_values)
+
+
+@emitted("void", "i64 i64 f32")
+def clip(k, x, count, limit):
+    """Clamp `count` float32 to +-limit."""
+
+    def clip_values(offset, lanes):
+        value = k.load(x + offset, f32(lanes), align=4)
+        high = k.splat(limit, lanes)
+        low = k.constant(f32(lanes), 0.0) - high
+        k.store(x + offset, larger(k, smaller(k, value, high), low), align=4)
+
+    by_lanes(k, count, clip_values)
+
+
+@emitted("void", "i64 i64 i64")
+def add(k, x, y, count):
+    """x += y."""
+
+    def add_values(offset, lanes):
+        value = k.load(x + offset, f32(lanes), align=4)
+        k.store(x + offset, value + k.load(y + offset, f32(lanes), align=4), align=4)
+
+    by_lanes(k, count, add_values)
+
+
+@emitted("void", "i64 i64 i64 f32")
+def scaled_copy(k, x, out, count, factor):
+    """out = x * factor."""
+
+    def copy_values(offset, lanes):
+        value = k.load(x + offset, f32(lanes), align=4)
+        k.store(out + offset, value * k.splat(factor, lanes), align=4)
+
+    by_lanes(k, count, copy_values)
+
+
+@njit(error_model="numpy")
+def rms_norm_rows(x, weight, out, first, last, size, eps):
+    """Norm rows first to last - 1, of `size` float32 each."""
+    for row in range(first, last):
+        source = x + 4 * row * size
+        apply_norm(source, weight, out + 4 * row * size, size, rms_scale(source, size, eps))

@@ -1,0 +1,57 @@
+"""Records: the arguments of an op, as int64 words at an address.
+
+`LAYER = fields("norm num_heads")` numbers the words by name, which Numba code uses as constants:
+`word(layer, LAYER.num_heads)`; `Record(LAYER)` is the memory, filled from Python.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import numpy as np
+
+from cpu_kernels.memory import aligned_bytes
+
+
+def fields(names: str) -> Any:
+    """A named tuple of 0, 1, 2, ..."""
+    return namedtuple("Fields", names)(*range(len(names.split())))
+
+
+class Record:
+    """Words named by `fields`; `address` is what an op gets."""
+
+    def __init__(self, fields: Any, **values: Any) -> None:
+        self._fields = fields
+        self._words = np.zeros(len(fields), np.int64)
+        self._floats = self._words.view(np.float32)
+        self._kept: dict[str, np.ndarray] = {}
+        self.address: int = self._words.ctypes.data
+        self.set(**values)
+
+    def set(self, **values: Any) -> None:
+        """Integers; floats, kept as float32; arrays, kept alive and given as their address; None
+        is 0."""
+        for name, value in values.items():
+            index = getattr(self._fields, name)
+            if isinstance(value, np.ndarray):
+                self._kept[name] = value
+                value = value.ctypes.data
+            if isinstance(value, float):
+                self._floats[2 * index] = value
+            else:
+                self._words[index] = value or 0
+
+
+class Scratch:
+    """Memory that ops use while they run, by name; it grows, and is never given back."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def room(self, name: str, nbytes: int) -> np.ndarray:
+        """uint8 [at least nbytes], aligned to 64 bytes; contents are undefined."""
+        if name not in self._arrays or self._arrays[name].nbytes < nbytes:
+            self._arrays[name] = aligned_bytes(nbytes)
+        return self._arrays[name]

@@ -1,0 +1,119 @@
+"""Softmax of attention scores, a chunk of positions at a time, and the merging of chunks.
+
+A *partial* is what one query head knows after some chunks, 64 bytes and a vector of values:
+    float32 largest score, float32 sum of exp(score - largest), then, at byte 64, float32
+    [padded_dim] the values weighted by exp(score - largest).
+A sum of 0 marks a partial of no positions. The order of merging is the order of chunks, always.
+https://arxiv.org/abs/2205.14135
+"""
+
+from __future__ import annotations
+
+from cpu_kernels.exponential import exp
+from cpu_kernels.lanes import LANES, larger, smaller
+from cpu_kernels.simd import emitted, f32, i32
+
+HEADER = 64
+LARGEST, SUM = 0, 4
+FLOOR = -3e38  # scores are kept within +-3e38, so that differences of infinities do not occur
+
+
+@emitted("void", "i64 i64 i64 i64 i64 i64")
+def softmax_row(k, scores, first, last, lo, hi, partial):
+    """Turn the scores of positions lo to hi - 1 into exp(score - largest), and into 0 those
+    outside, in vectors first to last - 1; set the header of `partial`. lo < hi."""
+    numbers = k.constant(i32(LANES), list(range(LANES)))
+    floor = k.constant(f32(LANES), FLOOR)
+    count = last - first
+    most, total = k.variable(floor), k.variable(k.constant(f32(LANES), 0.0))
+
+    def visible(v):
+        index = numbers + k.splat((v * LANES).cast("trunc", i32), LANES)
+        above = index.compare(">=", k.splat(lo.cast("trunc", i32), LANES))
+        return above & index.compare("<", k.splat(hi.cast("trunc", i32), LANES))
+
+    with k.loop(count) as i:
+        v = first + i
+        at = scores + v * (4 * LANES)
+        value = smaller(k, k.load(at, f32(LANES), align=4), k.constant(f32(LANES), -FLOOR))
+        value = k.select(visible(v), larger(k, value, floor), floor)
+        k.store(at, value, align=4)
+        most.set(larger(k, value, most.get()))
+    largest = k.largest(most.get())
+    with k.loop(count) as i:
+        v = first + i
+        at = scores + v * (4 * LANES)
+        value = exp(k, k.load(at, f32(LANES), align=4) - k.splat(largest, LANES))
+        value = k.select(visible(v), value, k.constant(f32(LANES), 0.0))
+        k.store(at, value, align=4)
+        total.set(total.get() + value)
+    k.store(partial + LARGEST, largest)
+    k.store(partial + SUM, k.sum(total.get()))
+
+
+@emitted("void", "i64 i64 i64 i64")
+def empty_row(k, scores, first, last, partial):
+    """The same for a row that sees none of the chunk's positions."""
+    with k.loop(last - first) as i:
+        k.store(scores + (first + i) * (4 * LANES), k.constant(f32(LANES), 0.0), align=4)
+    k.store(partial + SUM, k.constant(f32(1), 0.0))
+
+
+@emitted("void", "i64 i64 i64 i64")
+def scale_row(k, scores, first, last, scales):
+    """Multiply vectors first to last - 1 of a row with the scales of their positions."""
+    with k.loop(last - first) as i:
+        at = (first + i) * (4 * LANES)
+        scale = k.load(scales + at, f32(LANES), align=4)
+        k.store(scores + at, k.load(scores + at, f32(LANES), align=4) * scale, align=4)
+
+
+def _exp_scalar(k, value):
+    return exp(k, k.splat(value, LANES)).lane(0)
+
+
+@emitted("void", "i64 i64 i64")
+def merge(k, total, part, padded_dim):
+    """Add the partial of a later chunk to `total`."""
+    num_vectors = padded_dim >> 4
+    part_sum, total_sum = k.load(part + SUM, f32(1)), k.load(total + SUM, f32(1))
+    a, b = k.load(total + LARGEST, f32(1)), k.load(part + LARGEST, f32(1))
+    with k.when(part_sum.compare(">", 0.0)):
+        with k.when(total_sum.compare("==", 0.0)):
+            k.store(total + LARGEST, b)
+            k.store(total + SUM, part_sum)
+            with k.loop(num_vectors) as v:
+                at = v * (4 * LANES) + HEADER
+                k.store(total + at, k.load(part + at, f32(LANES), align=4), align=4)
+        with k.when(total_sum.compare(">", 0.0)):
+            largest = larger(k, a, b)
+            factor_a, factor_b = _exp_scalar(k, a - largest), _exp_scalar(k, b - largest)
+            k.store(total + LARGEST, largest)
+            k.store(total + SUM, k.multiply_add(total_sum, factor_a, part_sum * factor_b))
+            wide_a, wide_b = k.splat(factor_a, LANES), k.splat(factor_b, LANES)
+            with k.loop(num_vectors) as v:
+                at = v * (4 * LANES) + HEADER
+                new = k.load(part + at, f32(LANES), align=4) * wide_b
+                old = k.load(total + at, f32(LANES), align=4)
+                k.store(total + at, k.multiply_add(old, wide_a, new), align=4)
+
+
+@emitted("void", "i64 i64 i64 f32 i64")
+def finish(k, total, out, head_dim, sink, has_sink):
+    """out = the weighted mean of the values; a sink is one more score, whose value is zero."""
+    largest, sum = k.load(total + LARGEST, f32(1)), k.load(total + SUM, f32(1))
+    most = larger(k, sink, largest)
+    with_sink = k.multiply_add(
+        sum, _exp_scalar(k, largest - most), _exp_scalar(k, sink - most)
+    )
+    none = has_sink.compare("==", 0)
+    one = k.constant(f32(1), 1.0)
+    factor = k.select(none, one / sum, _exp_scalar(k, largest - most) / with_sink)
+    num_vectors = head_dim >> 4
+    with k.loop(num_vectors) as v:
+        value = k.load(total + v * (4 * LANES) + HEADER, f32(LANES), align=4)
+        k.store(out + v * (4 * LANES), value * k.splat(factor, LANES), align=4)
+    done = num_vectors * LANES
+    with k.loop(head_dim - done) as i:
+        at = (done + i) * 4
+        k.store(out + at, k.load(total + at + HEADER, f32(1)) * factor)

@@ -1,0 +1,90 @@
+"""Small float32 matrix products C = A B (or C += A B), the arithmetic of attention.
+
+Each element of C is one chain of multiply-adds in the order of the depth, whatever the shape of
+the tile that computes it: the result does not depend on how rows and columns are cut.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from cpu_kernels.isa import host_features
+from cpu_kernels.lanes import LANES, load_lanes
+from cpu_kernels.simd import emitted, f32
+
+HAS_WIDE_REGISTERS = host_features().get("avx512f", False)
+
+
+@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64 i64")
+def tile(k, shape, kind, a, a_row, b, b_step, b_vector, depth, c, c_row, fresh):
+    """`shape` is "rows x vectors"; all of C is kept in registers. See make_multiply."""
+    num_rows, num_vectors = (int(number) for number in shape.split("x"))
+    cells = [(r, v) for r in range(num_rows) for v in range(num_vectors)]
+    addresses = {(r, v): c + c_row * r + 4 * LANES * v for r, v in cells}
+    zero, is_fresh = k.constant(f32(LANES), 0.0), fresh.compare("!=", 0)
+    sums = {
+        cell: k.variable(k.select(is_fresh, zero, k.load(address, f32(LANES), align=4)))
+        for cell, address in addresses.items()
+    }
+    with k.loop(depth) as d:
+        at = b + b_step * d
+        values = [load_lanes(k, kind, at + b_vector * v) for v in range(num_vectors)]
+        for r in range(num_rows):
+            factor = k.splat(k.load(a + a_row * r + d * 4, f32(1), align=4), LANES)
+            for v in range(num_vectors):
+                total = sums[r, v]
+                total.set(k.multiply_add(factor, values[v], total.get()))
+    for cell, address in addresses.items():
+        k.store(address, sums[cell].get(), align=4)
+
+
+def make_multiply(kind):
+    """A function that multiplies float32 rows with a matrix whose elements are of `kind`."""
+    step_of_4 = 2 if HAS_WIDE_REGISTERS else 1  # the 16 registers of AVX2 hold no 4 x 2
+    shape_of_4 = "4x2" if HAS_WIDE_REGISTERS else "4x1"
+
+    @njit(error_model="numpy")
+    def multiply(a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh):
+        """C [num_rows, 16 * num_vectors] = A [num_rows, depth] B, or C += A B if not `fresh`.
+
+        Rows of A and C are a_row and c_row bytes apart; the 16 columns of vector v at depth d of B
+        are at b + d * b_step + v * b_vector.
+        """
+        r, rows_left = num_rows // 4 * 4, num_rows % 4
+        v = 0
+        while v < num_vectors:
+            bv, cv = b + v * b_vector, c + 4 * LANES * v
+            step = step_of_4 if v + step_of_4 <= num_vectors else 1
+            for first in range(0, r, 4):
+                af, cf = a + first * a_row, cv + first * c_row
+                if step == step_of_4:
+                    tile(shape_of_4, kind, af, a_row, bv, b_step, b_vector, depth, cf, c_row, fresh)
+                else:
+                    tile("4x1", kind, af, a_row, bv, b_step, b_vector, depth, cf, c_row, fresh)
+            v += step
+        for shape_rows in (2, 1):
+            if rows_left & shape_rows == 0:
+                continue
+            step, v = 4 // shape_rows, 0
+            ar, cr = a + r * a_row, c + r * c_row
+            while v < num_vectors:
+                bv, cv = b + v * b_vector, cr + 4 * LANES * v
+                wide = v + step <= num_vectors
+                if shape_rows == 2:
+                    if wide:
+                        tile("2x2", kind, ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh)
+                    else:
+                        tile("2x1", kind, ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh)
+                elif wide:
+                    tile("1x4", kind, ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh)
+                else:
+                    tile("1x1", kind, ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh)
+                v += step if wide else 1
+            r += shape_rows
+
+    return multiply
+
+
+multiply_f32 = make_multiply("f32")
+multiply_f16 = make_multiply("f16")
+multiply_int8 = make_multiply("int8")

@@ -32,15 +32,16 @@ def _read(arguments, thread, num_threads, team):
     store_word(arguments, 2 + thread, total)
 
 
-def read_bandwidth(team: Team, nbytes: int = 512 << 20, repeats: int = 3) -> float:
-    """Bytes per second that the team reads from memory: the best of `repeats` over a buffer of
-    `nbytes`, which should be several times the caches."""
+def read_bandwidth(num_threads: int, nbytes: int = 256 << 20, repeats: int = 3) -> float:
+    """Bytes per second that so many threads read from memory: the best of `repeats` passes over a
+    buffer of `nbytes`, which should be several times the caches."""
     buffer = aligned_bytes(nbytes)
     buffer[::4096] = 1  # so that the pages exist
-    words = record(address_of(buffer), nbytes // LINE, *[0] * team.num_threads)
+    words = record(address_of(buffer), nbytes // LINE, *[0] * num_threads)
     best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        team.run(_read.address, address_of(words))
-        best = min(best, time.perf_counter() - start)
+    with Team(num_threads) as team:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            team.run(_read.address, address_of(words))
+            best = min(best, time.perf_counter() - start)
     return nbytes / best

@@ -57,6 +57,11 @@ def usable(features: Mapping[str, bool]) -> list[str]:
     ]
 
 
+def available() -> list[str]:
+    """Names of the instruction sets that this processor has, best first."""
+    return usable(host_features())
+
+
 def choose(name: str = "auto", features: Mapping[str, bool] | None = None) -> Isa:
     """The instruction set to use: `name`, or TIERED_ISA, or the best that the processor has.
 

@@ -8,7 +8,7 @@ from naive_formats import quantized_activations, random_matrix, to_float64
 from numba import njit
 
 from cpu_kernels.formats import FORMATS
-from cpu_kernels.isa import ISAS, host_features, usable
+from cpu_kernels.isa import ISAS, available
 from cpu_kernels.linear import (
     Matrix,
     gather_rows,
@@ -19,7 +19,7 @@ from cpu_kernels.linear import (
 from cpu_kernels.memory import address_of, aligned_bytes, record, word
 from cpu_kernels.team import Team, barrier, op
 
-ISA_NAMES = usable(host_features())
+ISA_NAMES = available()
 
 
 @op

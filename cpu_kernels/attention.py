@@ -12,7 +12,7 @@ from cpu_kernels.flash import ATTENTION, BATCH, attend_blocks, attend_split, mer
 from cpu_kernels.kv import KV, KVPages, append, padded
 from cpu_kernels.linear import multiply, prepare_activations
 from cpu_kernels.norm import add, apply_norm, clip, rms_norm_rows, rms_scale, scaled_copy
-from cpu_kernels.record import Record
+from cpu_kernels.record import Record, floats
 from cpu_kernels.rope import RopeTable, rotate_adjacent, rotate_half, rotation
 from cpu_kernels.team import Team, barrier, op, share
 from cpu_kernels.memory import load_f32, load_i32, word
@@ -97,9 +97,7 @@ def attention(layer, thread, num_threads, team):
     )
     barrier(team)
     prepared = word(batch, BATCH.prepared)
-    prepare_activations(
-        normed, hidden_size, num_rows, hidden_size, prepared, thread, num_threads
-    )
+    prepare_activations(normed, hidden_size, num_rows, hidden_size, prepared, thread, num_threads)
     barrier(team)
     out, width = word(batch, BATCH.projected), q_size + 2 * kv_size
     multiply(word(layer, ATTENTION.q), prepared, num_rows, out, width, thread, num_threads)
@@ -193,6 +191,7 @@ class AttentionLayer:
             adjacent=int(rope.pairs == "adjacent"),
         )
         self._kv: Record | None = None
+        _ = attention.address  # compiled before the first token
 
     def use(self, kv: KVPages, index: int, num_positions: int) -> None:
         """Keep keys and values in layer `index` of kv; be ready for so many positions."""
@@ -229,7 +228,9 @@ class Attention:
             self._ropes[key] = RopeTable(config.rope, config.head_dim, config.context_length)
         return AttentionLayer(weights, config, self._batch.record, self._ropes[key])
 
-    def run(self, x: np.ndarray, layer: AttentionLayer, kv: KVPages, index: int, batch: Any) -> None:
+    def run(
+        self, x: np.ndarray, layer: AttentionLayer, kv: KVPages, index: int, batch: Any
+    ) -> None:
         """x += attention(norm(x)): float32 [num_tokens, hidden_size]; appends keys and values."""
         if not len(x):
             return
@@ -243,13 +244,3 @@ def kv_pages(config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages
     return KVPages(
         config.num_layers, config.num_kv_heads, config.head_dim, num_pages, page_size, dtype
     )
-
-
-def floats(array: np.ndarray | None, name: str, size: int) -> np.ndarray | None:
-    """A weight vector as contiguous float32 [size]; ValueError if it has another size."""
-    if array is None:
-        return None
-    array = np.ascontiguousarray(array, np.float32).reshape(-1)
-    if len(array) != size:
-        raise ValueError(f"{name} must have {size} values, not {len(array)}")
-    return array

@@ -110,9 +110,7 @@ class PreparedBatch:
             split=int(split),
             normed=room("normed", 4 * num_rows * g.hidden_size),
             prepared=room("prepared", prepared_bytes(num_rows, g.hidden_size)),
-            projected=room(
-                "projected", 4 * num_rows * (width + 2 * g.num_kv_heads * g.head_dim)
-            ),
+            projected=room("projected", 4 * num_rows * (width + 2 * g.num_kv_heads * g.head_dim)),
             queries=room("queries", 4 * num_rows * g.num_heads * g.padded_dim),
             workspaces=room("workspaces", self._num_threads * workspace),
             workspace_bytes=workspace,

@@ -65,7 +65,9 @@ def _make_pack(kind):
     size = ELEMENT_BYTES[kind]
 
     @njit(error_model="numpy")
-    def pack_page(keys, values, head_dim, padded_dim, page_size, offset, packed_keys, packed_values):
+    def pack_page(
+        keys, values, head_dim, padded_dim, page_size, offset, packed_keys, packed_values
+    ):
         """Add a page, whose first token has number `offset` in the chunk, to the packed chunk."""
         for v in range(page_size // LANES):
             target = packed_keys + (offset // LANES + v) * head_dim * 4 * LANES
@@ -141,7 +143,18 @@ def _values_from_pages(kv, table, head, start, lo, hi, scores, num_rows, out, ou
         step, vector, fresh = padded_dim * size, LANES * size, 1 if at == lo else 0
         a, depth, num_vectors = scores + 4 * at, page_end - at, padded_dim // LANES
         _multiply(
-            kind, a, 4 * CHUNK, num_rows, values, step, vector, num_vectors, depth, out, out_row, fresh
+            kind,
+            a,
+            4 * CHUNK,
+            num_rows,
+            values,
+            step,
+            vector,
+            num_vectors,
+            depth,
+            out,
+            out_row,
+            fresh,
         )
         at = page_end
 
@@ -165,7 +178,10 @@ def _attend_chunk(layer, workspace, first_row, num_rows, head, chunk, out, accum
     batch, kv = word(layer, ATTENTION.batch), word(layer, ATTENTION.kv)
     group, padded_dim = word(layer, ATTENTION.group), word(layer, ATTENTION.padded_dim)
     head_dim, kind = word(kv, KV.head_dim), word(kv, KV.kind)
-    positions, sequence = word(batch, BATCH.positions), load_i32(word(batch, BATCH.sequences), first_row)
+    positions, sequence = (
+        word(batch, BATCH.positions),
+        load_i32(word(batch, BATCH.sequences), first_row),
+    )
     table = word(batch, BATCH.tables) + 4 * sequence * word(batch, BATCH.max_pages)
     start, size = chunk * CHUNK, partial_bytes(padded_dim)
     lo = max(first_visible(layer, load_i32(positions, first_row)) - start, 0)
@@ -212,9 +228,7 @@ def _attend_chunk(layer, workspace, first_row, num_rows, head, chunk, out, accum
                 CHUNK * 4 * LANES, padded_dim // LANES, hi - lo, target + HEADER, size, 1,
             )  # fmt: skip
         else:
-            _values_from_pages(
-                kv, table, head, start, lo, hi, scores, count, target + HEADER, size
-            )
+            _values_from_pages(kv, table, head, start, lo, hi, scores, count, target + HEADER, size)
         if accumulate:
             for i in range(count):
                 merge(out + (strip + i) * size, target + i * size, padded_dim)

@@ -55,3 +55,13 @@ class Scratch:
         if name not in self._arrays or self._arrays[name].nbytes < nbytes:
             self._arrays[name] = aligned_bytes(nbytes)
         return self._arrays[name]
+
+
+def floats(array: np.ndarray | None, name: str, size: int) -> np.ndarray | None:
+    """A weight vector as contiguous float32 [size]; ValueError if it has another size."""
+    if array is None:
+        return None
+    array = np.ascontiguousarray(array, np.float32).reshape(-1)
+    if len(array) != size:
+        raise ValueError(f"{name} must have {size} values, not {len(array)}")
+    return array

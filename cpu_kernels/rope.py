@@ -71,9 +71,7 @@ def _add_angles(k, a, b, out, row):
 def rotation(coarse, fine, half, position, out):
     """Write the cosines of a position to `out`, and after them (padded) the sines."""
     row = (half + LANES - 1) // LANES * LANES * 4
-    _add_angles(
-        coarse + position // STRIDE * 2 * row, fine + position % STRIDE * 2 * row, out, row
-    )
+    _add_angles(coarse + position // STRIDE * 2 * row, fine + position % STRIDE * 2 * row, out, row)
 
 
 @emitted("void", "i64 i64 i64")

@@ -103,9 +103,7 @@ def finish(k, total, out, head_dim, sink, has_sink):
     """out = the weighted mean of the values; a sink is one more score, whose value is zero."""
     largest, sum = k.load(total + LARGEST, f32(1)), k.load(total + SUM, f32(1))
     most = larger(k, sink, largest)
-    with_sink = k.multiply_add(
-        sum, _exp_scalar(k, largest - most), _exp_scalar(k, sink - most)
-    )
+    with_sink = k.multiply_add(sum, _exp_scalar(k, largest - most), _exp_scalar(k, sink - most))
     none = has_sink.compare("==", 0)
     one = k.constant(f32(1), 1.0)
     factor = k.select(none, one / sum, _exp_scalar(k, largest - most) / with_sink)

@@ -1,0 +1,52 @@
+"""Token embeddings: rows of a table of any number format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cpu_kernels.linear import gather_rows
+from cpu_kernels.memory import word
+from cpu_kernels.record import Record, Scratch, fields
+from cpu_kernels.team import Team, op
+
+EMBED = fields("table tokens num_rows out hidden_size")
+
+
+@op
+def embed(r, thread, num_threads, team):
+    hidden_size = word(r, EMBED.hidden_size)
+    gather_rows(
+        word(r, EMBED.table), word(r, EMBED.tokens), word(r, EMBED.num_rows), word(r, EMBED.out),
+        hidden_size, thread, num_threads,
+    )  # fmt: skip
+
+
+class Embedding:
+    """Looks tokens up; one call at a time."""
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self._scratch = Scratch()
+        self._record = Record(EMBED)
+
+    def run(self, table: Any, tokens: np.ndarray) -> np.ndarray:
+        """float32 [num_tokens, hidden_size], until the next call. `table` is a Matrix
+        [vocab_size, hidden_size]; IndexError for a token that it does not have."""
+        vocab_size, hidden_size = table.shape
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        num_rows = len(tokens)
+        if num_rows and (tokens.min() < 0 or tokens.max() >= vocab_size):
+            raise IndexError(
+                f"token ids must be 0 to {vocab_size - 1}, not {tokens.min()} to {tokens.max()}"
+            )
+        nbytes = 4 * num_rows * hidden_size
+        room = self._scratch.room("x", nbytes)
+        x = room[:nbytes].view(np.float32).reshape(num_rows, hidden_size)
+        self._record.set(
+            table=table.address, tokens=tokens, num_rows=num_rows, out=x, hidden_size=hidden_size
+        )
+        if num_rows:
+            self._team.run(embed.address, self._record.address)
+        return x

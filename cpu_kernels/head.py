@@ -1,0 +1,79 @@
+"""The output head: the last norm, and the logits of some rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
+from cpu_kernels.memory import load_f32, load_i32, word
+from cpu_kernels.norm import apply_norm, rms_scale
+from cpu_kernels.record import Record, Scratch, fields, floats
+from cpu_kernels.team import Team, barrier, op, share
+
+HEAD = fields("x rows num_rows norm eps hidden_size normed prepared head logits vocab_size")
+
+
+@op
+def head(r, thread, num_threads, team):
+    num_rows, hidden_size = word(r, HEAD.num_rows), word(r, HEAD.hidden_size)
+    normed, prepared = word(r, HEAD.normed), word(r, HEAD.prepared)
+    lo, hi = share(num_rows, thread, num_threads)
+    for i in range(lo, hi):
+        x = word(r, HEAD.x) + 4 * hidden_size * load_i32(word(r, HEAD.rows), i)
+        scale = rms_scale(x, hidden_size, load_f32(r, 2 * HEAD.eps))
+        apply_norm(x, word(r, HEAD.norm), normed + 4 * i * hidden_size, hidden_size, scale)
+    barrier(team)
+    prepare_activations(normed, hidden_size, num_rows, hidden_size, prepared, thread, num_threads)
+    barrier(team)
+    logits, vocab_size = word(r, HEAD.logits), word(r, HEAD.vocab_size)
+    multiply(word(r, HEAD.head), prepared, num_rows, logits, vocab_size, thread, num_threads)
+
+
+class OutputLayer:
+    """`norm` is float32 [hidden_size], `head` a Matrix [vocab_size, hidden_size]."""
+
+    def __init__(self, norm: np.ndarray, head: Any, config: Any) -> None:
+        self.vocab_size, self.hidden_size = head.shape
+        self.norm = floats(norm, "norm", self.hidden_size)
+        self.head = head
+        self.eps = float(config.norm_eps)
+
+
+class Head:
+    """Runs output layers; one call at a time."""
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self._scratch = Scratch()
+        self._record = Record(HEAD)
+
+    def run(self, x: np.ndarray, rows: np.ndarray, layer: OutputLayer) -> np.ndarray:
+        """Logits of the given rows of x (float32 [num_tokens, hidden_size]): a new float32
+        [len(rows), vocab_size]. IndexError for rows that x does not have."""
+        rows = np.ascontiguousarray(rows, np.int32)
+        num_rows, hidden_size = len(rows), layer.hidden_size
+        if x.dtype != np.float32 or x.shape != (len(x), hidden_size):
+            raise ValueError(f"x must be float32 [num_tokens, {hidden_size}], not {x.shape}")
+        logits = np.empty((num_rows, layer.vocab_size), np.float32)
+        if not num_rows:
+            return logits
+        if rows.min() < 0 or rows.max() >= len(x):
+            raise IndexError(f"rows must be 0 to {len(x) - 1}: {rows.min()} to {rows.max()}")
+        room = self._scratch.room
+        self._record.set(
+            x=x,
+            rows=rows,
+            num_rows=num_rows,
+            norm=layer.norm,
+            eps=layer.eps,
+            hidden_size=hidden_size,
+            normed=room("normed", 4 * num_rows * hidden_size),
+            prepared=room("prepared", prepared_bytes(num_rows, hidden_size)),
+            head=layer.head.address,
+            logits=logits,
+            vocab_size=layer.vocab_size,
+        )
+        self._team.run(head.address, self._record.address)
+        return logits

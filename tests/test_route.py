@@ -1,0 +1,144 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpu_kernels.embed import Embedding
+from cpu_kernels.head import Head, OutputLayer
+from cpu_kernels.isa import choose
+from cpu_kernels.linear import Matrix
+from cpu_kernels.route import Router, RouterLayer
+from cpu_kernels.team import Team
+
+EPS = 1e-5
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def team(request):
+    with Team(request.param) as team:
+        yield team
+
+
+def float_matrix(weight):
+    data = np.ascontiguousarray(weight, np.float32)
+    return Matrix(data.view(np.uint8).reshape(-1), "f32", data.shape, choose())
+
+
+def naive_norm(x, norm):
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * norm
+
+
+def naive_choice(logits, top_k, normalize):
+    """Experts and weights of one row, from float64 logits."""
+    scores = np.exp(logits - logits.max())
+    scores /= scores.sum()
+    experts = sorted(range(len(scores)), key=lambda e: (-scores[e], e))[:top_k]
+    weights = scores[experts]
+    return experts, weights / weights.sum() if normalize else weights
+
+
+def config(num_experts, top_k, hidden_size, normalize=True):
+    return SimpleNamespace(
+        num_experts=num_experts,
+        top_k=top_k,
+        hidden_size=hidden_size,
+        normalize_top_k=normalize,
+        norm_eps=EPS,
+    )
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "hidden_size"), [(8, 2, 64), (128, 8, 96), (60, 4, 48), (5, 5, 7)]
+)
+def test_the_best_experts_are_chosen(team, num_experts, top_k, hidden_size, normalize):
+    random = np.random.default_rng(num_experts)
+    for num_rows in (1, 3, 20):
+        x = random.standard_normal((num_rows, hidden_size)).astype(np.float32)
+        norm = random.random(hidden_size) + 0.5
+        weight = random.standard_normal((num_experts, hidden_size))
+        layer = RouterLayer(
+            norm, float_matrix(weight), config(num_experts, top_k, hidden_size, normalize)
+        )
+        router = Router(team)
+        h, routing = router.route(x, layer)
+        reference = naive_norm(x, norm)
+        np.testing.assert_allclose(h, reference, rtol=1e-5, atol=1e-6)
+        for row in range(num_rows):
+            experts, weights = naive_choice(weight @ reference[row], top_k, normalize)
+            assert routing.experts[row].tolist() == experts
+            # A logit of size 10 is known to about 1e-6 of itself, and its exponential as well.
+            np.testing.assert_allclose(routing.weights[row], weights, rtol=5e-5)
+        guess = router.guess(h, layer)
+        assert (guess.experts == routing.experts).all()
+        assert (guess.weights == routing.weights).all()
+
+
+def route_logits(team, logits, top_k, normalize=True):
+    """Routing for given logits: the router is the identity, and so is h."""
+    logits = np.asarray(logits, np.float32)
+    size = logits.shape[1]
+    layer = RouterLayer(
+        np.ones(size), float_matrix(np.eye(size)), config(size, top_k, size, normalize)
+    )
+    return Router(team).guess(logits, layer)
+
+
+def test_of_equal_scores_the_first_expert_wins(team):
+    routing = route_logits(team, [[0, 1, 1, 0, 1], [2, 2, 2, 2, 2]], 3)
+    assert routing.experts.tolist() == [[1, 2, 4], [0, 1, 2]]
+    np.testing.assert_allclose(routing.weights, 1 / 3, rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.integers(1, 40).flatmap(
+        lambda size: st.lists(
+            st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=size, max_size=size),
+            min_size=1,
+            max_size=3,
+        )
+    ),
+    st.data(),
+)
+def test_any_logits_give_distinct_experts_and_sane_weights(team, logits, data):
+    top_k = data.draw(st.integers(1, len(logits[0])))
+    routing = route_logits(team, logits, top_k)
+    for experts, weights in zip(*routing, strict=True):
+        assert len(set(experts.tolist())) == top_k
+        assert (0 <= experts).all() and (experts < len(logits[0])).all()
+        assert (weights >= 0).all() and (np.diff(weights) <= 0).all()
+        np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
+
+
+def test_a_router_that_is_not_a_number_still_chooses_experts(team):
+    routing = route_logits(team, [[np.nan] * 6], 3)
+    assert sorted(routing.experts[0].tolist()) == [0, 1, 2]
+
+
+def test_a_router_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="router must have shape"):
+        RouterLayer(np.ones(4), float_matrix(np.eye(4)), config(8, 2, 4))
+
+
+def test_embedding_and_head(team):
+    random = np.random.default_rng(0)
+    vocab_size, hidden_size = 50, 33
+    table, norm = random.standard_normal((vocab_size, hidden_size)), random.random(hidden_size)
+    matrix = float_matrix(table)
+    tokens = np.array([3, 49, 0, 3], np.int32)
+    x = Embedding(team).run(matrix, tokens)
+    assert (x == table[tokens].astype(np.float32)).all()
+    layer = OutputLayer(norm, matrix, config(0, 0, hidden_size))
+    head = Head(team)
+    logits = head.run(x, np.array([2, 0]), layer)
+    reference = naive_norm(x[[2, 0]], norm) @ table.T
+    np.testing.assert_allclose(logits, reference, rtol=1e-4, atol=1e-4)
+    assert head.run(x, np.array([], np.int32), layer).shape == (0, vocab_size)
+    with pytest.raises(IndexError, match="rows"):
+        head.run(x, np.array([4]), layer)
+    with pytest.raises(IndexError, match="token"):
+        Embedding(team).run(matrix, np.array([50]))

@@ -20,6 +20,7 @@ from tiered.chat import ChatTemplate
 from tiered.config import EngineConfig, ModelConfig
 from tiered.dense import dense_bytes
 from tiered.formats import open_checkpoint
+from tiered.governor import Governor
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
 from tiered.policies import Space
@@ -72,10 +73,13 @@ class Engine:
             stack.callback(self.store.close)
         self.plan = self._plan_memory()
         self.source = self._open_source(stack)
-        prefetcher = None
+        self.governor: Governor | None = None
+        self.prefetcher: Prefetcher | None = None
         if isinstance(self.source, TieredExperts) and choices.look_ahead:
-            prefetcher = Prefetcher(self.source.tier, config.num_layers, choices.look_ahead)
-        self.prefetcher = prefetcher
+            self.governor = Governor(on_limit=config.top_k)
+            self.prefetcher = Prefetcher(
+                self.source.tier, config.num_layers, choices.look_ahead, self.governor
+            )
         loader = WeightLoader(self.checkpoint, self.backend, choices.quantize)
         self.decoder = Decoder(
             config,
@@ -84,7 +88,7 @@ class Engine:
             [loader.layer(index, self.store) for index in range(config.num_layers)],
             loader.output(),
             self.source,
-            prefetcher,
+            self.prefetcher,
         )
         self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype)
         self._tokens = EngineStats()
@@ -202,7 +206,7 @@ class Engine:
                 if count == max_new_tokens or len(sequence.tokens) == self.context:
                     return
                 start = perf_counter()
-                logits = self._forward(sequence, [token], last_only=True)[0]
+                logits = self._decode(sequence, token)
                 self._tokens.decode_seconds += perf_counter() - start
         finally:
             if own:
@@ -227,6 +231,14 @@ class Engine:
         for chunk in self._chunks(ids):
             logits = self._forward(sequence, chunk, last_only=True)
         return logits[0]  # type: ignore[no-any-return]
+
+    def _decode(self, sequence: kv_cache.Sequence, token: int) -> np.ndarray:
+        if self.governor is not None:
+            self.governor.begin()
+        logits: np.ndarray = self._forward(sequence, [token], last_only=True)[0]
+        if self.governor is not None:
+            self.governor.end()
+        return logits
 
     def _chunks(self, ids: Sequence[int]) -> list[Sequence[int]]:
         size = self.choices.prefill_chunk

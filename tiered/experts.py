@@ -89,7 +89,7 @@ class ExpertJobs(NamedTuple):
         spans = [self.pairs[self.starts[i] : self.starts[i + 1]] for i in selected]
         starts = np.zeros(len(spans) + 1, np.int32)
         np.cumsum([len(span) for span in spans], out=starts[1:])
-        return ExpertJobs(self.experts[selected], starts, np.concatenate(spans))
+        return ExpertJobs(self.experts[np.asarray(selected)], starts, np.concatenate(spans))
 
 
 def group_by_expert(routing: Routing) -> ExpertJobs:

@@ -7,7 +7,7 @@ project is about.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,7 +15,9 @@ from tiered.backend import Array, Backend, Batch
 from tiered.clock import PartClock
 from tiered.config import ModelConfig
 from tiered.experts import ExpertJobs, Routing, group_by_expert
-from tiered.trace import TraceWriter
+
+if TYPE_CHECKING:
+    from tiered.trace import TraceWriter
 
 
 class ExpertSource(Protocol):
@@ -34,6 +36,9 @@ class LookAhead(Protocol):
 
     def submit(self, layer: int, guess: Routing) -> None:
         """Layer `layer` is likely to want these experts."""
+
+    def observe(self, layer: int, routing: Routing) -> None:
+        """What the router of `layer` really chose."""
 
 
 class Layer(NamedTuple):
@@ -91,6 +96,8 @@ class Decoder:
         b, clock, layer = self.backend, self.clock, self.layers[index]
         h, routing = b.route(x, layer.router)  # [num_tokens, hidden_size]
         clock.lap("router")
+        if self.look_ahead is not None:
+            self.look_ahead.observe(index, routing)
         jobs = group_by_expert(routing)
         out = b.pair_outputs(routing.experts.size)  # [num_tokens * top_k, hidden_size]
         guessed = False

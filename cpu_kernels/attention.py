@@ -5,25 +5,33 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from cpu_kernels.batch import PreparedBatch
-from cpu_kernels.flash import ATTENTION, BATCH, attend_blocks, attend_split, merge_split
+from cpu_kernels.flash import (
+    ATTENTION,
+    BATCH,
+    attend_blocks,
+    attend_chunk_kernel,
+    attend_split,
+    merge_split,
+)
+from cpu_kernels.inner import inner
 from cpu_kernels.kv import KV, KVPages, append, padded
 from cpu_kernels.linear import multiply, prepare_activations
+from cpu_kernels.memory import load_f32, load_i32, word
 from cpu_kernels.norm import add, apply_norm, clip, rms_norm_rows, rms_scale, scaled_copy
 from cpu_kernels.record import Record, floats
 from cpu_kernels.rope import RopeTable, rotate_adjacent, rotate_half, rotation
 from cpu_kernels.team import Team, barrier, op, share
-from cpu_kernels.memory import load_f32, load_i32, word
+from cpu_kernels.tile import multiply_kernel
 
 
-@njit(error_model="numpy")
+@inner
 def _float(layer, field):
     return load_f32(layer + 8 * field, 0)
 
 
-@njit(error_model="numpy")
+@inner
 def _finish_heads(layer, thread, num_threads):
     """Norm, clip and rotate this thread's share of the heads of q, k and v; queries go to where
     attention reads them, keys and values into the KV cache."""
@@ -189,6 +197,8 @@ class AttentionLayer:
             coarse=rope.coarse,
             half=rope.half,
             adjacent=int(rope.pairs == "adjacent"),
+            multiply=multiply_kernel("f32"),
+            attend_chunk=attend_chunk_kernel(),
         )
         self._kv: Record | None = None
         _ = attention.address  # compiled before the first token

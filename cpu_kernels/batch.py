@@ -10,8 +10,8 @@ from numba import njit
 from cpu_kernels.flash import BATCH, BLOCK_ROWS, partial_bytes, workspace_bytes
 from cpu_kernels.kv import CHUNK, KV, KVPages
 from cpu_kernels.linear import prepared_bytes
-from cpu_kernels.record import Record, Scratch
 from cpu_kernels.memory import load_i32, store_word, word
+from cpu_kernels.record import Record, Scratch
 
 SPLIT_ROWS = 16  # up to this many rows, chunks of positions are spread over the threads
 SPLIT_BYTES = 64 << 20  # unless their partial results need more memory than this

@@ -8,16 +8,19 @@ batch, and on any number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from numba import njit
 
+from cpu_kernels.inner import inner
 from cpu_kernels.kv import CHUNK, KV
 from cpu_kernels.lanes import ELEMENT_BYTES, LANES, load_lanes
-from cpu_kernels.memory import load_f32, load_i32, word
+from cpu_kernels.memory import call_kernel, load_f32, load_i32, word
+from cpu_kernels.products import kernel
 from cpu_kernels.record import fields
 from cpu_kernels.simd import emitted
 from cpu_kernels.softmax import HEADER, empty_row, finish, merge, scale_row, softmax_row
 from cpu_kernels.team import next_task
-from cpu_kernels.tile import multiply_f32, multiply_f16, multiply_int8
 
 BLOCK_ROWS = 64
 STRIP = 32  # query heads whose scores are kept at once: 32 KiB, the first-level cache
@@ -31,16 +34,17 @@ BATCH = fields(
 # ... and of a layer. `kv` is the address of a record of KV.
 ATTENTION = fields(
     "batch kv num_heads num_kv_heads head_dim padded_dim group window sinks hidden_size eps norm "
-    "q k v o q_norm k_norm full_norm clip query_scale fine coarse half adjacent"
+    "q k v o q_norm k_norm full_norm clip query_scale fine coarse half adjacent "
+    "multiply attend_chunk"
 )
 
 
-@njit(error_model="numpy")
+@njit
 def partial_bytes(padded_dim):
     return HEADER + 4 * padded_dim
 
 
-@njit(error_model="numpy")
+@njit
 def workspace_bytes(padded_dim, group):
     """Bytes that one thread needs: packed keys, packed values, scores, partials, totals."""
     packed = 2 * 4 * CHUNK * padded_dim
@@ -48,57 +52,40 @@ def workspace_bytes(padded_dim, group):
     return packed + 4 * CHUNK * STRIP + rows * partial_bytes(padded_dim)
 
 
-@njit(error_model="numpy")
+@inner
 def first_visible(layer, position):
     window = word(layer, ATTENTION.window)
     return position + 1 - window if 0 < window <= position else 0
 
 
-@emitted("void", "i64 i64 i64 i64")
-def _pack(k, kind, source, step, count, target):
-    """Copy `count` vectors, `step` bytes apart, to float32 vectors that follow each other."""
-    with k.loop(count) as i:
-        k.store(target + i * (4 * LANES), load_lanes(k, kind, source + i * step), align=4)
+@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64")
+def _pack_page(
+    k, kind, keys, values, head_dim, padded_dim, page_size, offset, packed_keys, packed_values
+):
+    """Copy a page, whose first token has number `offset` in the chunk, as float32 vectors that
+    follow each other along the depth: keys [16 tokens, head_dim], values [16 dims, CHUNK]."""
+    size, vector = ELEMENT_BYTES[kind], 4 * LANES
+
+    def copy(source, step, count, target):
+        with k.loop(count) as i:
+            value = load_lanes(k, kind, source + i * step)
+            k.store(target + i * vector, value, align=4)
+
+    with k.loop(page_size >> 4) as v:
+        target = packed_keys + ((offset >> 4) + v) * head_dim * vector
+        copy(keys + v * (LANES * size), page_size * size, head_dim, target)
+    with k.loop(padded_dim >> 4) as v:
+        target = packed_values + (v * CHUNK + offset) * vector
+        copy(values + v * (LANES * size), padded_dim * size, page_size, target)
 
 
-def _make_pack(kind):
-    size = ELEMENT_BYTES[kind]
-
-    @njit(error_model="numpy")
-    def pack_page(
-        keys, values, head_dim, padded_dim, page_size, offset, packed_keys, packed_values
-    ):
-        """Add a page, whose first token has number `offset` in the chunk, to the packed chunk."""
-        for v in range(page_size // LANES):
-            target = packed_keys + (offset // LANES + v) * head_dim * 4 * LANES
-            _pack(kind, keys + v * LANES * size, page_size * size, head_dim, target)
-        for v in range(padded_dim // LANES):
-            target = packed_values + (v * CHUNK + offset) * 4 * LANES
-            _pack(kind, values + v * LANES * size, padded_dim * size, page_size, target)
-
-    return pack_page
-
-
-_pack_f32, _pack_f16, _pack_int8 = (_make_pack(kind) for kind in ("f32", "f16", "int8"))
-
-
-@njit(error_model="numpy")
-def _multiply(kind, a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh):
-    if kind == 0:
-        multiply_f32(a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh)
-    elif kind == 1:
-        multiply_f16(a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh)
-    else:
-        multiply_int8(a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh)
-
-
-@njit(error_model="numpy")
+@inner
 def _block(kv, page, head):
     return page * word(kv, KV.num_heads) + head
 
 
-@njit(error_model="numpy")
-def _pack_chunk(kv, table, head, start, lo, hi, packed_keys, packed_values):
+@inner
+def _pack_chunk(kv, table, head, start, lo, hi, to_keys, to_values):
     """Positions start + lo to start + hi - 1 (whole pages) as float32."""
     kind, page_size = word(kv, KV.kind), word(kv, KV.page_size)
     head_dim, padded_dim = word(kv, KV.head_dim), word(kv, KV.padded_dim)
@@ -106,18 +93,18 @@ def _pack_chunk(kv, table, head, start, lo, hi, packed_keys, packed_values):
         block = _block(kv, load_i32(table, (start + offset) // page_size), head)
         keys = word(kv, KV.keys) + block * word(kv, KV.key_page)
         values = word(kv, KV.values) + block * word(kv, KV.value_page)
-        pack = keys, values, head_dim, padded_dim, page_size, offset, packed_keys, packed_values
+        depth, keep = head_dim, padded_dim
         if kind == 0:
-            _pack_f32(*pack)
+            _pack_page("f32", keys, values, depth, keep, page_size, offset, to_keys, to_values)
         elif kind == 1:
-            _pack_f16(*pack)
+            _pack_page("f16", keys, values, depth, keep, page_size, offset, to_keys, to_values)
         else:
-            _pack_int8(*pack)
+            _pack_page("int8", keys, values, depth, keep, page_size, offset, to_keys, to_values)
 
 
-@njit(error_model="numpy")
+@inner
 def _scores_from_pages(kv, table, head, start, lo, hi, queries, num_rows, scores):
-    kind, page_size = word(kv, KV.kind), word(kv, KV.page_size)
+    page_size, multiply = word(kv, KV.page_size), word(kv, KV.multiply)
     row, size = 4 * word(kv, KV.padded_dim), word(kv, KV.element_bytes)
     for offset in range(lo // page_size * page_size, hi, page_size):
         block = _block(kv, load_i32(table, (start + offset) // page_size), head)
@@ -125,14 +112,15 @@ def _scores_from_pages(kv, table, head, start, lo, hi, queries, num_rows, scores
         num_vectors = (min(hi - offset, page_size) + LANES - 1) // LANES
         step, vector = page_size * size, LANES * size
         out, depth = scores + 4 * offset, word(kv, KV.head_dim)
-        _multiply(
-            kind, queries, row, num_rows, keys, step, vector, num_vectors, depth, out, 4 * CHUNK, 1
-        )
+        arguments = (
+            queries, row, num_rows, keys, step, vector, num_vectors, depth, out, 4 * CHUNK, 1, 0
+        )  # fmt: skip
+        call_kernel(multiply, arguments)
 
 
-@njit(error_model="numpy")
+@inner
 def _values_from_pages(kv, table, head, start, lo, hi, scores, num_rows, out, out_row):
-    kind, page_size = word(kv, KV.kind), word(kv, KV.page_size)
+    page_size, multiply = word(kv, KV.page_size), word(kv, KV.multiply)
     padded_dim, size = word(kv, KV.padded_dim), word(kv, KV.element_bytes)
     at = lo
     while at < hi:
@@ -142,24 +130,14 @@ def _values_from_pages(kv, table, head, start, lo, hi, scores, num_rows, out, ou
         values += at % page_size * padded_dim * size
         step, vector, fresh = padded_dim * size, LANES * size, 1 if at == lo else 0
         a, depth, num_vectors = scores + 4 * at, page_end - at, padded_dim // LANES
-        _multiply(
-            kind,
-            a,
-            4 * CHUNK,
-            num_rows,
-            values,
-            step,
-            vector,
-            num_vectors,
-            depth,
-            out,
-            out_row,
-            fresh,
-        )
+        arguments = (
+            a, 4 * CHUNK, num_rows, values, step, vector, num_vectors, depth, out, out_row, fresh, 0
+        )  # fmt: skip
+        call_kernel(multiply, arguments)
         at = page_end
 
 
-@njit(error_model="numpy")
+@inner
 def _apply_scales(kv, table, head, start, lo, hi, is_value, scores, num_rows):
     """int8: the scales of keys belong to the scores, those of values to the weights."""
     page_size = word(kv, KV.page_size)
@@ -171,17 +149,18 @@ def _apply_scales(kv, table, head, start, lo, hi, is_value, scores, num_rows):
             scale_row(scores + 4 * (row * CHUNK + offset), 0, num_vectors, scales)
 
 
-@njit(error_model="numpy")
-def _attend_chunk(layer, workspace, first_row, num_rows, head, chunk, out, accumulate):
-    """The partials of a block's query heads, of one head of keys, for one chunk: written to `out`,
+def _attend_chunk(
+    layer, workspace, first_row, num_rows, head, chunk, out, accumulate, _8, _9, _10, _11
+):
+    """A kernel, so that it is compiled once and by itself.
+
+    The partials of a block's query heads, of one head of keys, for one chunk: written to `out`,
     one for each row and query head, or merged into those that are there."""
     batch, kv = word(layer, ATTENTION.batch), word(layer, ATTENTION.kv)
     group, padded_dim = word(layer, ATTENTION.group), word(layer, ATTENTION.padded_dim)
     head_dim, kind = word(kv, KV.head_dim), word(kv, KV.kind)
-    positions, sequence = (
-        word(batch, BATCH.positions),
-        load_i32(word(batch, BATCH.sequences), first_row),
-    )
+    positions = word(batch, BATCH.positions)
+    sequence = load_i32(word(batch, BATCH.sequences), first_row)
     table = word(batch, BATCH.tables) + 4 * sequence * word(batch, BATCH.max_pages)
     start, size = chunk * CHUNK, partial_bytes(padded_dim)
     lo = max(first_visible(layer, load_i32(positions, first_row)) - start, 0)
@@ -195,7 +174,7 @@ def _attend_chunk(layer, workspace, first_row, num_rows, head, chunk, out, accum
     packed_values = packed_keys + 4 * CHUNK * padded_dim
     scores = packed_values + 4 * CHUNK * padded_dim
     parts = scores + 4 * CHUNK * STRIP
-    is_packed = num_queries >= PACK_FROM
+    is_packed, multiply = num_queries >= PACK_FROM, word(layer, ATTENTION.multiply)
     if is_packed:
         _pack_chunk(kv, table, head, start, lo, hi, packed_keys, packed_values)
     for strip in range(0, num_queries, STRIP):
@@ -203,10 +182,11 @@ def _attend_chunk(layer, workspace, first_row, num_rows, head, chunk, out, accum
         target = parts if accumulate else out + strip * size
         q = queries + strip * query_bytes
         if is_packed:
-            multiply_f32(
+            arguments = (
                 q, query_bytes, count, packed_keys + first * head_dim * 4 * LANES, 4 * LANES,
-                head_dim * 4 * LANES, last - first, head_dim, scores + 4 * lo, 4 * CHUNK, 1,
+                head_dim * 4 * LANES, last - first, head_dim, scores + 4 * lo, 4 * CHUNK, 1, 0,
             )  # fmt: skip
+            call_kernel(multiply, arguments)
         else:
             _scores_from_pages(kv, table, head, start, lo, hi, q, count, scores)
         if kind == 2:
@@ -223,10 +203,11 @@ def _attend_chunk(layer, workspace, first_row, num_rows, head, chunk, out, accum
         if kind == 2:
             _apply_scales(kv, table, head, start, lo, hi, 1, scores, count)
         if is_packed:
-            multiply_f32(
+            arguments = (
                 scores + 4 * lo, 4 * CHUNK, count, packed_values + lo * 4 * LANES, 4 * LANES,
-                CHUNK * 4 * LANES, padded_dim // LANES, hi - lo, target + HEADER, size, 1,
+                CHUNK * 4 * LANES, padded_dim // LANES, hi - lo, target + HEADER, size, 1, 0,
             )  # fmt: skip
+            call_kernel(multiply, arguments)
         else:
             _values_from_pages(kv, table, head, start, lo, hi, scores, count, target + HEADER, size)
         if accumulate:
@@ -234,7 +215,15 @@ def _attend_chunk(layer, workspace, first_row, num_rows, head, chunk, out, accum
                 merge(out + (strip + i) * size, target + i * size, padded_dim)
 
 
-@njit(error_model="numpy")
+def _make_attend_chunk(_isa: str, _format: str) -> Callable:
+    return _attend_chunk
+
+
+def attend_chunk_kernel() -> int:
+    return kernel(_make_attend_chunk, "", "")[0]
+
+
+@inner
 def _finish_row(layer, row, head, query, total):
     """The result of query head `query` of the group of `head`, from its total."""
     group, head_dim = word(layer, ATTENTION.group), word(layer, ATTENTION.head_dim)
@@ -245,7 +234,7 @@ def _finish_row(layer, row, head, query, total):
     finish(total, out, head_dim, sink, 1 if sinks else 0)
 
 
-@njit(error_model="numpy")
+@inner
 def _chunks(layer, first_row, num_rows):
     """Chunks [lo, hi) that some row of a block sees."""
     positions = word(word(layer, ATTENTION.batch), BATCH.positions)
@@ -253,7 +242,7 @@ def _chunks(layer, first_row, num_rows):
     return lo, load_i32(positions, first_row + num_rows - 1) // CHUNK + 1
 
 
-@njit(error_model="numpy")
+@inner
 def attend_blocks(layer, thread, team):
     """Many rows: a task is a block and a head, all of its chunks one after the other."""
     batch, size = word(layer, ATTENTION.batch), partial_bytes(word(layer, ATTENTION.padded_dim))
@@ -271,13 +260,14 @@ def attend_blocks(layer, thread, team):
             empty_row(0, 0, 0, totals + i * size)
         lo, hi = _chunks(layer, first_row, num_rows)
         for chunk in range(lo, hi):
-            _attend_chunk(layer, workspace, first_row, num_rows, head, chunk, totals, True)
+            arguments = layer, workspace, first_row, num_rows, head, chunk, totals, 1, 0, 0, 0, 0
+            call_kernel(word(layer, ATTENTION.attend_chunk), arguments)
         for i in range(num_rows * group):
             _finish_row(layer, first_row + i // group, head, i % group, totals + i * size)
         task = next_task(team, 0)
 
 
-@njit(error_model="numpy")
+@inner
 def _partials(layer, chunk, head, row):
     """Where split attention keeps the partials of a row's query heads of one head and chunk."""
     batch, size = word(layer, ATTENTION.batch), partial_bytes(word(layer, ATTENTION.padded_dim))
@@ -286,7 +276,7 @@ def _partials(layer, chunk, head, row):
     return word(batch, BATCH.partials) + number * size
 
 
-@njit(error_model="numpy")
+@inner
 def attend_split(layer, thread, team):
     """Few rows: a task is a block, a head and a chunk. `merge_split` follows, after a barrier."""
     batch, num_heads = word(layer, ATTENTION.batch), word(layer, ATTENTION.num_kv_heads)
@@ -301,11 +291,12 @@ def attend_split(layer, thread, team):
         lo, hi = _chunks(layer, first_row, num_rows)
         if lo <= chunk < hi:
             out = _partials(layer, chunk, head, first_row)
-            _attend_chunk(layer, workspace, first_row, num_rows, head, chunk, out, False)
+            arguments = layer, workspace, first_row, num_rows, head, chunk, out, 0, 0, 0, 0, 0
+            call_kernel(word(layer, ATTENTION.attend_chunk), arguments)
         task = next_task(team, 0)
 
 
-@njit(error_model="numpy")
+@inner
 def merge_split(layer, thread, num_threads):
     batch, size = word(layer, ATTENTION.batch), partial_bytes(word(layer, ATTENTION.padded_dim))
     num_heads, group = word(layer, ATTENTION.num_kv_heads), word(layer, ATTENTION.group)

@@ -8,12 +8,13 @@ products of attention read memory in order. int8 has one scale per token and hea
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from cpu_kernels.inner import inner
 from cpu_kernels.lanes import ELEMENT_BYTES, LANES, larger, store_value
-from cpu_kernels.memory import load_f32, store_f32, word
+from cpu_kernels.memory import store_f32, word
 from cpu_kernels.record import Record, fields
 from cpu_kernels.simd import emitted, f32
+from cpu_kernels.tile import multiply_kernel
 
 CHUNK = 256  # positions whose softmax is computed at once; pages divide it
 DTYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
@@ -21,7 +22,7 @@ KINDS = tuple(DTYPES)  # a kind's number in records is its place here
 
 KV = fields(
     "kind element_bytes keys values scales num_pages page_size num_heads head_dim padded_dim "
-    "key_page value_page"
+    "key_page value_page multiply"
 )
 
 
@@ -73,6 +74,7 @@ class KVPages:
                 padded_dim=padded(head_dim),
                 key_page=head_dim * page_size * ELEMENT_BYTES[dtype],
                 value_page=padded(head_dim) * page_size * ELEMENT_BYTES[dtype],
+                multiply=multiply_kernel(dtype),
             )
             for layer in range(num_layers)
         ]
@@ -86,36 +88,30 @@ def _largest(k, x, count):
     return most.get()
 
 
-def _make_write(kind):
-    size = ELEMENT_BYTES[kind]
-
-    @njit(error_model="numpy")
-    def write(x, count, out, step, factor):
-        for i in range(count):
-            store_value(kind, out + i * step * size, load_f32(x, i) * factor)
-
-    return write
+@emitted("void", "i64 i64 i64 i64 f32")
+def _store_head(k, kind, x, count, out, step, factor):
+    """Store `count` float32, times `factor`, as `kind`, `step` elements apart."""
+    with k.loop(count) as i:
+        value = k.load(x + i * 4, f32(1)) * factor
+        store_value(k, kind, out + i * step * ELEMENT_BYTES[kind], value)
 
 
-_write_f32, _write_f16, _write_int8 = (_make_write(kind) for kind in KINDS)
-
-
-@njit(error_model="numpy")
+@inner
 def _append_one(kv, x, out, step, scale_at):
     """Write one token's head of keys or values, its values `step` elements apart."""
     kind, head_dim = word(kv, KV.kind), word(kv, KV.head_dim)
     if kind == 0:
-        _write_f32(x, head_dim, out, step, np.float32(1.0))
+        _store_head("f32", x, head_dim, out, step, np.float32(1.0))
     elif kind == 1:
-        _write_f16(x, head_dim, out, step, np.float32(1.0))
+        _store_head("f16", x, head_dim, out, step, np.float32(1.0))
     else:
         largest = _largest(x, head_dim)
         factor = np.float32(127.0) / largest if largest > np.float32(1e-30) else np.float32(0.0)
         store_f32(scale_at, 0, largest / np.float32(127.0))
-        _write_int8(x, head_dim, out, step, factor)
+        _store_head("int8", x, head_dim, out, step, factor)
 
 
-@njit(error_model="numpy")
+@inner
 def append(kv, is_value, x, page, slot, head):
     """Keep the float32 [head_dim] at x as a token's key, or value, in a slot of a page."""
     page_size, num_heads = word(kv, KV.page_size), word(kv, KV.num_heads)

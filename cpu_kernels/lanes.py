@@ -24,8 +24,7 @@ def load_lanes(k: Emitter, kind: str, address: Value) -> Value:
     return k.load(address, i8(LANES)).cast("sitofp", f32)
 
 
-@emitted("void", "i64 f32")
-def store_value(k, kind, address, value):
+def store_value(k: Emitter, kind: str, address: Value, value: Value) -> None:
     """Round a float32 to `kind` and store it; what float16 cannot hold becomes its largest."""
     if kind == "f16":
         for sign, operator in ((1.0, ">"), (-1.0, "<")):

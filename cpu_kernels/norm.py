@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from numba import njit
-
+from cpu_kernels.inner import inner
 from cpu_kernels.lanes import LANES, by_lanes, larger, smaller
 from cpu_kernels.simd import emitted, f32
 
@@ -69,7 +68,7 @@ def scaled_copy(k, x, out, count, factor):
     by_lanes(k, count, copy_values)
 
 
-@njit(error_model="numpy")
+@inner
 def rms_norm_rows(x, weight, out, first, last, size, eps):
     """Norm rows first to last - 1, of `size` float32 each."""
     for row in range(first, last):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from cpu_kernels.inner import inner
 from cpu_kernels.lanes import LANES
 from cpu_kernels.simd import emitted, f32
 
@@ -67,7 +67,7 @@ def _add_angles(k, a, b, out, row):
         k.store(out + at + row, sin_a * cos_b + cos_a * sin_b, align=4)
 
 
-@njit(error_model="numpy")
+@inner
 def rotation(coarse, fine, half, position, out):
     """Write the cosines of a position to `out`, and after them (padded) the sines."""
     row = (half + LANES - 1) // LANES * LANES * 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from cpu_kernels.exponential import exp
+from cpu_kernels.inner import inner
 from cpu_kernels.lanes import LANES, by_lanes, larger, store_i32
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, store_f32, word
@@ -51,7 +51,7 @@ def softmax(k, x, count):
     by_lanes(k, count, divide)
 
 
-@njit(error_model="numpy")
+@inner
 def choose_experts(scores, num_experts, top_k, normalize, experts, weights):
     """Write the `top_k` largest scores, the largest first and of equal ones the first, and which
     they are. `scores`, not negative, are used up. All are addresses."""

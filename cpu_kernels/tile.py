@@ -6,13 +6,12 @@ the tile that computes it: the result does not depend on how rows and columns ar
 
 from __future__ import annotations
 
-from numba import njit
+from collections.abc import Callable
 
 from cpu_kernels.isa import host_features
 from cpu_kernels.lanes import LANES, load_lanes
+from cpu_kernels.products import kernel
 from cpu_kernels.simd import emitted, f32
-
-HAS_WIDE_REGISTERS = host_features().get("avx512f", False)
 
 
 @emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64 i64")
@@ -38,13 +37,13 @@ def tile(k, shape, kind, a, a_row, b, b_step, b_vector, depth, c, c_row, fresh):
         k.store(address, sums[cell].get(), align=4)
 
 
-def make_multiply(kind):
-    """A function that multiplies float32 rows with a matrix whose elements are of `kind`."""
-    step_of_4 = 2 if HAS_WIDE_REGISTERS else 1  # the 16 registers of AVX2 hold no 4 x 2
-    shape_of_4 = "4x2" if HAS_WIDE_REGISTERS else "4x1"
+def make_multiply(width: str, kind: str) -> Callable:
+    """A kernel (see cpu_kernels.products) that multiplies float32 rows with a matrix whose elements
+    are of `kind`, in registers that are "narrow" or "wide"."""
+    step_of_4 = 2 if width == "wide" else 1  # the 16 registers of AVX2 hold no 4 x 2
+    shape_of_4 = "4x2" if width == "wide" else "4x1"
 
-    @njit(error_model="numpy")
-    def multiply(a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh):
+    def multiply(a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh, _):
         """C [num_rows, 16 * num_vectors] = A [num_rows, depth] B, or C += A B if not `fresh`.
 
         Rows of A and C are a_row and c_row bytes apart; the 16 columns of vector v at depth d of B
@@ -85,6 +84,7 @@ def make_multiply(kind):
     return multiply
 
 
-multiply_f32 = make_multiply("f32")
-multiply_f16 = make_multiply("f16")
-multiply_int8 = make_multiply("int8")
+def multiply_kernel(kind: str) -> int:
+    """Address of the kernel for this processor, compiled if need be."""
+    width = "wide" if host_features().get("avx512f", False) else "narrow"
+    return kernel(make_multiply, width, kind)[0]

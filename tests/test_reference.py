@@ -1,0 +1,84 @@
+"""Logits and greedy tokens against transformers, on random checkpoints of every architecture."""
+
+import numpy as np
+import pytest
+
+from tiered import Engine
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+COMMON = dict(
+    vocab_size=384, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, pad_token_id=0,
+    bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)  # fmt: skip
+EXPERTS = dict(num_experts=8, num_experts_per_tok=2)
+ARCHITECTURES = {
+    "mixtral": dict(num_local_experts=8, num_experts_per_tok=2, intermediate_size=96),
+    "qwen3_moe": dict(
+        EXPERTS, moe_intermediate_size=96, intermediate_size=128, head_dim=32, norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
+    "olmoe": dict(EXPERTS, intermediate_size=96, clip_qkv=1.5),
+    "qwen2_moe": dict(
+        EXPERTS, moe_intermediate_size=96, shared_expert_intermediate_size=160,
+        intermediate_size=128,
+    ),
+    "llama": dict(intermediate_size=128, rope_scaling=LLAMA3),
+}  # fmt: skip
+PROMPT = np.random.default_rng(0).integers(3, 384, 40).tolist()
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def reference(request, tmp_path_factory):
+    """(folder, model) of a random model, weights scaled so that activations stay finite."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        request.param, **COMMON, **ARCHITECTURES[request.param]
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() >= 2:
+                weight.normal_(0, weight.shape[-1] ** -0.5)
+            elif "bias" in name:
+                weight.normal_(0, 0.1)
+            else:
+                weight.copy_(1 + 0.1 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_logits(reference):
+    folder, model = reference
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPT])).logits[0].numpy()
+    with Engine(folder, quantize="none", kv_dtype="f32", threads=2) as engine:
+        got = engine.logits(PROMPT)
+    assert np.abs(got - expected).max() <= 1e-5 * np.ptp(expected)
+
+
+def test_greedy_tokens(reference):
+    folder, model = reference
+    with torch.no_grad():
+        ids = model.generate(
+            torch.tensor([PROMPT]), max_new_tokens=32, do_sample=False, eos_token_id=None
+        )
+    expected = ids[0, len(PROMPT) :].tolist()
+    with Engine(folder, quantize="none", kv_dtype="f32", threads=2) as engine:
+        assert list(engine.generate_tokens(PROMPT, 32)) == expected
+
+
+def test_a_f16_kv_cache_stays_close(reference):
+    folder, model = reference
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPT])).logits[0].numpy()
+    with Engine(folder, quantize="none", threads=2) as engine:
+        got = engine.logits(PROMPT)
+    assert np.abs(got - expected).max() <= 1e-3 * np.ptp(expected)

@@ -45,7 +45,7 @@ class Tokenizer:
         self._added = self._backend.get_added_tokens_decoder()
         self._lock = threading.Lock()  # guards the backend's encode_special_tokens
         self.bos_id = vocabulary.bos_id
-        self.eos_ids = tuple(sorted(set(vocabulary.eos_ids) | set(self._end_tokens())))
+        self.eos_ids = tuple(dict.fromkeys([*vocabulary.eos_ids, *self._end_tokens()]))
         self.chat_template = vocabulary.chat_template
 
     def _end_tokens(self) -> list[int]:
@@ -63,6 +63,10 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of a token given by its name in the vocabulary, as `<|im_end|>`."""
         return self._backend.token_to_id(token)
+
+    def token_name(self, token: int | None) -> str:
+        """The name of a token in the vocabulary; empty if there is none."""
+        return "" if token is None else self._backend.id_to_token(token) or ""
 
     def encode(
         self, text: str, add_bos: bool | None = None, parse_special: bool = True
@@ -109,16 +113,13 @@ class Tokenizer:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` reads."""
         self._backend.save(str(folder / "tokenizer.json"))
         config = {
-            "bos_token": self._name(self.bos_id),
-            "eos_token": self._name(self.eos_ids[0] if self.eos_ids else None),
+            "bos_token": self.token_name(self.bos_id),
+            "eos_token": self.token_name(self.eos_ids[0] if self.eos_ids else None),
             "add_bos_token": self._add_bos,
             "chat_template": self.chat_template,
         }
-        text = json.dumps({k: v for k, v in config.items() if v is not None}, indent=2)
+        text = json.dumps({k: v for k, v in config.items() if v not in ("", None)}, indent=2)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-
-    def _name(self, token: int | None) -> str | None:
-        return None if token is None else self._backend.id_to_token(token)
 
 
 class TextStream:

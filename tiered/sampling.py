@@ -1,0 +1,136 @@
+"""Choosing the next token from a model's logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose; checked once, here.
+
+    Steps go in transformers' order: repetition penalty, temperature, top-k, top-p, min-p.
+    """
+
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_k: int = 0  # keep the k best (and ties with the last of them); 0: all
+    top_p: float = 1.0  # keep the likeliest tokens that make up this much probability
+    min_p: float = 0.0  # drop tokens less likely than this times the best one
+    repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer become less likely
+    seed: int | None = None  # None: another one each time
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, self.temperature >= 0, "0 or more")
+        _check("top_k", self.top_k, self.top_k >= 0 and self.top_k == int(self.top_k), "0 or more")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, penalty > 0, "above 0")
+        if self.seed is not None and self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, not {self.seed}")
+
+
+def _check(name: str, value: float, valid: bool, wanted: str) -> None:
+    if not valid or not math.isfinite(value):
+        raise ValueError(f"{name} must be {wanted}, not {value}")
+
+
+class Sampler:
+    """Chooses the tokens of one text, one after the other."""
+
+    def __init__(self, params: SamplingParams, prompt: Iterable[int] = ()) -> None:
+        self.params = params
+        self._random = np.random.default_rng(params.seed)
+        self._seen: dict[int, None] = dict.fromkeys(prompt) if self._penalizes else {}
+
+    @property
+    def _penalizes(self) -> bool:
+        return self.params.repetition_penalty != 1.0
+
+    def sample(self, logits: np.ndarray) -> int:
+        """The next token after float32 `logits` [vocab_size], which stay as they are.
+
+        Raises ValueError if they are not numbers: weights of a damaged model show here.
+        """
+        if self._penalizes:
+            logits = penalize(logits, list(self._seen), self.params.repetition_penalty)
+        best = int(np.argmax(logits))  # of NaN, if there is one
+        if not np.isfinite(logits[best]):
+            raise ValueError("the model's output is not a number: its weights are damaged")
+        token = best if self.params.temperature == 0 else self._draw(logits)
+        if self._penalizes:
+            self._seen[token] = None
+        return token
+
+    def _draw(self, logits: np.ndarray) -> int:
+        tokens, weights = candidates(logits, self.params)
+        cumulative = np.cumsum(weights)
+        index = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+        return int(tokens[min(index, len(tokens) - 1)])
+
+
+def penalize(logits: np.ndarray, seen: list[int], penalty: float) -> np.ndarray:
+    """A copy with the logits of `seen` tokens made smaller (arXiv 1909.05858)."""
+    logits = logits.copy()
+    values = logits[seen]
+    logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that may follow (int64, likeliest first if any are left out) and their
+    probabilities (float64), up to a common factor."""
+    scaled = logits.astype(np.float64)
+    scaled -= scaled.max()  # before dividing: tiny temperatures must not overflow
+    with np.errstate(over="ignore"):  # to -inf: probability 0
+        scaled /= params.temperature
+    tokens = np.arange(len(scaled))
+    if 0 < params.top_k < len(tokens):
+        tokens = _best(scaled, int(params.top_k))
+    weights = np.exp(scaled[tokens])
+    if params.top_p < 1:
+        tokens, weights = _nucleus(tokens, weights, params.top_p)
+    if params.min_p > 0:
+        kept = weights >= params.min_p * weights.max()
+        tokens, weights = tokens[kept], weights[kept]
+    return tokens, weights
+
+
+def _nucleus(
+    tokens: np.ndarray, weights: np.ndarray, top_p: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest set of likeliest tokens that makes up at least `top_p`.
+
+    Few tokens do that in practice, so only as many as needed are sorted.
+    """
+    wanted = top_p * weights.sum()
+    count = min(256, len(weights))
+    while True:
+        order = _best(weights, count)
+        before = np.cumsum(weights[order]) - weights[order]
+        num_kept = int(np.count_nonzero(before < wanted))
+        if num_kept < len(order) or count == len(weights):
+            kept = order[: max(num_kept, 1)]
+            return tokens[kept], weights[kept]
+        count = min(8 * count, len(weights))
+
+
+def _best(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest values and of ties with the last, largest first."""
+    if count >= len(values):
+        kept = np.arange(len(values))
+    else:
+        kept = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    return kept[np.argsort(-values[kept], kind="stable")]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities along the last axis: float64, the shape of `logits`."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted

@@ -14,6 +14,7 @@ so that kernels with registers of 16, 32 and 64 bytes can all load what they mul
 from __future__ import annotations
 
 from numba import njit
+from numba.extending import register_jitable
 
 from cpu_kernels.memory import store_word
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32
@@ -34,13 +35,13 @@ def byte_offset(group: int, half: int) -> int:
     return 128 * (group // 4) + 64 * half + 16 * (group % 4)
 
 
-@njit(inline="always")
-def prepared_row_bytes(k):
+@register_jitable
+def prepared_row_bytes(k: int) -> int:
     return (k + CHUNK - 1) // CHUNK * CHUNK_BYTES
 
 
-@njit
-def prepared_bytes(n, k):
+@register_jitable
+def prepared_bytes(n: int, k: int) -> int:
     """Bytes that `prepare_activations` needs for n rows of k values."""
     return HEADER_BYTES + n * prepared_row_bytes(k)
 

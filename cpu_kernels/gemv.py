@@ -12,7 +12,15 @@ from __future__ import annotations
 
 from cpu_kernels.activations import CHUNK_BYTES, POSITION, SCALES, byte_offset
 from cpu_kernels.dot import multiply_bytes, wants_unsigned
-from cpu_kernels.groups import GROUPS, LARGEST, Chunk, chunk_bytes, is_whole, with_padded_chunk
+from cpu_kernels.groups import (
+    GROUPS,
+    LARGEST,
+    OFFSET_FACTOR,
+    Chunk,
+    chunk_bytes,
+    is_whole,
+    with_padded_chunk,
+)
 from cpu_kernels.isa import ISAS
 from cpu_kernels.simd import Emitter, Value, Variable, emitted, f16, f32, i16, i32
 
@@ -31,8 +39,12 @@ class _Sums:
     def add(self, k: Emitter, to: Variable, a: Value, b: Value) -> None:
         to.set(k.multiply_add(a, b, to.get()))
 
-    def total(self, k: Emitter) -> Value:
-        return k.sum(self.products[0].get() + self.products[1].get()) + k.sum(self.offsets.get())
+    def total(self, k: Emitter, offset_factor: float) -> Value:
+        products = self.products[0].get() + self.products[1].get()
+        offsets = self.offsets.get()
+        lanes = min(products.lanes, offsets.lanes)
+        products, offsets = k.sum(products, lanes), k.sum(offsets, lanes)
+        return k.sum(k.multiply_add(offsets, k.constant(offsets.type, offset_factor), products))
 
 
 def _spread(k: Emitter, scales: Value, step: int, groups: int) -> Value:
@@ -81,7 +93,7 @@ def _dot(k: Emitter, isa: str, format: str, weights: Value, num_groups: Value, x
         with k.when(rest.compare(">", 0)):
             padded = with_padded_chunk(k, format, weights + whole * nbytes, rest)
             _multiply_chunk(k, isa, format, padded, whole * CHUNK_BYTES, rows)
-    return [row.total(k) for row in rows]
+    return [row.total(k, OFFSET_FACTOR[format]) for row in rows]
 
 
 @emitted("f32", "i64 i64 i64")
@@ -122,9 +134,7 @@ def dot_floats(k, isa, format, weights, count, x):
             w = load_floats(k, format, at + part * lanes * num_bytes, lanes)
             values = k.load(x + i * (step * 4) + part * lanes * 4, f32(lanes))
             variable.set(k.multiply_add(w, values, variable.get()))
-    total = k.variable(
-        k.sum((sums[0].get() + sums[1].get()) + (sums[2].get() + sums[3].get()))
-    )
+    total = k.variable(k.sum((sums[0].get() + sums[1].get()) + (sums[2].get() + sums[3].get())))
     done = num_steps * step
     with k.loop(count - done) as i:
         at = done + i

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cpu_kernels.activations import FIRST_SUMS, POSITION, SECOND_SUMS, SUMS
 from cpu_kernels.formats import FORMATS
-from cpu_kernels.simd import Emitter, Value, f16, f32, i8, i16, i32
+from cpu_kernels.simd import Emitter, Value, f16, f32, i8, i16, i32, i64
 
 GROUPS = 8  # in a chunk
 
@@ -71,12 +71,18 @@ def with_padded_chunk(k: Emitter, format: str, address: Value, num_groups: Value
     return padded
 
 
+OFFSET_FACTOR = {
+    "q4_0": -8.0, "q4_1": 1.0, "q4_k": -1.0, "q5_k": -1.0, "q6_k": -32.0, "q8_0": -128.0
+}  # fmt: skip
+
+
 class Chunk:
     """Decodes the chunk at an address, `groups` (1, 2 or 4) groups at a time.
 
     A weight is `scale * integer + offset`. `scales` has float32 vectors of the eight groups (in
     the order of POSITION): one, or two where the halves of a group differ. `offsets` pairs such
-    vectors with the kind of activation sums (see activations.py) that they are multiplied with.
+    vectors, all to be multiplied with `offset_factor`, with the kind of activation sums (see
+    activations.py) that they belong to.
     `make_unsigned`: q8_0's integers get 128 added, for instructions that want unsigned weights.
     """
 
@@ -87,6 +93,7 @@ class Chunk:
         self.flip = make_unsigned and format == "q8_0"
         self.is_signed = format == "q8_0" and not self.flip
         self._loaded: dict[tuple[int, ...], Value] = {}
+        self.offset_factor = OFFSET_FACTOR[format]
         self.scales, self.offsets = self._scales()
 
     def integers(self, step: int, half: int) -> Value:
@@ -137,8 +144,8 @@ class Chunk:
         if self.format in ("q4_0", "q8_0"):
             scale = self._halves(0)
             if self.format == "q4_0":
-                return [scale], [(scale * -8.0, SUMS)]
-            return [scale], [(scale * -128.0, SUMS)] if self.flip else []
+                return [scale], [(scale, SUMS)]
+            return [scale], [(scale, SUMS)] if self.flip else []
         if self.format == "q4_1":
             return [self._halves(0)], [(self._halves(2), SUMS)]
         if self.format in ("q4_k", "q5_k"):
@@ -151,14 +158,22 @@ class Chunk:
         for half in (0, 1):
             part = k.shuffle(bytes_, mask=[2 * group + half for group in order])
             scales.append(part.cast("sext", i32).cast("sitofp", f32) * factor)
-        return scales, [(scales[0] * -32.0, FIRST_SUMS), (scales[1] * -32.0, SECOND_SUMS)]
+        return scales, [(scales[0], FIRST_SUMS), (scales[1], SECOND_SUMS)]
 
     def _halves(self, offset: int) -> Value:
         """The float16 at `offset` of each of eight blocks, as float32."""
         block_bytes = FORMATS[self.format].block_bytes
         order = [POSITION.index(i) for i in range(8)]
-        scalars = [self.k.load(self.address + (block_bytes * g + offset), f16(1)) for g in order]
-        return self.k.gather(scalars).cast("fpext", f32)
+        halves = []
+        # Put together in general registers: the vector units are what a GEMV waits for.
+        for four in (order[:4], order[4:]):
+            word = None
+            for index, group in enumerate(four):
+                bits = self.k.load(self.address + (block_bytes * group + offset), i16(1))
+                bits = bits.cast("zext", i64) << (16 * index)
+                word = bits if word is None else word | bits
+            halves.append(word)
+        return self.k.gather(halves).view(f16(8)).cast("fpext", f32)
 
     def _six_bit_scales(self) -> tuple[list[Value], list[tuple[Value, int]]]:
         """q4_k and q5_k: two factors, then eight scales and eight minima of 6 bits in 12 bytes."""
@@ -172,4 +187,4 @@ class Chunk:
             factor = k.load(p + offset, f16(1)).cast("fpext", f32)
             bytes_ = k.shuffle(k.gather(words).view(i8(8)), mask=order)
             values.append(bytes_.cast("zext", i32).cast("sitofp", f32) * k.splat(factor, 8))
-        return [values[0]], [(values[1] * -1.0, SUMS)]
+        return [values[0]], [(values[1], SUMS)]

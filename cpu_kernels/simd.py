@@ -243,8 +243,8 @@ class Emitter:
         """To the nearest integer, halves to even."""
         return self._overloaded("roundeven", a)
 
-    def _halve(self, a: Value, combine: Callable[[Value, Value], Value]) -> Value:
-        while a.lanes > 1:
+    def _halve(self, a: Value, lanes: int, combine: Callable[[Value, Value], Value]) -> Value:
+        while a.lanes > lanes:
             half = a.lanes // 2
             if half == 1:
                 low, high = a.lane(0), a.lane(1)
@@ -254,12 +254,12 @@ class Emitter:
             a = combine(low, high)
         return a
 
-    def sum(self, a: Value) -> Value:
-        """All lanes added: always upper half to lower half, until one is left."""
-        return self._halve(a, lambda low, high: low + high)
+    def sum(self, a: Value, lanes: int = 1) -> Value:
+        """Upper half of the lanes added to lower half, until so many are left."""
+        return self._halve(a, lanes, lambda low, high: low + high)
 
     def largest(self, a: Value) -> Value:
-        return self._halve(a, self.maximum)
+        return self._halve(a, 1, self.maximum)
 
     # -- control --
 

@@ -6,12 +6,8 @@ from functools import partial
 
 import numpy as np
 
-from cpu_kernels.activations import CHUNK, CHUNK_BYTES, HEADER_BYTES
+from cpu_kernels.activations import prepared_bytes
 from cpu_kernels.memory import aligned_bytes
-
-
-def _prepared_bytes(n: int, k: int) -> int:
-    return HEADER_BYTES + n * (-(-k // CHUNK) * CHUNK_BYTES)
 
 
 def _grow(arrays: dict[str, np.ndarray], name: str, nbytes: int) -> None:
@@ -30,8 +26,8 @@ class Workspace:
 
     def reserve(self, num_rows: int, hidden_size: int, num_pairs: int, expert_size: int) -> None:
         grow = partial(_grow, self.arrays)
-        grow("prepared", _prepared_bytes(num_rows, hidden_size))
-        grow("inner_prepared", _prepared_bytes(num_pairs, expert_size))
+        grow("prepared", prepared_bytes(num_rows, hidden_size))
+        grow("inner_prepared", prepared_bytes(num_pairs, expert_size))
         grow("gate_out", 4 * num_pairs * expert_size)
         grow("up_out", 4 * num_pairs * expert_size)
         if len(self.arrays.get("identity", ())) < num_pairs:

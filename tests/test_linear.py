@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_formats import quantized_activations, random_matrix, to_float64
-from numba import njit
 
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import ISAS, available
@@ -46,11 +45,6 @@ def gather(arguments, thread, num_threads, team):
     gather_rows(matrix, ids, n, y, k, thread, num_threads)
 
 
-@njit
-def room(n, k):
-    return prepared_bytes(n, k)
-
-
 @pytest.fixture(scope="module")
 def teams():
     with Team(1) as one, Team(2) as two:
@@ -61,7 +55,7 @@ def run_product(team, matrix, x):
     x = np.ascontiguousarray(x, np.float32)
     n, k = x.shape
     y = np.full((n, matrix.shape[0]), np.nan, np.float32)
-    prepared = aligned_bytes(room(n, k))
+    prepared = aligned_bytes(prepared_bytes(n, k))
     words = record(
         matrix.address, address_of(x), n, k, address_of(prepared), address_of(y), y.shape[1]
     )

@@ -1,0 +1,120 @@
+"""The arithmetic of a decoder on the CPU: see tiered.backend.Backend, which this implements.
+
+Each method is one op on a team of threads, whose arguments were written to memory when the layer
+was prepared; a call only adds what changes with the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cpu_kernels.attention import Attention, AttentionLayer, kv_pages
+from cpu_kernels.embed import Embedding
+from cpu_kernels.experts import Combine, ExpertLayer
+from cpu_kernels.feed_forward import FeedForwardLayer
+from cpu_kernels.head import Head, OutputLayer
+from cpu_kernels.isa import choose
+from cpu_kernels.kv import KVPages
+from cpu_kernels.linear import Matrix
+from cpu_kernels.record import Scratch
+from cpu_kernels.route import Router, RouterLayer, Routing
+from cpu_kernels.team import Team
+from cpu_kernels.workspace import Workspace
+
+
+class CpuBackend:
+    """`threads`: how many compute. `isa`: which instructions, "auto" for the best there are.
+    `exact`: quantized weights are multiplied with float32 activations, not with int8 ones.
+
+    One forward pass at a time; arrays that a method returns stay until its next call.
+    """
+
+    name = "cpu"
+
+    def __init__(self, threads: int, isa: str = "auto", exact: bool = False) -> None:
+        self._isa = choose(isa)
+        self.isa = self._isa.name
+        self.exact = exact
+        self.num_threads = threads
+        self._workspace = Workspace()
+        self._scratch = Scratch()
+        self._team = Team(threads)
+        self._embedding = Embedding(self._team)
+        self._attention = Attention(self._team)
+        self._router = Router(self._team)
+        # Look-ahead may run beside the forward pass, and must not use its memory.
+        self._guesser = Router(self._team)
+        self._combine = Combine()
+        self._head = Head(self._team)
+        self._hidden_size = 0
+
+    def matrix(
+        self, data: np.ndarray, format: str, shape: tuple[int, int], bias: np.ndarray | None = None
+    ) -> Matrix:
+        return Matrix(data, format, shape, self._isa, bias, self.exact)
+
+    # -- layers, prepared once --
+
+    def attention_layer(self, weights: Any, config: Any) -> AttentionLayer:
+        return self._attention.layer(weights, config)
+
+    def router_layer(self, norm: np.ndarray, router: Matrix, config: Any) -> RouterLayer:
+        return RouterLayer(norm, router, config)
+
+    def expert_layer(self, layout: Any, config: Any) -> ExpertLayer:
+        layer = ExpertLayer(layout, self._isa, self.exact, self._workspace)
+        self._hidden_size = layer.hidden_size  # of all layers
+        return layer
+
+    def feed_forward_layer(
+        self, weights: Any, config: Any, norm: np.ndarray | None = None
+    ) -> FeedForwardLayer:
+        return FeedForwardLayer(
+            weights, self._isa, self.exact, self._workspace, norm, config.norm_eps
+        )
+
+    def output_layer(self, norm: np.ndarray, head: Matrix, config: Any) -> OutputLayer:
+        return OutputLayer(norm, head, config)
+
+    def kv_pages(self, config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages:
+        return kv_pages(config, num_pages, page_size, dtype)
+
+    # -- the forward pass --
+
+    def embed(self, table: Matrix, tokens: np.ndarray) -> np.ndarray:
+        return self._embedding.run(table, tokens)
+
+    def attention(
+        self, x: np.ndarray, layer: AttentionLayer, kv: KVPages, index: int, batch: Any
+    ) -> None:
+        self._attention.run(x, layer, kv, index, batch)
+
+    def route(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
+        return self._router.route(x, layer)
+
+    def guess(self, h: np.ndarray, layer: RouterLayer) -> Routing:
+        return self._guesser.guess(h, layer)
+
+    def experts(
+        self, h: np.ndarray, layer: ExpertLayer, addresses: np.ndarray, jobs: Any, out: np.ndarray
+    ) -> None:
+        layer.run(self._team, h, addresses, jobs, out)
+
+    def pair_outputs(self, num_pairs: int) -> np.ndarray:
+        hidden_size = self._hidden_size
+        room = self._scratch.room("pairs", 4 * num_pairs * hidden_size)
+        return room[: 4 * num_pairs * hidden_size].view(np.float32).reshape(num_pairs, hidden_size)
+
+    def combine(self, x: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
+        self._combine.run(self._team, x, out, weights)
+
+    def feed_forward(self, x: np.ndarray, h: np.ndarray | None, layer: FeedForwardLayer) -> None:
+        layer.run(self._team, x, h)
+
+    def head(self, x: np.ndarray, rows: np.ndarray, layer: OutputLayer) -> np.ndarray:
+        return self._head.run(x, rows, layer)
+
+    def close(self) -> None:
+        self._team.close()

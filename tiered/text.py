@@ -17,6 +17,7 @@ class StopStrings:
             raise ValueError(f"stop strings must be texts that are not empty, not {self._stop}")
         self._held = ""
         self.stopped = False
+        self.matched: str | None = None  # the stop string that was found
 
     def push(self, piece: str) -> str:
         """The text that can be shown now; nothing after a stop string."""
@@ -26,6 +27,7 @@ class StopStrings:
         match = self._first_match(text)
         if match is not None:
             self.stopped, self._held = True, ""
+            self.matched = max((s for s in self._stop if text.startswith(s, match)), key=len)
             return text[:match]
         shown = len(text) - self._num_held(text)
         self._held = text[shown:]

@@ -1,0 +1,139 @@
+"""Admission: which experts are worth a copy to the GPU when another one must leave for it.
+
+Two rules compete. *Recent*: what was just needed will be needed again soon, so it comes in.
+*Popular*: it comes in only if it was chosen more often than what would leave. Models with many
+small experts want the first, models with few large ones often the second. Both are followed in the
+shadow on some of the layers, as processors' caches do (set dueling, Qureshi et al. 2007); the rule
+that would have saved more time decides for all. Copies cost time, too: the processor is slower
+while they read its memory.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from tiered.costs import Costs
+from tiered.experts import ExpertKey
+from tiered.policies import Space
+
+SAMPLED = 4  # every fourth layer is followed
+_LARGE = 1e100
+
+
+class Popularity:
+    """Counts that fade: a use `memory` tokens ago weighs 1/e of one now."""
+
+    def __init__(self, memory: float = 256.0) -> None:
+        self._growth = 1 + 1 / memory
+        self.weight = 1.0  # of a use now; grows instead of all counts shrinking
+        self.counts: dict[ExpertKey, float] = {}
+
+    def touch(self, keys: Iterable[ExpertKey]) -> None:
+        counts, weight = self.counts, self.weight
+        for key in keys:
+            counts[key] = counts.get(key, 0.0) + weight
+
+    def token_done(self) -> None:
+        self.weight *= self._growth
+        if self.weight > _LARGE:
+            self.counts = {key: count / _LARGE for key, count in self.counts.items()}
+            self.weight /= _LARGE
+
+    def prefers(self, key: ExpertKey, victim: ExpertKey) -> bool:
+        """Whether `key` is more popular by more than one use."""
+        return self.counts.get(key, 0.0) > self.counts.get(victim, 0.0) + self.weight
+
+    def ranked(self, keys: Iterable[ExpertKey]) -> Sequence[ExpertKey]:
+        """Most popular first; equals in the given order."""
+        return sorted(keys, key=lambda key: -self.counts.get(key, 0.0))
+
+
+class Shadow:
+    """What one rule would hit and copy; older counts less."""
+
+    def __init__(self) -> None:
+        self.resident: dict[int, OrderedDict[ExpertKey, None]] = {}
+        self.hits = self.copies = 0.0
+
+    def layer(self, layer: int) -> OrderedDict[ExpertKey, None]:
+        return self.resident.setdefault(layer, OrderedDict())
+
+    def fade(self, keep: float) -> None:
+        self.hits *= keep
+        self.copies *= keep
+
+
+class Admission:
+    """Tell it what every layer chose (`touch`), and ask what is `worth` a copy."""
+
+    def __init__(
+        self, space: Space, costs: Costs, *, memory: float = 256.0, lead: float = 0.02
+    ) -> None:
+        self.popularity = Popularity(memory)
+        self.recent_wins = True
+        self._costs = costs
+        self._nbytes = max(space.blob_bytes)
+        self._lead = lead  # of all demands, by which the other rule must be better: hysteresis
+        sparse = [layer for layer, nbytes in enumerate(space.blob_bytes) if nbytes]
+        share = space.capacity // max(1, len(sparse))
+        self._room = {
+            layer: room for layer in sparse[::SAMPLED] if (room := share // space.blob_bytes[layer])
+        }
+        self._recent, self._popular = Shadow(), Shadow()
+        self._demands = 0.0
+
+    def touch(self, keys: Sequence[ExpertKey]) -> None:
+        """A layer needs these experts."""
+        self.popularity.touch(keys)
+        if keys and (room := self._room.get(keys[0].layer)):
+            self._demands += len(keys)
+            self._follow_recent(keys, room)
+            self._follow_popular(keys, room)
+
+    def token_done(self) -> None:
+        """Also decides which rule is used."""
+        self.popularity.token_done()
+        costs, nbytes = self._costs, self._nbytes
+        gain = max(0.0, costs.cpu(nbytes) - costs.gpu(nbytes))  # of a hit
+        price = costs.link(nbytes) * (1 - 1 / costs.slowdown)  # of a copy: lost by the processor
+        better = self._recent.hits - self._popular.hits
+        worse = self._recent.copies - self._popular.copies
+        difference, lead = better * gain - worse * price, self._lead * self._demands * gain
+        if difference > lead:
+            self.recent_wins = True
+        elif difference < -lead:
+            self.recent_wins = False
+        keep = 1 - 1 / 128
+        self._recent.fade(keep)
+        self._popular.fade(keep)
+        self._demands *= keep
+
+    def worth(self, key: ExpertKey, victim: ExpertKey) -> bool:
+        """Whether `key` should take the place of `victim`."""
+        return self.recent_wins or self.popularity.prefers(key, victim)
+
+    def _follow_recent(self, keys: Sequence[ExpertKey], room: int) -> None:
+        resident = self._recent.layer(keys[0].layer)
+        for key in keys:
+            if key in resident:
+                self._recent.hits += 1
+                resident.move_to_end(key)
+            else:
+                self._recent.copies += 1
+                resident[key] = None
+        while len(resident) > room:
+            resident.popitem(last=False)
+
+    def _follow_popular(self, keys: Sequence[ExpertKey], room: int) -> None:
+        resident, counts = self._popular.layer(keys[0].layer), self.popularity.counts
+        self._popular.hits += sum(key in resident for key in keys)
+        for key in keys:
+            if key not in resident:
+                if len(resident) == room:
+                    victim = min(resident, key=lambda other: counts.get(other, 0.0))
+                    if not self.popularity.prefers(key, victim):
+                        continue
+                    del resident[victim]
+                resident[key] = None
+                self._popular.copies += 1

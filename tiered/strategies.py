@@ -1,0 +1,30 @@
+"""Strategies: what is done with an expert that the GPU needs and does not have."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Strategy(NamedTuple):
+    """What happens to an expert that the GPU needs and does not have."""
+
+    share: float | None  # of a layer's misses that are copied, the rest runs on the CPU
+    cached: bool = True  # experts stay on the GPU
+    keep: str = "popular"  # which copied ones stay: "always", "popular" or "never"
+    promote: bool = False  # copy what the CPU computed when the link is idle
+
+
+STRATEGIES = {
+    "on-demand": Strategy(1.0, cached=False, keep="never"),  # copy each expert each time
+    "copy": Strategy(1.0, keep="always"),  # an expert cache that copies every miss
+    "cpu": Strategy(0.0, cached=False, keep="never"),  # attention on the GPU, experts on the CPU
+    "fixed": Strategy(0.0, keep="never"),  # the hottest experts on the GPU for good
+    "tiered": Strategy(None, promote=True),  # whatever ends soonest
+}
+
+
+class Budgets(NamedTuple):
+    """Bytes for experts in each memory."""
+
+    vram: int
+    ram: int

@@ -36,6 +36,10 @@ class TierStats:
     def copy(self) -> TierStats:
         return TierStats(**vars(self))
 
+    def __add__(self, other: TierStats) -> TierStats:
+        names = (field.name for field in fields(self))
+        return TierStats(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
     def __sub__(self, before: TierStats) -> TierStats:
         names = (field.name for field in fields(self))
         return TierStats(**{name: getattr(self, name) - getattr(before, name) for name in names})
@@ -64,6 +68,7 @@ class Residency:
         self._guesses: set[ExpertKey] = set()  # prefetched, not yet demanded
         self._touch = policy.touch
         self._insert = getattr(policy, "insert", policy.touch)
+        self._batch = getattr(policy, "batch", None)
         self._victim_for = getattr(policy, "victim_for", None)
 
     def __contains__(self, key: ExpertKey) -> bool:
@@ -111,6 +116,8 @@ class Residency:
 
         `keys` and `also` are protected, and must fit together.
         """
+        if self._batch is not None:
+            self._batch(keys)
         slots = list(map(self._slots.get, keys))
         touch, stats = self._touch, self.stats
         if None not in slots:
@@ -121,14 +128,12 @@ class Residency:
                 self._use_guesses(keys)
             return slots, []  # type: ignore[return-value]
         missing = [i for i, slot in enumerate(slots) if slot is None]
-        for key, slot in zip(keys, slots, strict=True):
-            if slot is not None:
-                touch(key)
         protected = {*keys, *also}
-        for i in missing:
-            slots[i] = self._admit(keys[i], lambda key: key not in protected)
-            touch(keys[i])
-            stats.bytes_read += self._blob_bytes[keys[i].layer]
+        for i, key in enumerate(keys):
+            if slots[i] is None:
+                slots[i] = self._admit(key, lambda key: key not in protected)
+                stats.bytes_read += self._blob_bytes[key.layer]
+            touch(key)
         stats.hits += len(slots) - len(missing)
         stats.misses += len(missing)
         if self._guesses:

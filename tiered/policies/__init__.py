@@ -46,13 +46,12 @@ class Space(NamedTuple):
 class Policy(Protocol):
     """Chooses what to evict. Called by one thread at a time, in a deterministic order.
 
-    `Policy(space)` is created once per tier. Two more methods are used where a policy has them:
+    `Policy(space)` is created once per tier. More methods are used where a policy has them:
 
     * `victim_for(key, evictable)` instead of `victim`: `key` is the expert that needs the room,
-    * `insert(key)` instead of `touch`: `key` was loaded on a guess, nobody has used it yet.
-
-    A policy that sets `partitioned = True` divides the room among layers, and says with
-    `excess(layer)` by how many bytes a layer exceeds its share.
+    * `insert(key)` instead of `touch`: `key` was loaded on a guess, nobody has used it yet,
+    * `batch(keys)`: a layer demands these; comes before their touches and evictions,
+    * `surplus(layer, excess, evictable)`: for the published way of counting, see replay.py.
     """
 
     def touch(self, key: ExpertKey) -> None:

@@ -1,0 +1,11 @@
+"""Every layer has an equal share of the room, and evicts its least frequently used expert."""
+
+from __future__ import annotations
+
+from tiered.policies import Space, lfu
+from tiered.shares import Shares
+
+
+class Policy(Shares):
+    def __init__(self, space: Space) -> None:
+        super().__init__(space, lfu.Policy)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from types import BuiltinMethodType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from jinja2 import TemplateError, nodes
 from jinja2.compiler import CodeGenerator
@@ -35,7 +35,7 @@ class BoundedCode(CodeGenerator):
 
     def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:
         for loop in list(node.find_all(nodes.For)):
-            loop.iter = filtered(loop.iter, "counted")
+            loop.iter = filtered(cast(nodes.Expr, loop.iter), "counted")
         for concat in list(node.find_all(nodes.Concat)):
             concat.nodes = [filtered(part, "bounded") for part in concat.nodes]
         super().visit_Template(node, frame)

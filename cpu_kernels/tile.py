@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cpu_kernels.isa import host_features
-from cpu_kernels.lanes import LANES, load_lanes
+from cpu_kernels.lanes import ELEMENT_BYTES, LANES, load_lanes
 from cpu_kernels.products import kernel
 from cpu_kernels.simd import emitted, f32
 
 
-@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64 i64")
-def tile(k, shape, kind, a, a_row, b, b_step, b_vector, depth, c, c_row, fresh):
+@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64 i64 i64")
+def tile(k, shape, kind, a, a_row, b, b_step, b_vector, depth, c, c_row, fresh, ahead):
     """`shape` is "rows x vectors"; all of C is kept in registers. See make_multiply."""
     num_rows, num_vectors = (int(number) for number in shape.split("x"))
     cells = [(r, v) for r in range(num_rows) for v in range(num_vectors)]
@@ -28,6 +28,8 @@ def tile(k, shape, kind, a, a_row, b, b_step, b_vector, depth, c, c_row, fresh):
     with k.loop(depth) as d:
         at = b + b_step * d
         values = [load_lanes(k, kind, at + b_vector * v) for v in range(num_vectors)]
+        for v in range(0, num_vectors, 4 // ELEMENT_BYTES[kind]):  # one for each cache line
+            k.prefetch(at + b_vector * v + ahead)
         for r in range(num_rows):
             factor = k.splat(k.load(a + a_row * r + d * 4, f32(1), align=4), LANES)
             for v in range(num_vectors):
@@ -43,11 +45,13 @@ def make_multiply(width: str, kind: str) -> Callable:
     step_of_4 = 2 if width == "wide" else 1  # the 16 registers of AVX2 hold no 4 x 2
     shape_of_4 = "4x2" if width == "wide" else "4x1"
 
-    def multiply(a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh, _):
+    def multiply(
+        a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh, ahead
+    ):
         """C [num_rows, 16 * num_vectors] = A [num_rows, depth] B, or C += A B if not `fresh`.
 
         Rows of A and C are a_row and c_row bytes apart; the 16 columns of vector v at depth d of B
-        are at b + d * b_step + v * b_vector.
+        are at b + d * b_step + v * b_vector. What lies `ahead` bytes after them is prefetched.
         """
         r, rows_left = num_rows // 4 * 4, num_rows % 4
         v = 0
@@ -57,9 +61,24 @@ def make_multiply(width: str, kind: str) -> Callable:
             for first in range(0, r, 4):
                 af, cf = a + first * a_row, cv + first * c_row
                 if step == step_of_4:
-                    tile(shape_of_4, kind, af, a_row, bv, b_step, b_vector, depth, cf, c_row, fresh)
+                    tile(
+                        shape_of_4,
+                        kind,
+                        af,
+                        a_row,
+                        bv,
+                        b_step,
+                        b_vector,
+                        depth,
+                        cf,
+                        c_row,
+                        fresh,
+                        ahead,
+                    )
                 else:
-                    tile("4x1", kind, af, a_row, bv, b_step, b_vector, depth, cf, c_row, fresh)
+                    tile(
+                        "4x1", kind, af, a_row, bv, b_step, b_vector, depth, cf, c_row, fresh, ahead
+                    )
             v += step
         for shape_rows in (2, 1):
             if rows_left & shape_rows == 0:
@@ -71,13 +90,43 @@ def make_multiply(width: str, kind: str) -> Callable:
                 wide = v + step <= num_vectors
                 if shape_rows == 2:
                     if wide:
-                        tile("2x2", kind, ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh)
+                        tile(
+                            "2x2",
+                            kind,
+                            ar,
+                            a_row,
+                            bv,
+                            b_step,
+                            b_vector,
+                            depth,
+                            cv,
+                            c_row,
+                            fresh,
+                            ahead,
+                        )
                     else:
-                        tile("2x1", kind, ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh)
+                        tile(
+                            "2x1",
+                            kind,
+                            ar,
+                            a_row,
+                            bv,
+                            b_step,
+                            b_vector,
+                            depth,
+                            cv,
+                            c_row,
+                            fresh,
+                            ahead,
+                        )
                 elif wide:
-                    tile("1x4", kind, ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh)
+                    tile(
+                        "1x4", kind, ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh, ahead
+                    )
                 else:
-                    tile("1x1", kind, ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh)
+                    tile(
+                        "1x1", kind, ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh, ahead
+                    )
                 v += step if wide else 1
             r += shape_rows
 

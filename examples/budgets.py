@@ -1,6 +1,6 @@
 """Compare memory budgets: the same tokens, at different speeds.
 
-    python examples/budgets.py MODEL
+python examples/budgets.py MODEL
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -26,13 +26,14 @@ from tiered.model import Decoder
 from tiered.policies import Space
 from tiered.prefetch import Prefetcher
 from tiered.sampling import Sampler, SamplingParams
+from tiered.slots import RamMemory
 from tiered.source import MappedExperts, TieredExperts
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
 from tiered.text import StopStrings
-from tiered.slots import RamMemory
 from tiered.tier import Tier
 from tiered.tokenizer import Tokenizer, load_tokenizer
+from tiered.trace import TraceInfo, TraceWriter
 from tiered.weights import WeightLoader
 
 DEFAULT_CONTEXT = 4096  # tokens
@@ -272,6 +273,32 @@ class Engine:
         return ids
 
     # --- the rest ---
+
+    @contextmanager
+    def record(self, path: str | os.PathLike[str]) -> Iterator[None]:
+        """Write a routing trace of what is generated within the block; see tiered.trace.
+
+        A replay gives the same hits and misses if the tier was empty when it began: record from
+        the first token on. Raises ValueError for a dense model.
+        """
+        if self.store is None or self.source is None:
+            raise ValueError(f"{self.checkpoint.path} is a dense model: it routes nothing")
+        tiered = isinstance(self.source, TieredExperts)
+        info = TraceInfo(
+            model=self.checkpoint.path.name,
+            num_experts=self.config.num_experts,
+            top_k=self.config.top_k,
+            blob_bytes=tuple(self.store.blob_bytes),
+            policy=str(self.choices.policy) if tiered else "",
+            capacity=self.plan.slots if tiered else 0,
+        )
+        journaled = self.source.tier if isinstance(self.source, TieredExperts) else self.source
+        with TraceWriter(path, info) as writer:
+            self.decoder.trace = journaled.journal = writer
+            try:
+                yield
+            finally:
+                self.decoder.trace = journaled.journal = None
 
     @property
     def stats(self) -> EngineStats:

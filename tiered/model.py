@@ -7,17 +7,15 @@ project is about.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tiered.backend import Array, Backend, Batch
 from tiered.clock import PartClock
 from tiered.config import ModelConfig
-from tiered.experts import ExpertJobs, Routing, group_by_expert
-
-if TYPE_CHECKING:
-    from tiered.trace import TraceWriter
+from tiered.experts import Routing, group_by_expert
+from tiered.trace import DECODE, PREFILL, TraceWriter
 
 
 class ExpertSource(Protocol):
@@ -78,6 +76,8 @@ class Decoder:
         """Logits after the tokens at `rows` of the batch: float32 [len(rows), vocab_size]."""
         b, clock = self.backend, self.clock
         clock.start()
+        if self.trace is not None:
+            self.trace.begin(PREFILL if len(batch.tokens) > 1 else DECODE)
         x = b.embed(self.embedding, batch.tokens)  # [num_tokens, hidden_size]
         for index, layer in enumerate(self.layers):
             b.attention(x, layer.attention, kv, index, batch)
@@ -113,7 +113,7 @@ class Decoder:
         if layer.shared is not None:
             b.feed_forward(x, h, layer.shared)
         clock.lap("experts")
-        if self.trace:
+        if self.trace is not None:
             self.trace.record(index, batch.positions, routing)
 
     def guess(self, h: Array, index: int) -> None:
@@ -123,7 +123,7 @@ class Decoder:
         for distance in self.look_ahead.distances(index):
             ahead = self.layers[index + distance]
             if ahead.router is not None:
-                self.look_ahead.submit(index + distance, self.backend.guess(h, ahead.router))
-
-
-__all__ = ["Decoder", "ExpertJobs", "ExpertSource", "Layer", "LookAhead"]
+                guess = self.backend.guess(h, ahead.router)
+                self.look_ahead.submit(index + distance, guess)
+                if self.trace is not None:
+                    self.trace.guess(index + distance, distance, guess)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tiered.experts import ExpertKey
 from tiered.store import ExpertStore
-from tiered.tier import Tier
+from tiered.tier import Journal, Tier
 
 
 class MappedExperts:
@@ -20,6 +20,7 @@ class MappedExperts:
 
     def __init__(self, store: ExpertStore) -> None:
         self.hits = 0
+        self.journal: Journal | None = None
         self._addresses = {
             layer: store.address_table(layer)  # int64 [num_experts, 3]
             for layer in store.checkpoint.config.sparse_layers
@@ -27,6 +28,9 @@ class MappedExperts:
 
     def fetch(self, layer: int, experts: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
         self.hits += len(experts)
+        if self.journal is not None:
+            keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
+            self.journal.fetched(keys, [True] * len(keys))
         yield range(len(experts)), self._addresses[layer][experts]
 
 

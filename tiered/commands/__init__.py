@@ -16,5 +16,5 @@ def names() -> list[str]:
 
 
 def find(name: str) -> click.Command:
-    command: click.Command = getattr(import_module(f"{__name__}.{name.replace('-', '_')}"), "command")
+    command: click.Command = import_module(f"{__name__}.{name.replace('-', '_')}").command
     return command

@@ -15,12 +15,18 @@ from tiered.memory import available_bytes, format_bytes
 
 @click.command("info")
 @click.argument("model", type=click.Path(path_type=Path), required=False)
-@opt.option("--context", type=click.IntRange(1), default=4096, help="Tokens to size the KV cache for.")
-@opt.option("--quantize", type=click.Choice(["int4", "none"]), default="int4",
-            help="How a float checkpoint's experts would be held.")
+@opt.option(
+    "--context", type=click.IntRange(1), default=4096, help="Tokens to size the KV cache for."
+)
+@opt.option(
+    "--quantize",
+    type=click.Choice(["int4", "none"]),
+    default="int4",
+    help="How a float checkpoint's experts would be held.",
+)
 @opt.json_option
 def command(model: Path | None, context: int, quantize: str, as_json: bool) -> None:
-    """Tell what MODEL is and what fits where, from its headers alone; without MODEL, this machine."""
+    """Tell what MODEL is and what fits where, from its headers; without MODEL, about this machine."""
     facts = describe_model(model, context, quantize) if model else describe_machine()
     if as_json:
         print_json(facts)

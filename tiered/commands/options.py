@@ -1,4 +1,4 @@
-"""Options that several commands share. Each has an environment twin: --some-thing, TIERED_SOME_THING."""
+"""Options that several commands share. Each has an environment twin: --ram and TIERED_RAM."""
 
 from __future__ import annotations
 

@@ -1,0 +1,199 @@
+"""The whole engine on a tiny model: what is in memory must not change what the model says."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+from naive import NaiveBackend
+
+from tiered import Engine, policies
+from tiered.demo import random_tiny_model
+from tiered.replay import replay
+from tiered.trace import read_trace
+
+PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
+NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return random_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def generate(model, num_tokens=NUM_TOKENS, prompt=PROMPT, **choices):
+    choices.setdefault("threads", 2)
+    with Engine(model, **choices) as engine:
+        return list(engine.generate_tokens(prompt, num_tokens)), engine.stats
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """The tokens with every expert resident; and one layer's top_k experts, and all, in bytes."""
+    with Engine(model, threads=1, look_ahead=0) as engine:
+        floor = max(engine.store.blob_bytes) * engine.config.top_k
+        tokens = list(engine.generate_tokens(PROMPT, NUM_TOKENS))
+        logits = engine.logits(PROMPT)
+        return tokens, floor, engine.plan.experts, logits
+
+
+ONLINE = [name for name in policies.names() if name != "belady"]
+
+
+@pytest.mark.parametrize("policy", ONLINE)
+def test_policies_and_budgets_never_change_the_tokens(model, expected, policy):
+    tokens, floor, experts, _ = expected
+    for expert_ram in (floor, experts // 3, experts):
+        got, stats = generate(model, policy=policy, expert_ram=expert_ram)
+        assert got == tokens, (policy, expert_ram)
+        assert stats.misses > 0
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [dict(look_ahead=0), dict(look_ahead=3), dict(threads=1), dict(threads=3), dict(readers=1),
+     dict(readers=8), dict(ram="4G")],
+    ids=str,
+)  # fmt: skip
+def test_other_choices_never_change_the_tokens(model, expected, choices):
+    tokens, _, experts, _ = expected
+    got, _ = generate(model, expert_ram=experts // 2, **choices)
+    assert got == tokens
+
+
+def test_logits_are_the_same_bits_whatever_is_resident(model, expected):
+    _, floor, _, logits = expected
+    with Engine(model, expert_ram=floor, threads=2) as engine:
+        assert np.array_equal(engine.logits(PROMPT), logits)
+
+
+def test_mapped_and_tiered_are_the_same_bits(model):
+    """quantize="none" computes from the memory map if all fits, and from slots if not."""
+    with Engine(model, quantize="none", threads=2) as engine:
+        assert engine.plan.mapped
+        mapped = engine.logits(PROMPT)
+        budget = engine.plan.experts // 2
+    with Engine(model, quantize="none", threads=2, expert_ram=budget) as engine:
+        assert not engine.plan.mapped
+        assert np.array_equal(engine.logits(PROMPT), mapped)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 16])
+def test_prefill_in_pieces_agrees(model, expected, chunk):
+    """Within what rounding an activation to the other int8 value can do."""
+    with Engine(model, threads=2, prefill_chunk=chunk) as engine:
+        got = engine.logits(PROMPT)
+    reference = expected[3]
+    assert np.abs(got - reference).max() <= 2e-2 * np.ptp(reference)
+
+
+def test_exact_weights_agree_with_plain_numpy(model):
+    with Engine(model, quantize="none", backend=NaiveBackend()) as engine:
+        reference = engine.logits(PROMPT)
+    with Engine(model, quantize="none", kv_dtype="f32", threads=2) as engine:
+        got = engine.logits(PROMPT)
+    assert np.abs(got - reference).max() <= 1e-5 * np.ptp(reference)
+
+
+@pytest.mark.parametrize("look_ahead", [0, 1])
+def test_a_replayed_trace_has_the_live_counts(model, expected, tmp_path, look_ahead):
+    _, _, experts, _ = expected
+    file = tmp_path / "routing.trace"
+    with Engine(model, expert_ram=experts // 3, look_ahead=look_ahead, threads=2) as engine:
+        with engine.record(file):
+            list(engine.generate_tokens(PROMPT, NUM_TOKENS))
+        live, policy, capacity = engine.stats, engine.choices.policy, engine.plan.slots
+    result = replay(read_trace(file), policy, capacity)
+    assert (result.hits, result.misses) == (live.hits, live.misses)
+    assert result.prefetches == live.prefetches
+    assert result.prefetches_used == live.prefetches_used
+
+
+def test_bytes_read_are_misses_times_blob_size(model, expected):
+    with Engine(model, expert_ram=expected[2] // 3, look_ahead=0, threads=2) as engine:
+        list(engine.generate_tokens(PROMPT, NUM_TOKENS))
+        stats, blob = engine.stats, engine.store.blob_bytes[0]
+    assert stats.bytes_read == stats.misses * blob
+
+
+def test_a_chat_computes_only_what_is_new(model):
+    with Engine(model, threads=2) as engine:
+        sequence = engine.open_sequence()
+        first = list(engine.generate_tokens(PROMPT, 4, sequence=sequence))
+        before = engine.stats
+        list(engine.generate_tokens([*PROMPT, *first[:-1], 7, 8], 2, sequence=sequence))
+        assert (engine.stats - before).prompt_tokens == 2
+
+
+def test_a_disk_error_in_the_middle_leaves_everything_usable(model, expected, monkeypatch):
+    tokens, floor, _, _ = expected
+    with Engine(model, expert_ram=floor, look_ahead=0, threads=2) as engine:
+        read, calls = engine.store.read_into, []
+
+        def failing(key, slot):
+            calls.append(key)
+            if len(calls) == 40:
+                raise OSError(5, "Input/output error", "model.safetensors")
+            read(key, slot)
+
+        engine.source.tier.source = type("Source", (), {"read_into": staticmethod(failing)})
+        with pytest.raises(OSError, match=r"expert \d+ of layer \d+.*model.safetensors"):
+            list(engine.generate_tokens(PROMPT, NUM_TOKENS))
+        assert list(engine.generate_tokens(PROMPT, NUM_TOKENS)) == tokens
+        assert engine.kv.free_tokens >= engine.context
+
+
+def test_nothing_is_left_after_close(model, expected):
+    def descriptors():
+        return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+    generate(model, 2)  # what is opened once per process is open now
+    threads, files = threading.active_count(), descriptors()
+    for _ in range(3):
+        generate(model, 2, expert_ram=expected[1])
+    assert (threading.active_count(), descriptors()) == (threads, files)
+
+
+def test_the_context_is_a_limit_with_a_clear_message(model):
+    with Engine(model, context=64, threads=1) as engine:
+        with pytest.raises(ValueError, match="65 tokens and the context holds 64.*--context"):
+            list(engine.generate_tokens([5] * 65))
+        assert len(list(engine.generate_tokens([5] * 60, 100))) == 5
+        with pytest.raises(ValueError, match="empty"):
+            list(engine.generate_tokens([]))
+        with pytest.raises(ValueError, match="token ids must lie in"):
+            list(engine.generate_tokens([10**6]))
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (dict(expert_ram=1000), "too small.*--expert-ram at least"),
+        (dict(ram="10M"), "too little.*--ram at least"),
+        (dict(policy="fifo"), "unknown policy 'fifo'"),
+        (dict(expert_ram="much"), "no size"),
+        (dict(quantize="int3"), "int4 or none"),
+        (dict(look_ahead=9), "look_ahead"),
+        (dict(threads=0), "threads"),
+        (dict(isa="mmx"), "mmx"),
+    ],
+    ids=str,
+)
+def test_choices_that_cannot_work_are_refused(model, choices, message):
+    with pytest.raises((ValueError, MemoryError), match=message):
+        Engine(model, **choices)
+
+
+def test_unknown_choices_are_errors(model):
+    with pytest.raises(TypeError, match="expert_rom"):
+        Engine(model, expert_rom="2G")
+
+
+def test_text_and_stop_strings(model):
+    with Engine(model, threads=2) as engine:
+        whole = "".join(engine.generate("the of", 40))
+        assert whole
+        stop = whole[5:8]
+        assert "".join(engine.generate("the of", 40, stop=[stop])) == whole[: whole.index(stop)]
+        sampled = ["".join(engine.generate("the", 8, temperature=1.0, seed=s)) for s in (1, 1, 2)]
+        assert sampled[0] == sampled[1] != sampled[2]

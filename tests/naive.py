@@ -132,7 +132,7 @@ class NaiveBackend:
         x += w.o(out.reshape(len(x), -1))
 
     def route(self, x, layer):
-        norm, router, config = layer
+        norm, _, config = layer
         h = rms_norm(x, norm, config.norm_eps)
         return h, self.guess(h, layer)
 

@@ -156,7 +156,7 @@ def test_nothing_is_left_after_close(model, expected):
 
 def test_the_context_is_a_limit_with_a_clear_message(model):
     with Engine(model, context=64, threads=1) as engine:
-        with pytest.raises(ValueError, match="65 tokens and the context holds 64.*--context"):
+        with pytest.raises(ValueError, match=r"65 tokens and the context holds 64.*--context"):
             list(engine.generate_tokens([5] * 65))
         assert len(list(engine.generate_tokens([5] * 60, 100))) == 5
         with pytest.raises(ValueError, match="empty"):

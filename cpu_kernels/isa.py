@@ -34,7 +34,7 @@ ISAS: dict[str, Isa] = {
     for isa in (
         Isa("avx512_vnni", ("avx512f", "avx512bw", "avx512vl", "avx512vnni"), 4, 16, 12),
         Isa("avx_vnni", ("avx2", "fma", "f16c", "avxvnni"), 2, 8, 6),
-        Isa("avx2", ("avx2", "fma", "f16c"), 2, 8, 6),
+        Isa("avx2", ("avx2", "fma", "f16c"), 2, 8, 4),
         Isa("neon_dotprod", ("neon", "dotprod"), 1, 4, 8),
         Isa("portable", (), 1, 4, 4),
     )

@@ -17,6 +17,7 @@ from cpu_kernels.activations import prepare_activations, prepared_bytes
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import Isa
 from cpu_kernels.memory import address_of, call_kernel, load_i32, word
+from cpu_kernels.panels import make_float_gemm, make_gemm
 from cpu_kernels.products import (
     kernel,
     make_dequantize,
@@ -36,11 +37,11 @@ DATA, ROWS, COLUMNS, ROW_BYTES, BIAS, FEW, MANY, DEQUANTIZE = range(8)
 def products_of(isa: Isa, format: str, exact: bool = False) -> tuple[int, int]:
     """Addresses of the kernels of a format for few and for many rows of activations."""
     if FORMATS[format].is_float:
-        few, many = make_float_gemv, make_float_gemv
+        few, many = make_float_gemv, make_float_gemm
     elif exact:
-        few, many = make_exact_gemv, make_exact_gemv
+        few, many = make_exact_gemv, make_float_gemm
     else:
-        few, many = make_gemv, make_gemv
+        few, many = make_gemv, make_gemm
     return kernel(few, isa.name, format)[0], kernel(many, isa.name, format)[0]
 
 

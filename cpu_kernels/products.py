@@ -40,12 +40,12 @@ from cpu_kernels.memory import (
 
 
 @njit(inline="always")
-def _source_row(x_rows, divisor, i):
+def source_row(x_rows, divisor, i):
     return load_i32(x_rows, i) // divisor if x_rows != 0 else i
 
 
 @njit(inline="always")
-def _target_row(y, y_rows, ldy, i):
+def target_row(y, y_rows, ldy, i):
     row = load_i32(y_rows, i) if y_rows != 0 else i
     return y + 4 * row * ldy
 
@@ -65,19 +65,19 @@ def make_gemv(isa: str, format: str) -> Callable:
             added = load_f32(bias, row) if bias != 0 else 0.0
             i = 0
             while i < n:
-                x0 = x + x_bytes * _source_row(x_rows, divisor, i)
+                x0 = x + x_bytes * source_row(x_rows, divisor, i)
                 if n - i < 3:
                     total = dot_1(isa, format, at, num_groups, x0)
-                    store_f32(_target_row(y, y_rows, ldy, i), row, total + added)
+                    store_f32(target_row(y, y_rows, ldy, i), row, total + added)
                     i += 1
                 else:  # three rows are computed as four, one of them twice
-                    x1 = x + x_bytes * _source_row(x_rows, divisor, i + 1)
-                    x2 = x + x_bytes * _source_row(x_rows, divisor, i + 2)
-                    x3 = x + x_bytes * _source_row(x_rows, divisor, min(i + 3, n - 1))
+                    x1 = x + x_bytes * source_row(x_rows, divisor, i + 1)
+                    x2 = x + x_bytes * source_row(x_rows, divisor, i + 2)
+                    x3 = x + x_bytes * source_row(x_rows, divisor, min(i + 3, n - 1))
                     dot_4(isa, format, at, num_groups, x0, x1, x2, x3, results)
                     for j in range(min(4, n - i)):
                         total = load_f32(results, j) + added
-                        store_f32(_target_row(y, y_rows, ldy, i + j), row, total)
+                        store_f32(target_row(y, y_rows, ldy, i + j), row, total)
                     i += 4
 
     return gemv
@@ -93,9 +93,9 @@ def make_float_gemv(isa: str, format: str) -> Callable:
         for row in range(first, last):
             added = load_f32(bias, row) if bias != 0 else 0.0
             for i in range(n):
-                source = x + x_bytes * _source_row(x_rows, divisor, i)
+                source = x + x_bytes * source_row(x_rows, divisor, i)
                 total = dot_floats(isa, format, weights + row * k * size, k, source)
-                store_f32(_target_row(y, y_rows, ldy, i), row, total + added)
+                store_f32(target_row(y, y_rows, ldy, i), row, total + added)
 
     return float_gemv
 
@@ -113,7 +113,7 @@ def make_exact_gemv(isa: str, format: str) -> Callable:
         for row in range(first, last):
             at = weights + row * row_bytes
             for i in range(n):
-                target = _target_row(y, y_rows, ldy, i)
+                target = target_row(y, y_rows, ldy, i)
                 store_f32(target, row, load_f32(bias, row) if bias != 0 else 0.0)
             for start in range(0, k, CHUNK):
                 count = min(CHUNK, k - start)
@@ -122,8 +122,8 @@ def make_exact_gemv(isa: str, format: str) -> Callable:
                 else:
                     dequantize_last(format, at + start // CHUNK * nbytes, count // 32, values)
                 for i in range(n):
-                    source = x + x_bytes * _source_row(x_rows, divisor, i) + 4 * start
-                    target = _target_row(y, y_rows, ldy, i)
+                    source = x + x_bytes * source_row(x_rows, divisor, i) + 4 * start
+                    target = target_row(y, y_rows, ldy, i)
                     total = dot_floats(isa, "f32", values, count, source)
                     store_f32(target, row, load_f32(target, row) + total)
 

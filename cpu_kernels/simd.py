@@ -160,8 +160,9 @@ class Emitter:
 
     def stack(self, nbytes: int) -> Value:
         """Address of `nbytes` bytes on the stack, aligned to 64; not zeroed."""
-        size = ir.ArrayType(ir.IntType(8), nbytes)
-        slot = cgutils.alloca_once(self.builder, size)
+        # Not cgutils.alloca_once, which writes zeros: LLVM takes minutes for a large array of them.
+        with self.builder.goto_entry_block():
+            slot = self.builder.alloca(ir.ArrayType(ir.IntType(8), nbytes))
         slot.align = 64
         return Value(self, self.builder.ptrtoint(slot, I64))
 

@@ -73,6 +73,19 @@ class Facts:
             raise self.error(names[0], value, "whole numbers")
         return tuple(items)
 
+    def numbers(self, *names: str) -> tuple[float, ...]:
+        """A list of numbers; () when it is missing."""
+        value = self.find(*names, default=[])
+        if not isinstance(value, list) or not all(type(x) in (int, float) for x in value):
+            raise self.error(names[0], value, "a list of numbers")
+        return tuple(float(item) for item in value)
+
+    def mapping(self, *names: str) -> Mapping[str, Any]:
+        value = self.find(*names)
+        if not isinstance(value, Mapping):
+            raise self.error(names[0], value, "an object")
+        return value
+
     def error(self, name: str, value: Any, expected: str) -> CheckpointError:
         shown = repr(value)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."

@@ -1,0 +1,153 @@
+"""tiered's own store: experts side by side, as `tiered convert` (tiered.convert) writes it.
+
+A folder with `manifest.json`, one `experts-<n>` array per blob size (uint8 [num_experts, stride],
+readable with mmap_ninja.numpy), `dense.bin` and `tokenizer/`. The manifest is written last: a
+folder without it was never finished and is not opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tiered.checkpoint import Checkpoint, CheckpointError, Tensor
+from tiered.config import ModelConfig
+from tiered.config_json import config_from_json
+from tiered.dense import matrix_bytes
+from tiered.experts import expert_layout
+from tiered.facts import Facts
+from tiered.json_file import read_json
+from tiered.models import read_config
+from tiered.tensor_names import check_tensors
+
+MANIFEST = "manifest.json"
+DENSE = "dense.bin"
+TOKENIZER = "tokenizer"
+GGUF_TOKENIZER = "gguf.json"  # in the tokenizer's folder, where the source was a GGUF file
+VERSION = 1
+STRIDE_ALIGNMENT = 4096  # bytes; blobs start on pages, so that they can be read directly
+
+
+def array_file(number: int) -> str:
+    """Where the blobs of one size lie, relative to the store: mmap_ninja's name."""
+    return f"experts-{number}/data.ninja"
+
+
+def matches(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in (MANIFEST, DENSE, "experts-0"))
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    file = path / MANIFEST
+    if not file.exists():
+        raise CheckpointError(
+            f"{path} is half-written: {MANIFEST} is missing; delete the folder and convert again"
+        )
+    manifest = read_json(file)
+    facts = Facts(manifest, file)
+    if facts.text("format") != "tiered-store" or facts.integer("version") != VERSION:
+        raise CheckpointError(f"{file}: not a store of version {VERSION}; convert the model again")
+    config = read_config(config_from_json, Facts(facts.mapping("config"), file))
+    sizes = _check_files(path, facts)
+    tensors = {tensor.name: tensor for tensor in _dense(path, facts, sizes)}
+    tensors |= {tensor.name: tensor for tensor in _experts(path, facts, config, sizes)}
+    check_tensors(path, config, tensors)
+    tokenizer = path / TOKENIZER / GGUF_TOKENIZER
+    source = _LazyJson(tokenizer) if tokenizer.exists() else path / TOKENIZER
+    return StoreCheckpoint(path, config, tensors, manifest, source)
+
+
+class StoreCheckpoint(Checkpoint):
+    """A store knows the checksums of its files."""
+
+    def verify(self) -> None:
+        """Read everything and compare; CheckpointError names the file that differs."""
+        for name, entry in self.metadata["files"].items():
+            with (self.path / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != entry["sha256"]:
+                raise CheckpointError(
+                    f"{self.path / name} is damaged: its checksum differs from the manifest's"
+                )
+
+
+class _LazyJson(Mapping[str, Any]):
+    """An object in a file that is read when the first value is asked for."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._values: dict[str, Any] | None = None
+
+    def _read(self) -> dict[str, Any]:
+        if self._values is None:
+            self._values = read_json(self._file)
+        return self._values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._read()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+
+def _check_files(path: Path, facts: Facts) -> dict[str, int]:
+    """Bytes of each file, which are those that the manifest says."""
+    sizes: dict[str, int] = {}
+    for name, entry in facts.mapping("files").items():
+        known = Facts(entry if isinstance(entry, dict) else {}, facts.source)
+        sizes[name] = known.integer("nbytes", maximum=2**63)
+        known.text("sha256")
+        if ".." in Path(name).parts or Path(name).is_absolute() or not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is missing; convert the model again")
+        size = (path / name).stat().st_size
+        if size != sizes[name]:
+            raise CheckpointError(
+                f"{path / name} has {size} bytes instead of {sizes[name]}; convert the model again"
+            )
+    return sizes
+
+
+def _dense(path: Path, facts: Facts, sizes: Mapping[str, int]) -> Iterator[Tensor]:
+    for name, entry in facts.mapping("dense").items():
+        try:
+            format, shape, offset = entry
+            nbytes = matrix_bytes(format, tuple(shape))
+            valid = offset >= 0 and offset + nbytes <= sizes[DENSE] and min(shape) > 0
+        except (TypeError, KeyError, ValueError):
+            valid = False
+        if not valid:
+            raise CheckpointError(f"{facts.source}: the entry of tensor {name!r} is damaged")
+        yield Tensor(name, format, tuple(shape), path / DENSE, offset, nbytes)
+
+
+def _experts(
+    path: Path, facts: Facts, config: ModelConfig, sizes: Mapping[str, int]
+) -> Iterator[Tensor]:
+    """Tensors inside the blobs. Each layer has [array number, first row, stride, formats]."""
+    for layer, entry in facts.mapping("experts").items():
+        try:
+            array, first_row, stride, formats = entry
+            layout = expert_layout(config.hidden_size, config.expert_size, *formats)
+            end = (first_row + config.num_experts) * stride
+            valid = end <= sizes[array_file(array)] and layout.nbytes <= stride and first_row >= 0
+        except (TypeError, KeyError, ValueError):
+            valid = False
+        if not valid:
+            raise CheckpointError(f"{facts.source}: the entry of layer {layer} is damaged")
+        file = path / array_file(array)
+        for expert in range(config.num_experts):
+            row = (first_row + expert) * stride
+            for part, tensor in layout._asdict().items():
+                name = f"layers.{layer}.experts.{expert}.{part}"
+                offset = row + tensor.offset
+                yield Tensor(name, tensor.format, tensor.shape, file, offset, tensor.nbytes)
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1, sort_keys=False) + "\n").encode()

@@ -114,20 +114,24 @@ class RouterLayer:
         self.top_k = config.top_k
         self.norm = floats(norm, "norm", config.hidden_size)
         self._router = router  # the record has only its address
-        self.record = Record(
-            ROUTER,
-            eps=float(config.norm_eps),
-            hidden_size=config.hidden_size,
-            router=router.address,
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            normalize=int(config.normalize_top_k),
+        # Look-ahead may guess in one thread while another routes: each has a record.
+        self.record, self.guess_record = (
+            Record(
+                ROUTER,
+                eps=float(config.norm_eps),
+                hidden_size=config.hidden_size,
+                router=router.address,
+                num_experts=config.num_experts,
+                top_k=config.top_k,
+                normalize=int(config.normalize_top_k),
+            )
+            for _ in range(2)
         )
         _ = route.address  # compiled before the first token
 
 
 class Router:
-    """Runs router layers; one call at a time."""
+    """Runs router layers; one call at a time. (To guess in another thread takes another Router.)"""
 
     def __init__(self, team: Team) -> None:
         self._team = team
@@ -138,14 +142,13 @@ class Router:
         room = self._scratch.room("h", x.nbytes)
         h = room[: x.nbytes].view(np.float32).reshape(x.shape)
         layer.record.set(x=x, norm=layer.norm)
-        return h, self._run(h, layer)
+        return h, self._run(h, layer, layer.record)
 
     def guess(self, h: np.ndarray, layer: RouterLayer) -> Routing:
         """The experts that the layer would choose for an `h` that another layer normed."""
-        layer.record.set(x=None, norm=None)
-        return self._run(h, layer)
+        return self._run(h, layer, layer.guess_record)
 
-    def _run(self, h: np.ndarray, layer: RouterLayer) -> Routing:
+    def _run(self, h: np.ndarray, layer: RouterLayer, record: Record) -> Routing:
         num_rows = len(h)
         if h.shape != (num_rows, layer.hidden_size) or h.dtype != np.float32:
             raise ValueError(
@@ -158,7 +161,7 @@ class Router:
         if not num_rows:
             return routing
         room = self._scratch.room
-        layer.record.set(
+        record.set(
             num_rows=num_rows,
             h=h,
             prepared=room("prepared", prepared_bytes(num_rows, layer.hidden_size)),
@@ -166,5 +169,5 @@ class Router:
             experts=routing.experts,
             weights=routing.weights,
         )
-        self._team.run(route.address, layer.record.address)
+        self._team.run(route.address, record.address)
         return routing

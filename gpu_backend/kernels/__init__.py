@@ -1,0 +1,1 @@
+"""Triton kernels. Each has its slow, exact twin of the same name in `gpu_backend.reference`."""

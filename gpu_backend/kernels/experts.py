@@ -1,0 +1,99 @@
+"""The experts of a decode step: one launch over all (token, expert) pairs, wherever they lie.
+
+`starts` says where a pair's expert begins in the slab, in bytes; below 0: it is not on this GPU,
+and the pair is left alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gpu_backend.kernels.chunks import add_chunk
+from gpu_backend.kernels.exact import silu, total_of_groups
+from gpu_backend.kernels.linear import row_dots
+
+
+@triton.jit
+def gate_up_kernel(
+    slab, starts, tokens, x, x_factors, plane, out, GATE_AT, UP_AT,
+    N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
+    ROWS: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """out[pair] = silu(gate x) * (up x): float32 [num_pairs, N]. Grid: (N / ROWS, num_pairs).
+
+    Both matrices advance together, so that twice the bytes are under way.
+    """
+    pair = tl.program_id(1)
+    start = tl.load(starts + pair)
+    if start >= 0:
+        token = tl.load(tokens + pair)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        base = tl.multiple_of(slab + start, 16)
+        gate, up = base + GATE_AT, base + UP_AT
+        x += token * (K // 4)
+        x_factors += token * (K // 32)
+        g_0 = tl.zeros((ROWS, 8), tl.float32)
+        g_1 = tl.zeros((ROWS, 8), tl.float32)
+        g_2 = tl.zeros((ROWS, 8), tl.float32)
+        u_0 = tl.zeros((ROWS, 8), tl.float32)
+        u_1 = tl.zeros((ROWS, 8), tl.float32)
+        u_2 = tl.zeros((ROWS, 8), tl.float32)
+        for chunk in tl.range((K + 255) // 256, loop_unroll_factor=2):
+            g_0, g_1, g_2 = add_chunk(
+                g_0, g_1, g_2, gate, row, chunk, x, x_factors, plane, N, K, GATE, ROWS, EMULATE
+            )
+            u_0, u_1, u_2 = add_chunk(
+                u_0, u_1, u_2, up, row, chunk, x, x_factors, plane, N, K, UP, ROWS, EMULATE
+            )
+        if GATE == "q6_k":
+            g_0 += g_1
+        if UP == "q6_k":
+            u_0 += u_1
+        g = total_of_groups(g_0, ROWS)
+        u = total_of_groups(u_0, ROWS)
+        if GATE != "q8_0":
+            g += total_of_groups(g_2, ROWS)
+        if UP != "q8_0":
+            u += total_of_groups(u_2, ROWS)
+        tl.store(out + pair.to(tl.int64) * N + row, silu(g, EMULATE) * u, mask=row < N)
+
+
+@triton.jit
+def down_kernel(
+    slab, starts, targets, x, x_factors, plane, out, DOWN_AT,
+    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """out[targets[pair]] = down x[pair]: rows of float32 [., N]. Grid: (N / ROWS, num_pairs)."""
+    pair = tl.program_id(1)
+    start = tl.load(starts + pair)
+    if start >= 0:
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        base = tl.multiple_of(slab + start, 16) + DOWN_AT
+        total = row_dots(
+            base, row, x + pair * (K // 4), x_factors + pair * (K // 32), plane,
+            N, K, FORMAT, ROWS, EMULATE,
+        )  # fmt: skip
+        target = tl.load(targets + pair).to(tl.int64)
+        tl.store(out + target * N + row, total, mask=row < N)
+
+
+@triton.jit
+def combine_kernel(
+    x, out, weights, H, TOP_K: tl.constexpr, WIDTH: tl.constexpr, EMULATE: tl.constexpr
+):
+    """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * TOP_K + rank].
+
+    x: float32 [num_tokens, H]. Grid: (H / WIDTH, num_tokens).
+    """
+    token = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < H
+    total = tl.zeros((WIDTH,), tl.float32)
+    for rank in tl.static_range(TOP_K):
+        pair = token * TOP_K + rank
+        # Rounded twice on purpose: what came from the CPU is added like what came from here.
+        total += tl.load(weights + pair) * tl.load(out + pair * H + column, mask=inside, other=0.0)
+    before = tl.load(x + token * H + column, mask=inside, other=0.0)
+    tl.store(x + token * H + column, before + total, mask=inside)

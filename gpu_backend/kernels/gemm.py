@@ -1,0 +1,190 @@
+"""Many rows of activations at once: integer matrix products, one group of 32 at a time.
+
+A group's product is one `tl.dot` of int8, which is exact; the sums are scaled and added to the
+accumulator of the group's place in its chunk, so every result is bit by bit the decode kernels'.
+Eight accumulators are the price of that.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gpu_backend.kernels.chunks import factors
+from gpu_backend.kernels.exact import fma, silu
+
+
+@triton.jit
+def group_bytes(base, row, chunk, place, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr):
+    """The integers of group `place` (0 to 7) of a chunk: int8 [rows, 32]."""
+    k = tl.arange(0, 32)
+    half = (k // 16)[None, :]
+    byte = (k % 16)[None, :]
+    G: tl.constexpr = K // 32
+    inside = (row < N)[:, None] & (chunk * 8 + place < G)
+    row = row.to(tl.int64)[:, None]
+    if FORMAT == "q4_0" or FORMAT == "q4_1":
+        w = tl.load(base + (row * G + chunk * 8 + place) * 16 + byte, mask=inside, other=0)
+        return ((w.to(tl.int32) >> (4 * half)) & 15).to(tl.int8)
+    elif FORMAT == "q8_0":
+        at = (row * G + chunk * 8 + place) * 32 + k[None, :]
+        return tl.load(base + at, mask=inside, other=0).to(tl.int8, bitcast=True)
+    elif FORMAT == "q4_k":
+        block = (row * (K // 256) + chunk) * 144
+        w = tl.load(base + block + 16 + 32 * (place // 2) + k[None, :], mask=inside, other=0)
+        return ((w.to(tl.int32) >> (4 * (place % 2))) & 15).to(tl.int8)
+    elif FORMAT == "q5_k":
+        block = (row * (K // 256) + chunk) * 176
+        w = tl.load(base + block + 48 + 32 * (place // 2) + k[None, :], mask=inside, other=0)
+        high = tl.load(base + block + 16 + k[None, :], mask=inside, other=0)
+        low = (w.to(tl.int32) >> (4 * (place % 2))) & 15
+        return (low | (((high.to(tl.int32) >> place) & 1) << 4)).to(tl.int8)
+    else:
+        tl.static_assert(FORMAT == "q6_k")
+        B: tl.constexpr = N * (K // 256)
+        block = row * (K // 256) + chunk
+        low = place % 4
+        at = block * 128 + 64 * (place // 4) + 32 * (low % 2) + k[None, :]
+        w = tl.load(base + at, mask=inside, other=0)
+        at = B * 128 + block * 64 + 32 * (place // 4) + k[None, :]
+        high = tl.load(base + at, mask=inside, other=0)
+        w = (w.to(tl.int32) >> (4 * (low // 2))) & 15
+        return (w | (((high.to(tl.int32) >> (2 * low)) & 3) << 4)).to(tl.int8)
+
+
+@triton.jit
+def dot(x, weights, FLOAT_DOT: tl.constexpr):
+    """Exact sums of products, as float32. `FLOAT_DOT`: for cards whose matrix units Triton drives
+    with float16 only (sm_75); products and sums are whole numbers below 2**20, so still exact."""
+    if FLOAT_DOT:
+        return tl.dot(x.to(tl.float16), weights.to(tl.float16), out_dtype=tl.float32)
+    else:
+        return tl.dot(x, weights, out_dtype=tl.int32).to(tl.float32)
+
+
+@triton.jit
+def add_group(
+    products, seconds, offsets, base, row, chunk, place, x, x_factors, plane, token, known,
+    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, FLOAT_DOT: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Group `place` of a chunk: add to three float32 [tokens, rows]."""
+    G: tl.constexpr = K // 32
+    group = chunk * 8 + place
+    k = tl.arange(0, 32)
+    inside = known & (group < G)
+    token = token.to(tl.int64)
+    at = token[:, None] * K + group * 32 + k[None, :]
+    values = tl.load(x + at, mask=inside[:, None], other=0)  # int8 [tokens, 32]
+    weights = tl.trans(group_bytes(base, row, chunk, place, N, K, FORMAT))  # [32, rows]
+    one = tl.arange(0, 1) + place
+    scale, scale_2, offset, offset_2 = factors(base, row, chunk, one, N, K, FORMAT)  # [rows, 1]
+    scale = tl.trans(scale)
+    at_factor = x_factors + token * G + group
+    x_scale = tl.load(at_factor, mask=inside, other=0.0)[:, None]
+    zero = tl.zeros((TOKENS, ROWS), tl.float32)
+    if FORMAT == "q6_k":
+        first = tl.where((k < 16)[None, :], values, 0).to(tl.int8)
+        dots = dot(first, weights, FLOAT_DOT)
+        rest = dot((values - first).to(tl.int8), weights, FLOAT_DOT)
+        seconds = fma(rest, tl.trans(scale_2) * x_scale, seconds, EMULATE)
+        x_sum = tl.load(at_factor + 2 * plane, mask=inside, other=0.0)[:, None]
+        offsets = fma(tl.trans(offset) + zero, x_sum + zero, offsets, EMULATE)
+        x_sum = tl.load(at_factor + 3 * plane, mask=inside, other=0.0)[:, None]
+        offsets = fma(tl.trans(offset_2) + zero, x_sum + zero, offsets, EMULATE)
+    else:
+        dots = dot(values, weights, FLOAT_DOT)
+        if FORMAT != "q8_0":
+            x_sum = tl.load(at_factor + plane, mask=inside, other=0.0)[:, None]
+            offsets = fma(tl.trans(offset) + zero, x_sum + zero, offsets, EMULATE)
+    products = fma(dots, scale * x_scale, products, EMULATE)
+    return products, seconds, offsets
+
+
+@triton.jit
+def tile(
+    base, row, x, x_factors, plane, token, known,
+    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, FLOAT_DOT: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Rows `row` of a matrix times rows `token` of the activations: float32 [tokens, rows].
+
+    The groups' places are computed one after the other, each over the whole row, instead of
+    side by side: three accumulators instead of 24, and short reads whose cache lines the next
+    places find in the cache. They are added in the order of the contract:
+    ((0 + 1) + (4 + 5)) + ((2 + 3) + (6 + 7)).
+    """
+    zero = tl.zeros((TOKENS, ROWS), tl.float32)
+    result, result_of_offsets = zero, zero
+    for half in range(2):
+        part, part_of_offsets = zero, zero
+        for late in range(2):
+            total, total_of_offsets = zero, zero
+            for odd in range(2):
+                products, seconds, offsets = zero, zero, zero
+                for chunk in range((K + 255) // 256):
+                    products, seconds, offsets = add_group(
+                        products, seconds, offsets, base, row, chunk, 2 * half + 4 * late + odd,
+                        x, x_factors, plane, token, known,
+                        N, K, FORMAT, TOKENS, ROWS, FLOAT_DOT, EMULATE,
+                    )  # fmt: skip
+                if FORMAT == "q6_k":
+                    products += seconds
+                total += products
+                total_of_offsets += offsets
+            part += total
+            part_of_offsets += total_of_offsets
+        result += part
+        result_of_offsets += part_of_offsets
+    if FORMAT != "q8_0":
+        result += result_of_offsets
+    return result
+
+
+@triton.jit
+def grouped_gate_up_kernel(
+    slab, tile_starts, tile_first, tile_count, tokens, x, x_factors, plane, out, GATE_AT, UP_AT,
+    N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, FLOAT_DOT: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """out[p] = silu(gate x[tokens[p]]) * (up x[tokens[p]]). Grid: (N / ROWS, num_tiles).
+
+    Tile t has pairs tile_first[t] and on, tile_count[t] <= TOKENS of them, of the expert at
+    tile_starts[t] in the slab.
+    """
+    t = tl.program_id(1)
+    pair = tl.load(tile_first + t) + tl.arange(0, TOKENS)
+    known = tl.arange(0, TOKENS) < tl.load(tile_count + t)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    base = tl.multiple_of(slab + tl.load(tile_starts + t), 16)
+    token = tl.load(tokens + pair, mask=known, other=0)
+    g = tile(
+        base + GATE_AT, row, x, x_factors, plane, token, known,
+        N, K, GATE, TOKENS, ROWS, FLOAT_DOT, EMULATE,
+    )  # fmt: skip
+    u = tile(
+        base + UP_AT, row, x, x_factors, plane, token, known,
+        N, K, UP, TOKENS, ROWS, FLOAT_DOT, EMULATE,
+    )  # fmt: skip
+    at = pair.to(tl.int64)[:, None] * N + row[None, :]
+    tl.store(out + at, silu(g, EMULATE) * u, mask=known[:, None] & (row < N)[None, :])
+
+
+@triton.jit
+def grouped_linear_kernel(
+    slab, tile_starts, tile_first, tile_count, targets, x, x_factors, plane, out, AT,
+    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, FLOAT_DOT: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """out[targets[p]] = W x[p], tiles as above: the experts' down, and dense matrices."""
+    t = tl.program_id(1)
+    pair = tl.load(tile_first + t) + tl.arange(0, TOKENS)
+    known = tl.arange(0, TOKENS) < tl.load(tile_count + t)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    base = tl.multiple_of(slab + tl.load(tile_starts + t), 16) + AT
+    y = tile(
+        base, row, x, x_factors, plane, pair, known, N, K, FORMAT, TOKENS, ROWS, FLOAT_DOT, EMULATE
+    )
+    target = tl.load(targets + pair, mask=known, other=0).to(tl.int64)
+    at = target[:, None] * N + row[None, :]
+    tl.store(out + at, y, mask=known[:, None] & (row < N)[None, :])

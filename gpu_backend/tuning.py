@@ -1,0 +1,45 @@
+"""How kernels divide their work on one card. Changes speed, never a result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Powers of two. `tiered calibrate` finds good ones and stores them by the card's name."""
+
+    rows: int = 16  # features of one program in decode
+    warps: int = 4
+    prefill_rows: int = 16  # from as many rows of activations on, matrix products
+    tile_tokens: int = 16
+    tile_rows: int = 32
+    copy_width: int = 1024  # bytes that one program rearranges
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{field.name} must be a power of two, not {value}")
+        if self.tile_tokens < 16:
+            raise ValueError(f"tile_tokens must be at least 16, not {self.tile_tokens}")
+
+
+def load_tuning(file: Path, card: str) -> Tuning:
+    """What was stored for a card; the defaults if nothing was, or nothing that is usable."""
+    try:
+        return Tuning(**json.loads(file.read_text())[card])
+    except (OSError, KeyError, TypeError, ValueError):
+        return Tuning()
+
+
+def save_tuning(file: Path, card: str, tuning: Tuning) -> None:
+    """Add to, or replace in, a file of several cards."""
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        known = {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**known, card: asdict(tuning)}, indent=2) + "\n")

@@ -38,7 +38,7 @@ def _vector(scalar: Type) -> Callable[[int], Type]:
     return lambda lanes: scalar if lanes == 1 else ir.VectorType(scalar, lanes)
 
 
-i8, i16, i32, i64 = (_vector(ir.IntType(bits)) for bits in (8, 16, 32, 64))
+i1, i8, i16, i32, i64 = (_vector(ir.IntType(bits)) for bits in (1, 8, 16, 32, 64))
 f16, f32 = _vector(ir.HalfType()), _vector(ir.FloatType())
 
 

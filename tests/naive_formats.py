@@ -64,3 +64,21 @@ def quantized_activations(x):
     integers = np.clip(np.rint(groups * inverse), -127, 127).astype(np.float64)
     scales = np.where(largest >= np.float32(1e-35), largest * np.float32(1 / 127), 0)
     return (integers * scales).reshape(n, -1)[:, :k]
+
+
+def quantize(values, format):
+    """uint8 [num_blocks, block_bytes] of float32 values, as ggml-quants.c does it."""
+    blocks = np.empty((values.size // 32, FORMATS[format].block_bytes), np.uint8)
+    for block, group in zip(blocks, values.reshape(-1, 32), strict=True):
+        peak = group[np.abs(group).argmax()]
+        scale = peak / np.float32(-8) if format == "q4_0" else np.abs(peak) / np.float32(127)
+        inverse = np.float32(0) if abs(scale) <= 1e-30 else np.float32(1) / scale
+        scaled = group * inverse
+        block[:2] = np.array([scale], np.float16).view(np.uint8)
+        if format == "q4_0":
+            codes = np.minimum(scaled + np.float32(8.5), 15).astype(np.uint8)
+            block[2:] = codes[:16] | codes[16:] << 4
+        else:
+            codes = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
+            block[2:] = codes.view(np.uint8)
+    return blocks

@@ -1,0 +1,107 @@
+"""Float weights to blocks of integers, as ggml's reference does it (ggml-quants.c), bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from numba import njit, types
+
+from cpu_kernels.cache import compiling
+from cpu_kernels.formats import FORMATS
+from cpu_kernels.gemv import load_floats
+from cpu_kernels.simd import Emitter, Value, emitted, f16, f32, i8, i32
+
+GROUP = 32
+
+
+def _largest_bits(k: Emitter, values: Value) -> tuple[Value, Value]:
+    """Absolute values as integers, which are ordered alike (NaN last), and the largest of them."""
+    bits = values.view(i32(GROUP)) & 0x7FFFFFFF
+    return bits, k.largest(bits)
+
+
+def _inverse(k: Emitter, scale: Value) -> Value:
+    """1 / scale; 0 where the scale, as float16, is 0."""
+    size = (scale.view(i32(1)) & 0x7FFFFFFF).view(f32(1))
+    one, zero = k.constant(f32(1), 1.0), k.constant(f32(1), 0.0)
+    return k.select(size.compare(">", 1e-30), one / scale, zero)
+
+
+def _quantize_q4_0(k: Emitter, values: Value, target: Value) -> Value:
+    """The value of largest size, the first of several, becomes code 0, which stands for -8."""
+    bits, largest = _largest_bits(k, values)
+    where = bits.compare("==", k.splat(largest, GROUP)).view(i32(1))
+    negative = values.view(i32(GROUP)).compare("<", 0).view(i32(1))
+    first = where & (k.constant(i32(1), 0) - where)
+    size = largest.view(f32(1))
+    is_negative = (negative & first).compare("!=", 0)
+    scale = k.select(is_negative, size * 0.125, size * -0.125)
+    scaled = values * k.splat(_inverse(k, scale), GROUP) + 8.5
+    limit = k.constant(f32(GROUP), 15.0)
+    scaled = k.select(scaled.compare("<", 15.0), scaled, limit)
+    codes = scaled.cast("fptosi", i32).cast("trunc", i8)
+    low, high = k.shuffle(codes, mask=range(16)), k.shuffle(codes, mask=range(16, 32))
+    k.store(target, scale.cast("fptrunc", f16))
+    k.store(target + 2, low | (high << 4))
+    return largest
+
+
+def _quantize_q8_0(k: Emitter, values: Value, target: Value) -> Value:
+    _, largest = _largest_bits(k, values)
+    scale = largest.view(f32(1)) / k.constant(f32(1), 127.0)
+    scaled = values * k.splat(_inverse(k, scale), GROUP)
+    half = k.constant(f32(GROUP), 0.5).view(i32(GROUP))
+    half = half | (scaled.view(i32(GROUP)) & -0x80000000)
+    codes = (scaled + half.view(f32(GROUP))).cast("fptosi", i32).cast("trunc", i8)
+    k.store(target, scale.cast("fptrunc", f16))
+    k.store(target + 2, codes)
+    return largest
+
+
+@emitted("i32", "i64 i64 i64")
+def _quantize_groups(k, source, format, values, target, num_groups):
+    """Returns the bits of the largest absolute value."""
+    largest = k.variable(k.constant(i32(1), 0))
+    quantize = {"q4_0": _quantize_q4_0, "q8_0": _quantize_q8_0}[format]
+    with k.loop(num_groups) as i:
+        group = load_floats(k, source, values + i * (GROUP * FORMATS[source].block_bytes), GROUP)
+        bits = quantize(k, group, target + i * FORMATS[format].block_bytes)
+        largest.set(k.maximum(largest.get(), bits))
+    return largest.get()
+
+
+@cache
+def _compiled(source: str, format: str) -> Callable[[int, int, int], int]:
+    def quantize(values, target, num_groups):
+        return _quantize_groups(source, format, values, target, num_groups)
+
+    with compiling():
+        signature = types.int32(types.int64, types.int64, types.int64)
+        return njit(signature, cache=True, nogil=True, error_model="numpy")(quantize)
+
+
+def quantize_groups(values: np.ndarray, source: str, format: str) -> tuple[np.ndarray, float]:
+    """Blocks of q4_0 or q8_0 from values of format `source` (f32, f16 or bf16).
+
+    `values`: contiguous bytes (of any dtype) of a multiple of 32 values. Returns uint8
+    [num_blocks, block_bytes] and the largest absolute value, which is NaN if any value is.
+    """
+    num_values, rest = divmod(values.nbytes, FORMATS[source].block_bytes)
+    if rest or num_values % GROUP or not values.flags.c_contiguous:
+        raise ValueError(
+            f"values must be a contiguous run of {source}, a multiple of {GROUP} of them"
+        )
+    blocks = np.empty((num_values // GROUP, FORMATS[format].block_bytes), np.uint8)
+    run = _compiled(source, format)
+    bits = run(values.ctypes.data, blocks.ctypes.data, num_values // GROUP)
+    return blocks, float(np.int32(bits).view(np.float32))
+
+
+def quantize_q4_0(values: np.ndarray, source: str = "f32") -> np.ndarray:
+    return quantize_groups(values, source, "q4_0")[0]
+
+
+def quantize_q8_0(values: np.ndarray, source: str = "f32") -> np.ndarray:
+    return quantize_groups(values, source, "q8_0")[0]

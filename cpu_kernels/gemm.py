@@ -62,12 +62,17 @@ def _pack_chunk(k: Emitter, isa: str, format: str, weights: Value, target: Value
                     k.store(to, words.lane(lane))
 
 
-@emitted("void", "i64 i64 i64 i64 i64")
-def multiply_panel(k, isa, format, panel, num_chunks, sources, position, tile):
-    """tile [panel_tokens, panel_rows] = a panel of whole chunks times prepared rows.
-
-    `sources`: addresses of the prepared rows; `position`: the byte in them to start at.
-    """
+def panel_product(
+    k: Emitter,
+    isa: str,
+    format: str,
+    panel: Value,
+    num_chunks: Value,
+    sources: Value,
+    position: Value,
+    tile: Value,
+) -> None:
+    """See multiply_panel."""
     rows, tokens = ISAS[isa].panel_rows, ISAS[isa].panel_tokens
     size, scales = group_bytes(isa, format), num_scales(format)
     is_signed = format == "q8_0" and not wants_unsigned(isa)
@@ -98,6 +103,15 @@ def multiply_panel(k, isa, format, panel, num_chunks, sources, position, tile):
                     value = k.multiply_add(offset, x_sum, value)
                 total.set(value)
     _store_tile(k, tile, totals)
+
+
+@emitted("void", "i64 i64 i64 i64 i64")
+def multiply_panel(k, isa, format, panel, num_chunks, sources, position, tile):
+    """tile [panel_tokens, panel_rows] = a panel of whole chunks times prepared rows.
+
+    `sources`: addresses of the prepared rows; `position`: the byte in them to start at.
+    """
+    panel_product(k, isa, format, panel, num_chunks, sources, position, tile)
 
 
 @emitted("void", "i64 i64 i64 i64")

@@ -79,7 +79,7 @@ def _multiply_chunk(
                 row.add(k, to, dots.cast("sitofp", f32), _spread(k, scale, step, groups))
 
 
-def _dot(k: Emitter, isa: str, format: str, weights: Value, num_groups: Value, xs: list[Value]):
+def dot(k: Emitter, isa: str, format: str, weights: Value, num_groups: Value, xs: list[Value]):
     """The row at `weights` times each of the prepared rows `xs`: float32 scalars."""
     rows = [_Sums(k, x, 4 * ISAS[isa].groups) for x in xs]
     nbytes = chunk_bytes(format)
@@ -99,13 +99,13 @@ def _dot(k: Emitter, isa: str, format: str, weights: Value, num_groups: Value, x
 @emitted("f32", "i64 i64 i64")
 def dot_1(k, isa, format, weights, num_groups, x):
     """Quantized weights (a row of `num_groups` groups of 32) times a prepared row."""
-    return _dot(k, isa, format, weights, num_groups, [x])[0]
+    return dot(k, isa, format, weights, num_groups, [x])[0]
 
 
 @emitted("void", "i64 i64 i64 i64 i64 i64 i64")
 def dot_4(k, isa, format, weights, num_groups, x0, x1, x2, x3, results):
     """The same with four prepared rows; the four float32 go to `results`."""
-    totals = _dot(k, isa, format, weights, num_groups, [x0, x1, x2, x3])
+    totals = dot(k, isa, format, weights, num_groups, [x0, x1, x2, x3])
     for index, total in enumerate(totals):
         k.store(results + 4 * index, total)
 

@@ -1,0 +1,58 @@
+"""Machine code for processors that this one is not: compiled and looked at, never run."""
+
+import llvmlite.binding as llvm
+import pytest
+from llvmlite import ir
+
+from cpu_kernels import gemm, gemv
+from cpu_kernels.groups import QUANTIZED
+from cpu_kernels.simd import Emitter, Value
+
+I64 = ir.IntType(64)
+PROCESSORS = {
+    "avx512_vnni": ("x86_64-unknown-linux-gnu", "icelake-server", "vpdpbusd", "zmm"),
+    "avx_vnni": ("x86_64-unknown-linux-gnu", "alderlake", "vpdpbusd", "ymm"),
+    "avx2": ("x86_64-unknown-linux-gnu", "haswell", "vpmaddubsw", "ymm"),
+    "neon_dotprod": ("aarch64-unknown-linux-gnu", "neoverse-n1", "sdot", "v0."),
+}
+
+
+def assembly(write, num_values, triple, cpu):
+    """Assembly of a function of int64 arguments whose body is written by write(k, *values)."""
+    module = ir.Module()
+    module.triple = triple
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * num_values), "kernel")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    emitter = Emitter(builder)
+    write(emitter, *[Value(emitter, argument) for argument in function.args])
+    builder.ret_void()
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
+    compiled = llvm.parse_assembly(str(module))
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(compiled, builder)
+    return machine.emit_assembly(compiled)
+
+
+@pytest.mark.parametrize("isa", PROCESSORS)
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_kernels_use_the_instruction_they_are_for(isa, format):
+    triple, cpu, instruction, register = PROCESSORS[isa]
+
+    def few(k, weights, num_groups, x, y):
+        k.store(y, gemv.dot(k, isa, format, weights, num_groups, [x])[0])
+
+    def many(k, panel, num_chunks, sources, position, tile):
+        gemm.panel_product(k, isa, format, panel, num_chunks, sources, position, tile)
+
+    for write, num_values in ((few, 4), (many, 5)):
+        try:
+            text = assembly(write, num_values, triple, cpu)
+        except RuntimeError as error:  # this LLVM was built without that target
+            pytest.skip(str(error))
+        lines = [line for line in text.splitlines() if instruction in line]
+        assert lines and all(register[0] in line for line in lines)
+        if register in ("zmm", "ymm"):
+            assert any(register in line for line in lines)

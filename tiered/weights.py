@@ -1,4 +1,4 @@
-"""From a checkpoint's canonical tensors to a decoder's prepared layers. Experts stay where they are."""
+"""From a checkpoint's canonical tensors to a decoder's layers. Experts stay where they are."""
 
 from __future__ import annotations
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.table import Table
 
 from tiered.commands import options as opt
 from tiered.commands.loading import open_engine
-from tiered.commands.output import notes, print_json, results
+from tiered.commands.output import notes, print_json, results, steps_progress
 
 
 @click.command("bench")
@@ -31,7 +32,8 @@ def command(
 ) -> None:
     """Measure MODEL's speed with random tokens, beside this machine's memory bandwidth."""
     if kernels:
-        raise click.UsageError("--kernels is not available yet")
+        bench_kernels(choices["threads"], as_json)
+        return
     if model is None:
         raise click.UsageError("give a MODEL, or --kernels")
     from tiered.bench import bench_model
@@ -57,3 +59,33 @@ def command(
             f"hit rate {report['hit_rate']:.1%}, {report['bytes_per_token'] / 1e6:.1f} MB read "
             "from disk per token"
         )
+
+
+def bench_kernels(threads: int | None, as_json: bool) -> None:
+    """Every number format at two expert shapes, beside memory and the libraries that are here."""
+    from tiered.kernel_report import kernel_report
+
+    with steps_progress() as bar:
+        task = bar.add_task("compiling", total=None)
+        report = kernel_report(
+            threads,
+            lambda doing, done, total: bar.update(
+                task, description=doing, completed=done, total=total
+            ),
+        )
+    if as_json:
+        print_json(report)
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("format", "shape", "threads", "rows"):
+        table.add_column(title)
+    for title in ("GB/s", "of bandwidth", "GOPS"):
+        table.add_column(title, justify="right")
+    for row in report["kernels"] + report["peers"]:
+        table.add_row(
+            row["format"], "x".join(map(str, row["shape"])), str(row["threads"]), str(row["rows"]),
+            f"{row['gb_s']:.1f}" if "gb_s" in row else "",
+            f"{row['of_bandwidth']:.0%}" if "of_bandwidth" in row else "",
+            f"{row['gops']:.0f}" if "gops" in row else "",
+        )  # fmt: skip
+    results.print(table)

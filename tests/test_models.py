@@ -1,0 +1,150 @@
+"""What the files say about a model, for every architecture; compared with transformers."""
+
+import numpy as np
+import pytest
+import tiny
+
+from tiered import models
+from tiered.config import RopeConfig
+from tiered.facts import Facts
+from tiered.formats import open_checkpoint
+
+FACTS = {
+    "llama": dict(num_experts=0, ffn_size=96),
+    "mixtral": dict(num_experts=8, expert_size=64, normalize_top_k=True),
+    "olmoe": dict(expert_size=64, qk_norm="full", normalize_top_k=False),
+    "qwen2_moe": dict(expert_size=64, shared_expert_size=96, normalize_top_k=False),
+    "qwen3_moe": dict(expert_size=64, qk_norm="head", normalize_top_k=True),
+}
+
+
+def test_every_architecture_is_tested():
+    assert set(models.names()) == set(FACTS) == set(tiny.ARCHITECTURES)
+
+
+@pytest.mark.parametrize("model_type", FACTS)
+def test_both_kinds_of_files_say_the_same(tmp_path, model_type):
+    hf = tiny.hf_checkpoint(tmp_path / "hf", model_type)
+    file = tiny.gguf_checkpoint(tmp_path / "tiny.gguf", model_type)
+    with open_checkpoint(hf) as a, open_checkpoint(file) as b:
+        for config in (a.config, b.config):
+            assert config.model_type == model_type
+            assert config.top_k == (0 if model_type == "llama" else 2)
+            assert config.eos_ids == (319,)
+            for name, value in FACTS[model_type].items():
+                assert getattr(config, name) == value, name
+        assert a.tensors.keys() == b.tensors.keys()
+        assert a.config.rope.pairs == "half"
+        family = model_type in ("llama", "mixtral")
+        assert b.config.rope.pairs == ("adjacent" if family else "half")
+
+
+def test_clipping_and_dense_layers(tmp_path):
+    file = tiny.gguf_checkpoint(
+        tmp_path / "tiny.gguf", "olmoe", metadata={"attention.clamp_kqv": 3.5}
+    )
+    with open_checkpoint(file) as checkpoint:
+        assert checkpoint.config.clip_qkv == 3.5
+    facts = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [1]}
+    assert models.hf_dense_layers(Facts(facts, tmp_path)) == {0, 1, 2, 4}
+
+
+def test_gguf_rope_scaling(tmp_path):
+    def rope(**metadata):
+        keys = {"rope.scaling." + name: value for name, value in metadata.items()}
+        file = tiny.gguf_checkpoint(tmp_path / "tiny.gguf", "llama", metadata=keys)
+        with open_checkpoint(file) as checkpoint:
+            return checkpoint.config.rope
+
+    assert rope(type="none", factor=4.0).inv_freq_scale == ()
+    assert rope(type="linear", factor=4.0).inv_freq_scale == (4.0,) * 8
+    yarn = rope(type="yarn", factor=4.0)
+    assert yarn.inv_freq_scale[0] == 1 and yarn.inv_freq_scale[-1] == 4
+    assert yarn.magnitude == pytest.approx(0.1 * np.log(4) + 1)
+
+
+# --- transformers ---
+
+SIZES = dict(
+    vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, eos_token_id=7,
+)  # fmt: skip
+EXPERTS = dict(num_experts=8, num_experts_per_tok=2)
+CONFIGS = {
+    "llama": dict(intermediate_size=96),
+    "mixtral": dict(intermediate_size=48, num_local_experts=8, sliding_window=32),
+    "olmoe": dict(EXPERTS, intermediate_size=48, clip_qkv=3.0),
+    "qwen2_moe": dict(EXPERTS, intermediate_size=96, moe_intermediate_size=48,
+                      shared_expert_intermediate_size=80),
+    "qwen3_moe": dict(EXPERTS, intermediate_size=96, moe_intermediate_size=48, head_dim=32,
+                      mlp_only_layers=[0], norm_topk_prob=True),
+}  # fmt: skip
+
+
+def saved(folder, model_type, **changes):
+    """A folder that transformers wrote, and its configuration."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        model_type, **(SIZES | CONFIGS[model_type] | changes)
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_what_transformers_saves(tmp_path, model_type):
+    model = saved(tmp_path, model_type)
+    with open_checkpoint(tmp_path) as checkpoint:
+        config = checkpoint.config
+        assert (config.num_layers, config.hidden_size, config.vocab_size) == (2, 64, 96)
+        assert (config.num_heads, config.num_kv_heads, config.context_length) == (4, 2, 128)
+        assert config.head_dim == (32 if model_type == "qwen3_moe" else 16)
+        assert config.norm_eps == model.config.rms_norm_eps
+        assert config.eos_ids == (7,)
+        assert config.rope.theta == model.config.rope_parameters["rope_theta"]
+        assert config.dense_layers == ({0} if model_type == "qwen3_moe" else frozenset())
+        assert config.sliding_window == (32 if model_type == "mixtral" else 0)
+        assert config.clip_qkv == (3.0 if model_type == "olmoe" else 0)
+        assert config.normalize_top_k == (model_type not in ("olmoe", "qwen2_moe"))
+        stored = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        assert stored == sum(4 * p.numel() for p in model.parameters())
+
+
+ROPES = {
+    "linear": dict(rope_type="linear", factor=2.5),
+    "llama3": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=64),
+    "yarn": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64),
+    "yarn, all options": dict(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=16,
+        beta_slow=2, mscale=0.9, mscale_all_dim=0.7, truncate=False),
+    "yarn, given magnitude": dict(rope_type="yarn", factor=4.0, attention_factor=1.3,
+                                  original_max_position_embeddings=64),
+    "dynamic": dict(rope_type="dynamic", factor=2.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_scaling(tmp_path, name):
+    rope = {"rope_theta": 5000.0, **ROPES[name]}
+    model = saved(tmp_path, "llama", rope_parameters=rope, head_dim=32)
+    with open_checkpoint(tmp_path) as checkpoint:
+        got = checkpoint.config.rope
+    expected = model.model.rotary_emb
+    plain = 5000.0 ** -(np.arange(0, 32, 2) / 32)
+    scale = got.inv_freq_scale or 1.0
+    assert np.allclose(plain / scale, expected.inv_freq.numpy(), rtol=1e-6)
+    assert got.magnitude == pytest.approx(expected.attention_scaling, rel=1e-6)
+
+
+def test_rope_of_older_files(tmp_path):
+    """`rope_theta` and `rope_scaling` with "type", as before `rope_parameters`."""
+    folder = tiny.hf_checkpoint(
+        tmp_path,
+        "llama",
+        config={"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    )
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.config.rope == RopeConfig(500.0, 16, "half", (2.0,) * 8)

@@ -1,0 +1,14 @@
+"""Which tensor is to blame when a model computes NaN."""
+
+from __future__ import annotations
+
+from tiered.checkpoint import Checkpoint, Tensor
+from tiered.dequantize import is_finite
+
+
+def find_damage(checkpoint: Checkpoint) -> Tensor | None:
+    """The first tensor with a weight that is NaN or infinite. Reads the whole model: slow."""
+    for name, tensor in checkpoint.tensors.items():
+        if not is_finite(checkpoint.data(name), tensor.format):
+            return tensor
+    return None

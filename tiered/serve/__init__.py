@@ -1,0 +1,1 @@
+"""An engine for many users at once: a scheduler that batches, and the HTTP interface to it."""

@@ -1,0 +1,138 @@
+"""A request that is being answered: its text so far, and what its next token will be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from tiered.kv_cache import Sequence
+from tiered.sampling import Sampler
+from tiered.serve.request import Choice, Event, Finish, Piece, PromptScores, Request
+from tiered.text import StopStrings
+from tiered.tokenizer import TextStream, Tokenizer
+
+
+class Job:
+    """Belongs to the scheduler's thread, except for `cancel`.
+
+    `tokens` are the prompt and all that was sampled; those of `sequence` have been computed, and
+    the rest is to do: a part of the prompt, or the last sampled token.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        on_event: Callable[[Event], None],
+        serial: int,
+        arrived: float,
+    ) -> None:
+        self.request = request
+        self.serial = serial  # in order of arrival
+        self.arrived = arrived
+        self.first_token: float | None = None  # when it came
+        self.tokens = list(request.ids)
+        self.sequence: Sequence | None = None
+        self.prefilling = True
+        self.num_cached = 0
+        self.finish: Finish | None = None
+        self.cancelled = False
+        self._on_event = on_event
+        self._sampler = Sampler(request.sampling, request.ids)
+        self._stream = TextStream(tokenizer.token_bytes, request.skip_ids)
+        self._stops = StopStrings(request.stop)
+        self._counts: Counter[int] = Counter()
+        self._scores: list[Choice] = []
+
+    def cancel(self) -> None:
+        """The client went away; takes effect between two tokens."""
+        self.cancelled = True
+
+    @property
+    def num_new(self) -> int:
+        return len(self.tokens) - len(self.request.ids)
+
+    @property
+    def to_do(self) -> list[int]:
+        """Tokens that are known and not computed."""
+        return self.tokens[len(self.sequence.tokens) :] if self.sequence else self.tokens
+
+    def score_prompt(self, logits: np.ndarray, start: int) -> None:
+        """Logits after the prompt's tokens from `start` on: float32 [count, vocab_size]."""
+        following = self.request.ids[start + 1 : start + 1 + len(logits)]
+        num_best = self.request.logprobs or 0
+        self._scores += [score(row, t, num_best) for row, t in zip(logits, following, strict=False)]
+
+    def prompt_done(self) -> None:
+        """The whole prompt has been computed."""
+        self.prefilling = False
+        if self.request.prompt_logprobs and not self.num_new:
+            self._on_event(PromptScores(self._scores))
+            self._scores = []
+
+    def advance(self, logits: np.ndarray, context: int, now: float) -> None:
+        """Choose the next token from float32 [vocab_size], which it overwrites."""
+        request = self.request
+        if request.max_new_tokens == 0:
+            self.end("length")
+            return
+        raw = logits.copy() if request.logprobs is not None else None
+        self._adjust(logits)
+        token = int(self._sampler.sample(logits))
+        if self.first_token is None:
+            self.first_token = now
+        if request.constraint is not None:
+            request.constraint.accept(token)
+        if token in request.stop_ids:
+            self.end("stop")
+            return
+        self.tokens.append(token)
+        self._counts[token] += 1
+        text = self._stops.push(self._stream.push(token))
+        choice = None if raw is None else score(raw, token, request.logprobs or 0)
+        self._on_event(Piece(text, token, choice))
+        constraint = request.constraint
+        if self._stops.stopped or (constraint is not None and constraint.finished):
+            self.end("stop")
+        elif self.num_new >= request.max_new_tokens or len(self.tokens) > context:
+            self.end("length")
+
+    def end(self, reason: str, error: BaseException | None = None) -> None:
+        """Send the last event."""
+        text = ""
+        if not self._stops.stopped and reason in ("stop", "length"):
+            text = self._stops.push(self._stream.finish()) + self._stops.finish()
+        self.finish = Finish(
+            reason,
+            text,
+            len(self.request.ids),
+            self.num_cached,
+            self.num_new,
+            self._stops.matched,
+            error,
+        )
+        self._on_event(self.finish)
+
+    def _adjust(self, logits: np.ndarray) -> None:
+        request = self.request
+        if request.presence_penalty or request.frequency_penalty:
+            for token, count in self._counts.items():
+                logits[token] -= request.presence_penalty + request.frequency_penalty * count
+        for token, bias in request.logit_bias:
+            logits[token] += bias
+        if request.constraint is not None:
+            request.constraint.mask(logits)
+
+
+def score(logits: np.ndarray, token: int, num_best: int) -> Choice:
+    """Log-probability of `token` under float32 [vocab_size], and the `num_best` likeliest."""
+    peak = float(logits.max())
+    total = peak + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
+    best: np.ndarray = np.empty(0, np.int64)
+    if num_best:
+        best = np.argpartition(-logits, min(num_best, len(logits)) - 1)[:num_best]
+        best = best[np.argsort(-logits[best], kind="stable")]
+    alternatives = tuple((int(i), float(logits[i]) - total) for i in best)
+    return Choice(token, float(logits[token]) - total, alternatives)

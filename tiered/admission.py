@@ -71,7 +71,7 @@ class Admission:
         self, space: Space, costs: Costs, *, memory: float = 256.0, lead: float = 0.02
     ) -> None:
         self.popularity = Popularity(memory)
-        self.recent_wins = True
+        self.recent_wins = self.recent_hits = True  # copies counted, and hits alone
         self._costs = costs
         self._nbytes = max(space.blob_bytes)
         self._lead = lead  # of all demands, by which the other rule must be better: hysteresis
@@ -82,6 +82,8 @@ class Admission:
         }
         self._recent, self._popular = Shadow(), Shadow()
         self._demands = 0.0
+        self._wanted = 0.0  # share of layers that copy on demand
+        self._now = self._per_token = 0.0  # hits of the sampled layers in a token
 
     def touch(self, keys: Sequence[ExpertKey]) -> None:
         """A layer needs these experts."""
@@ -91,27 +93,47 @@ class Admission:
             self._follow_recent(keys, room)
             self._follow_popular(keys, room)
 
-    def token_done(self) -> None:
-        """Also decides which rule is used."""
+    def copying(self, on_demand: bool) -> None:
+        """Whether a layer that missed something had it copied at once."""
+        self._wanted += (on_demand - self._wanted) / 128
+
+    def token_done(self, seconds: float) -> None:
+        """A token took `seconds`. Also decides which rule is used."""
         self.popularity.token_done()
         costs, nbytes = self._costs, self._nbytes
-        gain = max(0.0, costs.cpu(nbytes) - costs.gpu(nbytes))  # of a hit
-        price = costs.link(nbytes) * (1 - 1 / costs.slowdown)  # of a copy: lost by the processor
+        gain = self._gain()
+        flight = costs.link(nbytes)
+        # Of a copy: what the processor loses, and demanded copies that wait for it.
+        price = flight * (1 - 1 / costs.slowdown + self._wanted)
+        if self._room:  # while it flies, its slot serves nobody
+            slots = sum(self._room.values())
+            price += gain * flight / max(seconds, flight / 100) * self._per_token / slots
         better = self._recent.hits - self._popular.hits
         worse = self._recent.copies - self._popular.copies
-        difference, lead = better * gain - worse * price, self._lead * self._demands * gain
-        if difference > lead:
-            self.recent_wins = True
-        elif difference < -lead:
-            self.recent_wins = False
+        lead = self._lead * self._demands
+        self.recent_hits = _decide(self.recent_hits, better, lead)
+        self.recent_wins = _decide(self.recent_wins, better * gain - worse * price, lead * gain)
         keep = 1 - 1 / 128
+        self._per_token += (self._now - self._per_token) / 128
+        self._now = 0.0
         self._recent.fade(keep)
         self._popular.fade(keep)
         self._demands *= keep
 
-    def worth(self, key: ExpertKey, victim: ExpertKey) -> bool:
-        """Whether `key` should take the place of `victim`."""
-        return self.recent_wins or self.popularity.prefers(key, victim)
+    def worth(self, key: ExpertKey, victim: ExpertKey, is_there: bool) -> bool:
+        """Whether `key` should take the place of `victim`; `is_there`: it was copied anyway."""
+        recent = self.recent_hits if is_there else self.recent_wins
+        return recent or self.popularity.prefers(key, victim)
+
+    def worth_a_read(self, key: ExpertKey, victim: ExpertKey) -> bool:
+        """The same if `victim` is nowhere else in memory: to need it again means to read it."""
+        counts, costs = self.popularity.counts, self._costs
+        lost = self._gain() + costs.disk(self._nbytes)
+        return counts.get(key, 0.0) * self._gain() > counts.get(victim, 0.0) * lost
+
+    def _gain(self) -> float:
+        """What a hit saves."""
+        return max(0.0, self._costs.cpu(self._nbytes) - self._costs.gpu(self._nbytes))
 
     def _follow_recent(self, keys: Sequence[ExpertKey], room: int) -> None:
         resident = self._recent.layer(keys[0].layer)
@@ -127,7 +149,9 @@ class Admission:
 
     def _follow_popular(self, keys: Sequence[ExpertKey], room: int) -> None:
         resident, counts = self._popular.layer(keys[0].layer), self.popularity.counts
-        self._popular.hits += sum(key in resident for key in keys)
+        hits = sum(key in resident for key in keys)
+        self._popular.hits += hits
+        self._now += hits
         for key in keys:
             if key not in resident:
                 if len(resident) == room:
@@ -137,3 +161,7 @@ class Admission:
                     del resident[victim]
                 resident[key] = None
                 self._popular.copies += 1
+
+
+def _decide(now: bool, difference: float, lead: float) -> bool:
+    return now if abs(difference) <= lead else difference > 0

@@ -55,31 +55,47 @@ class GpuTier:
         copied: Sequence[ExpertKey],
         computed: Sequence[ExpertKey],
         machine: Machine,
+        below: Residency | None,
     ) -> None:
         """Give slots to experts that were copied; copy what the CPU computed and is worth it.
 
-        Nothing of the same layer is evicted for them.
+        Nothing of the same layer is evicted for them. `below` is the RAM tier; None: all is there.
         """
         tier = self.residency
         if tier is None or self.strategy.keep == "never":
             return
         for key in copied:
-            self._admit(tier, key, layer)
+            self._admit(tier, key, layer, below, is_there=True)
         for key in computed if self.strategy.promote else ():
             if machine.link_free > machine.now:  # the link has better things to do
                 return
-            if self._admit(tier, key, layer):
+            if self._admit(tier, key, layer, below, is_there=False):
                 nbytes = tier.space.blob_bytes[key.layer]
                 self._arrival[key] = machine.copy(nbytes, machine.now)
 
-    def _admit(self, tier: Residency, key: ExpertKey, layer: Sequence[ExpertKey]) -> bool:
+    def _admit(
+        self,
+        tier: Residency,
+        key: ExpertKey,
+        layer: Sequence[ExpertKey],
+        below: Residency | None,
+        is_there: bool,
+    ) -> bool:
         others = [other for other in layer if other in tier]
         if key in tier or not tier.fits([*others, key]):
             return False
         has_room = tier.used + tier.space.blob_bytes[key.layer] <= tier.space.capacity
         if not has_room and self.strategy.keep != "always":
             victim = would_evict(tier, key, lambda other: other not in layer)
-            if victim is None or not self.admission.worth(key, victim):
+            if victim is None:
+                return False
+            stays = below is None or victim in below
+            if not stays:
+                worth = self.admission.worth_a_read(key, victim)
+            else:
+                recent = self.strategy.keep == "recent"
+                worth = recent or self.admission.worth(key, victim, is_there)
+            if not worth:
                 return False
         tier.lookup([key], others)
         return True

@@ -12,7 +12,8 @@ from random import Random
 from tiered import policies
 from tiered.admission import Admission
 from tiered.config import DEFAULT_POLICY
-from tiered.costs import Chooser, Miss
+from tiered.chooser import Chooser
+from tiered.costs import Miss
 from tiered.experts import ExpertKey
 from tiered.gpu_tier import GpuTier, fill
 from tiered.machine import Machine
@@ -77,7 +78,7 @@ class Simulation:
         for token in tokens:
             for layer, experts in enumerate(token):
                 self.admission.touch([ExpertKey(layer, expert) for expert in experts])
-            self.admission.token_done()
+            self.admission.token_done(1.0)
         num = self.sizes.num_experts
         keys = [
             ExpertKey(layer, (expert + layer) % num)
@@ -86,9 +87,10 @@ class Simulation:
             if nbytes
         ]
         ranked = self.admission.popularity.ranked(keys)
-        for tier in (self.gpu.residency, self.ram):
-            if tier is not None:
-                fill(tier, ranked)
+        if self.gpu.residency is not None:
+            fill(self.gpu.residency, ranked)
+        if self.ram is not None:  # what the GPU has is of no use here
+            fill(self.ram, sorted(ranked, key=self.gpu.__contains__))
 
     def prefill(self, layers: Sequence[Sequence[int]]) -> None:
         """The distinct experts of a prompt, by layer, as the RAM tier sees them. Not timed."""
@@ -112,9 +114,10 @@ class Simulation:
                 self._experts(keys)
                 self._guess(layer, routed)
         self._spend("head", m.dense_seconds(sizes.head))
-        self.admission.token_done()
+        self.admission.token_done(m.now - begin)
         if self.chooser:
             self.chooser.token_done()
+            self.gpu.strategy = self.chooser.plan
         return m.now - begin
 
     def _spend(self, term: str, seconds: float) -> None:
@@ -154,7 +157,8 @@ class Simulation:
             self.terms["link_wait"] += gpu - start - busy
         if self.chooser:
             self._observe(nbytes, len(hits), len(copied), len(rest), cpu_busy, copying)
-        self.gpu.keep(keys, copied, rest, m)
+        self.admission.copying(bool(copied))
+        self.gpu.keep(keys, copied, rest, m, self.ram)
 
     def _fetch(self, keys: list[ExpertKey], flag: float) -> list[float]:
         """When each of these experts is in RAM."""

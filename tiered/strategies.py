@@ -10,7 +10,8 @@ class Strategy(NamedTuple):
 
     share: float | None  # of a layer's misses that are copied, the rest runs on the CPU
     cached: bool = True  # experts stay on the GPU
-    keep: str = "popular"  # which copied ones stay: "always", "popular" or "never"
+    keep: str = "popular"  # which stay on the GPU: "always" (whatever was copied last), "recent"
+    # (the same, but nothing leaves that is in no other memory), "popular" or "never"
     promote: bool = False  # copy what the CPU computed when the link is idle
 
 
@@ -21,6 +22,16 @@ STRATEGIES = {
     "fixed": Strategy(0.0, keep="never"),  # the hottest experts on the GPU for good
     "tiered": Strategy(None, promote=True),  # whatever ends soonest
 }
+
+# What other programs do all the time: the plans that a dynamic choice must not lose to.
+STATIC = (
+    Strategy(0.0, keep="popular", promote=True),
+    STRATEGIES["fixed"],
+    Strategy(0.5, keep="never"),
+    Strategy(0.5, keep="recent"),
+    Strategy(1.0, keep="recent"),
+    STRATEGIES["copy"],
+)
 
 
 class Budgets(NamedTuple):

@@ -16,30 +16,25 @@ from tiered.tokenizer import Vocabulary
 logger = logging.getLogger("tiered")
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
+_SPECIAL = ("bos", "eos", "eot", "eom")
 _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "tekken")  # files may leave add_bos_token out
 
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary of a GGUF file, from its key-value pairs."""
     model = _required(metadata, "model")
-    if model not in _READERS:
+    if not isinstance(model, str) or model not in _READERS:
         raise CheckpointError(
             f"GGUF vocabulary of kind {model!r}: only {' and '.join(map(repr, _READERS))} "
             "are supported"
         )
-    tokens = list(_required(metadata, "tokens"))
-    types = [int(t) for t in _get(metadata, "token_type", [])] or [_NORMAL] * len(tokens)
+    tokens = _list(metadata, "tokens", str, required=True)
+    types = _list(metadata, "token_type", int) or [_NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise CheckpointError(
             f"damaged GGUF vocabulary: {len(tokens)} tokens, but {len(types)} token types"
         )
-    ids = [_get(metadata, name) for name in ("eos_token_id", "eot_token_id", "eom_token_id")]
-    bos = _get(metadata, "bos_token_id")
-    for name, token in (("bos_token_id", bos), ("eos_token_id", ids[0])):
-        if token is not None and not 0 <= token < len(tokens):
-            raise CheckpointError(
-                f"damaged GGUF vocabulary: {name} is {token} of {len(tokens)} tokens"
-            )
+    bos, *ends = (_token(metadata, f"{name}_token_id", len(tokens)) for name in _SPECIAL)
     vocabulary = _READERS[model](metadata, tokens, types)
     added = [
         AddedToken(token, special=type != _USER_DEFINED, normalized=False)
@@ -49,8 +44,8 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     vocabulary.backend.add_special_tokens([token for token in added if token.special])
     vocabulary.backend.add_tokens([token for token in added if not token.special])
     return vocabulary._replace(
-        bos_id=None if bos is None else int(bos),
-        eos_ids=tuple(int(i) for i in ids if i is not None and 0 <= i < len(tokens)),
+        bos_id=bos,
+        eos_ids=tuple(token for token in ends if token is not None),
         chat_template=metadata.get("tokenizer.chat_template"),
     )
 
@@ -63,7 +58,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
         logger.warning("unknown pre-tokenizer %r: words are cut as GPT-2 does", name)
         split = GPT2
     vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [_pair(merge) for merge in _required(metadata, "merges")]
+    merges = [_pair(merge) for merge in _list(metadata, "merges", str, required=True)]
     backend = Tokenizer(_bpe(vocab, merges, ignore_merges=split.whole_words))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
@@ -77,7 +72,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Vocabulary:
     """SentencePiece BPE: no merges in the file, the pair that makes the best scored token goes
     first; characters that are no token are spelled in bytes."""
-    scores = [float(score) for score in _required(metadata, "scores")]
+    scores = _list(metadata, "scores", float, required=True)
     if len(scores) != len(tokens):
         raise CheckpointError(
             f"damaged GGUF vocabulary: {len(tokens)} tokens, {len(scores)} scores"
@@ -140,3 +135,24 @@ def _required(metadata: Mapping[str, Any], name: str) -> Any:
             f"the GGUF file has no tokenizer.ggml.{name}: it carries no vocabulary"
         )
     return value
+
+
+def _list(metadata: Mapping[str, Any], name: str, kind: type, required: bool = False) -> list[Any]:
+    """An array of the metadata; empty if it may be missing and is."""
+    values = _required(metadata, name) if required else _get(metadata, name, [])
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise CheckpointError(
+            f"damaged GGUF vocabulary: tokenizer.ggml.{name} must be a list of {kind.__name__}"
+        )
+    return values
+
+
+def _token(metadata: Mapping[str, Any], name: str, num_tokens: int) -> int | None:
+    token = _get(metadata, name)
+    if token is None:
+        return None
+    if not isinstance(token, int) or not 0 <= token < num_tokens:
+        raise CheckpointError(
+            f"damaged GGUF vocabulary: {name} is {token!r}, but there are {num_tokens} tokens"
+        )
+    return token

@@ -116,5 +116,10 @@ class CpuBackend:
     def head(self, x: np.ndarray, rows: np.ndarray, layer: OutputLayer) -> np.ndarray:
         return self._head.run(x, rows, layer)
 
+    @property
+    def seconds(self) -> float:
+        """Time spent in ops so far; the rest of a forward pass is Python."""
+        return self._team.seconds
+
     def close(self) -> None:
         self._team.close()

@@ -209,6 +209,7 @@ class Team:
         patience = int(spin_microseconds * pauses_per_microsecond)
         self._lock = threading.Lock()
         self._closed = False
+        self.seconds = 0.0  # spent in ops, so far
         self._semaphores = [threading.Semaphore(0) for _ in range(num_threads)]
         self._threads = [
             threading.Thread(
@@ -226,6 +227,7 @@ class Team:
         """Run the op at address `function` on all threads; returns when all have finished."""
         self._lock.acquire()  # half the price of `with`, and this runs several times per layer
         finished = False
+        start = time.perf_counter()
         try:
             if self._closed:
                 finished = True
@@ -235,6 +237,7 @@ class Team:
             if not finished:
                 self._wake()
                 _finish(self._address)
+            self.seconds += time.perf_counter() - start
             self._lock.release()
 
     def close(self) -> None:

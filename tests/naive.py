@@ -75,6 +75,7 @@ def rope(x, positions, config):
 
 class NaiveBackend:
     name = "naive"
+    seconds = 0.0
 
     def matrix(self, data, format, shape, bias=None):
         return NaiveMatrix(data, format, shape, bias)

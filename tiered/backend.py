@@ -52,6 +52,7 @@ class Backend(Protocol):
     """See cpu_kernels.backend.CpuBackend for the meaning of each call in code."""
 
     name: str
+    seconds: float  # spent in these calls' arithmetic so far
 
     def matrix(
         self, data: np.ndarray, format: str, shape: tuple[int, int], bias: np.ndarray | None = None

@@ -304,7 +304,11 @@ class Engine:
     def stats(self) -> EngineStats:
         """Totals so far; subtract an earlier one for what happened between."""
         stats = EngineStats(**vars(self._tokens))
-        stats.parts = dict(self.decoder.clock.seconds)
+        parts = dict(self.decoder.clock.seconds)
+        # "python" overlaps the others: what they took beyond arithmetic and waiting.
+        python = sum(parts.values()) - parts["waiting"] - self.backend.seconds
+        reads = self.store.seconds if self.store else 0.0
+        stats.parts = {**parts, "python": python, "reads": reads}
         if isinstance(self.source, MappedExperts):
             stats.hits = self.source.hits
         elif isinstance(self.source, TieredExperts):

@@ -24,7 +24,9 @@ class EngineStats:
     prefetches_used: int = 0
     prefetches_wasted: int = 0
     bytes_read: int = 0
-    parts: dict[str, float] = field(default_factory=dict)  # attention, router, experts, ...
+    # Of both: attention, router, experts, waiting (for reads) and head; "python" is what these took
+    # beyond arithmetic and waiting, "reads" what reader threads took, all together, meanwhile.
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def hit_rate(self) -> float:

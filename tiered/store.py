@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 
 import numpy as np
@@ -39,6 +40,7 @@ class ExpertStore:
         self.checkpoint = checkpoint
         self.quantize = quantize
         self.bytes_read = 0
+        self.seconds = 0.0  # that reading took, all threads together
         self._layouts = {
             layer: self._layer_layout(layer) for layer in checkpoint.config.sparse_layers
         }
@@ -101,6 +103,7 @@ class ExpertStore:
         Slots at multiples of 4096, with room for whole blocks of 4096, are filled without a copy
         where the file allows it. Raises OSError naming the file; the slot is undefined then.
         """
+        start = perf_counter()
         tasks = list(self._tasks(key, slot))
         shared = [] if self._readers is None else [self._readers.submit(t) for t in tasks[1:]]
         try:
@@ -112,6 +115,7 @@ class ExpertStore:
             future.result()
         with self._lock:
             self.bytes_read += sum(tensor.nbytes for tensor in self._tensors(key))
+            self.seconds += perf_counter() - start
 
     def advise(self, keys: Iterable[ExpertKey]) -> None:
         """Ask the system to bring these experts into the page cache: for mapped use."""

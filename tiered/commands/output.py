@@ -20,7 +20,7 @@ from tiered.memory import format_bytes
 from tiered.stats import EngineStats
 
 results = Console(highlight=False, soft_wrap=True)
-notes = Console(stderr=True, highlight=False)
+notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def command(
                 messages.insert(0, {"role": "system", "content": system})
             pieces = engine.chat(messages, **sampling)
         text = []
-        for piece in pieces:
+        with notes.status("reading the prompt"):
+            first = next(pieces, "")
+        for piece in chain([first], pieces):
             text.append(piece)
             if not as_json:
                 click.echo(piece, nl=False)

@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import tiny
+from pack import pack
 
 from tiered.convert import convert
 from tiered.damage import find_damage
@@ -15,7 +16,6 @@ from tiered.dense import dense_bytes, dense_matrix
 from tiered.dequantize import dequantize
 from tiered.experts import ExpertKey
 from tiered.formats import CheckpointError, open_checkpoint
-from tiered.quantize import quantize_q4_0, quantize_q8_0
 from tiered.reader import BLOCK, FileReader
 from tiered.store import PIECE, ExpertStore
 
@@ -50,7 +50,7 @@ def expected_blobs(checkpoint, store, key):
         data = checkpoint.data(f"layers.{key.layer}.experts.{key.expert}.{part}")
         stored = checkpoint.tensors[f"layers.{key.layer}.experts.{key.expert}.{part}"].format
         if stored != layout.format:
-            data = quantize_q4_0(dequantize(data, stored, layout.shape)).reshape(-1)
+            data = pack(dequantize(data, stored, layout.shape), "q4_0").reshape(-1)
         yield layout, data
 
 
@@ -288,23 +288,7 @@ def test_a_system_without_preadv(tmp_path, monkeypatch):
     reader.close()
 
 
-# --- quantization ---
-
-
-def test_quantization_is_that_of_ggml():
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    values = np.random.default_rng(0).standard_normal((64, 320), np.float32)
-    values[3, :32] = 0
-    values[4, :32] = 1e-40
-    with np.errstate(all="ignore"):  # the package divides by the scale of the tiny group
-        q4_0 = quantize(values, GGMLQuantizationType.Q4_0)
-        q8_0 = quantize(values, GGMLQuantizationType.Q8_0)
-    rest = np.delete(np.arange(640), 40)  # all but the tiny group, which is 0 in both
-    assert np.array_equal(quantize_q4_0(values)[rest], q4_0.reshape(-1, 18)[rest])
-    assert np.array_equal(quantize_q8_0(values)[rest], q8_0.reshape(-1, 34)[rest])
-    assert not dequantize(quantize_q4_0(values[4, :32]), "q4_0", (32,)).any()
+# --- dense weights ---
 
 
 def test_dense_weights(tmp_path):

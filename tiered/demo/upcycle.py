@@ -26,6 +26,9 @@ def upcycle(
     layer: DenseLayer, num_experts: int, expert_size: int, random: np.random.Generator
 ) -> SparseLayer:
     """Experts of `expert_size` neurons, two of which are to be used per token."""
+    ffn_size = layer.activations.shape[-1]
+    if not 1 <= expert_size <= ffn_size:
+        raise ValueError(f"experts of {expert_size} neurons cannot be cut out of {ffn_size}")
     inputs = layer.inputs[:, 1:].reshape(-1, layer.inputs.shape[-1])  # a text's first token is
     centres = spherical_kmeans(inputs, num_experts, random)  # an outlier and would be a cluster
     router = scaled_router(centres, inputs)

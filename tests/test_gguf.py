@@ -1,5 +1,6 @@
 """GGUF files: what is read is what was written, and damage is an error that names the file."""
 
+import errno
 import os
 import struct
 
@@ -230,6 +231,15 @@ def test_rope_factors(tmp_path):
     file = tiny.gguf_checkpoint(tmp_path / "nan.gguf", "llama", rope_factors=[np.nan] * 8)
     with pytest.raises(CheckpointError, match=r"'rope_freqs\.weight' is damaged"):
         open_checkpoint(file)
+
+
+def test_what_cannot_be_read_says_so(tmp_path, monkeypatch):
+    def refuse(path, *args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(PermissionError, match=str(tmp_path)):
+        open_checkpoint(tmp_path)
 
 
 def test_no_model_at_all(tmp_path):

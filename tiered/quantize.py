@@ -23,4 +23,5 @@ def quantize_rows(data: np.ndarray, tensor: Tensor, format: str) -> np.ndarray:
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name!r} is damaged: it holds NaN or huge values"
         )
-    return blocks.reshape(-1, FORMATS[format].row_bytes(tensor.shape[-1]))
+    rows: np.ndarray = blocks.reshape(-1, FORMATS[format].row_bytes(tensor.shape[-1]))
+    return rows

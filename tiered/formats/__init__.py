@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -24,6 +25,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_dir():
+        os.listdir(path)  # a folder that cannot be read says so here; later it would look empty
     for name in names():
         module = import_module(f"{__name__}.{name}")
         if module.matches(path):

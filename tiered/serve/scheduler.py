@@ -99,8 +99,12 @@ class Scheduler:
         """Accept nothing any more, and wait until all that was accepted is answered."""
         with self._wake:
             self._draining = True
-            while (self.waiting or self.running) and self._thread and self._thread.is_alive():
+            while (self.waiting or self.running) and self.is_alive:
                 self._wake.wait()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
         """Start the thread."""
@@ -183,7 +187,13 @@ class Scheduler:
             if not additions:
                 return
             rows = np.arange(len(additions))
-            for (job, _), logits in zip(additions, self._forward(additions, rows), strict=True):
+            governor = self.engine.governor
+            if governor is not None:
+                governor.begin()
+            rows_of_logits = self._forward(additions, rows)
+            if governor is not None:
+                governor.end()
+            for (job, _), logits in zip(additions, rows_of_logits, strict=True):
                 self._advance(job, logits)
             self.counts.decode_rows += len(additions)
             self.counts.decode_steps += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,35 +25,6 @@ class Quantized(NamedTuple):
     data: torch.Tensor  # uint8, starts at a multiple of 16
     format: str
     shape: tuple[int, int]  # [out_features, in_features]
-
-
-class TensorLayout(Protocol):
-    """One matrix in a blob: tiered's TensorLayout, or anything like it."""
-
-    @property
-    def format(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def offset(self) -> int: ...
-
-
-class Layout(Protocol):
-    """Where gate, up and down lie in a blob."""
-
-    @property
-    def gate(self) -> TensorLayout: ...
-
-    @property
-    def up(self) -> TensorLayout: ...
-
-    @property
-    def down(self) -> TensorLayout: ...
-
-    @property
-    def nbytes(self) -> int: ...
 
 
 class Jobs(NamedTuple):

@@ -10,13 +10,14 @@ import torch
 import triton
 
 from cpu_kernels.formats import FORMATS
-from gpu_backend.arrays import Activations, Jobs, Layout, Quantized
+from gpu_backend.arrays import Activations, Jobs, Quantized
 from gpu_backend.formats import GROUP, check_format, parts_of, plane_offsets
 from gpu_backend.kernels.activations import quantize_kernel
 from gpu_backend.kernels.experts import combine_kernel, down_kernel, gate_up_kernel
 from gpu_backend.kernels.gemm import grouped_gate_up_kernel, grouped_linear_kernel
 from gpu_backend.kernels.linear import linear_kernel
 from gpu_backend.kernels.rearrange import plane_kernel
+from gpu_backend.layouts import Layout
 from gpu_backend.tiles import Tiles, one_matrix, tiles_of
 from gpu_backend.tuning import Tuning
 

@@ -10,8 +10,8 @@ The contract, for a row of weights times a row of activations:
    fma(offset, x_sum, sum), where weights have an offset.
 4. result = tree(products) + tree(offsets), where tree(s) = ((s0+s1)+(s4+s5)) + ((s2+s3)+(s6+s7)).
    (q6_k: products of first halves plus products of second halves, before the tree.)
-5. silu(x) = x / (1 + exp(-x)), with exp as written here. Every operation is IEEE float32, rounded
-   once, and nothing else is fused.
+5. silu(x) = x * (1 / (1 + exp(-x))), with exp as written here. Every operation is IEEE float32,
+   rounded once, and nothing else is fused.
 
 It needs nothing that a processor's vectors of eight floats do not have: the CPU can follow it too.
 """
@@ -21,8 +21,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from gpu_backend.arrays import Activations, Jobs, Layout, Quantized, TensorLayout
+from gpu_backend.arrays import Activations, Jobs, Quantized
 from gpu_backend.formats import GROUP, GROUPS, parts_of, plane_offsets
+from gpu_backend.layouts import Layout, TensorLayout
 from gpu_backend.unpack import unpack
 
 
@@ -57,7 +58,7 @@ def exponential(x: torch.Tensor) -> torch.Tensor:
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
-    return x / (1.0 + exponential(-x))
+    return x * (1.0 / (1.0 + exponential(-x)))
 
 
 def quantize(x: torch.Tensor) -> Activations:

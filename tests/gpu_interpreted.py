@@ -20,7 +20,7 @@ from gpu_backend.formats import QUANTIZED
 from gpu_backend.launch import Launcher
 from gpu_backend.tuning import Tuning
 
-NUM_TOKENS, TOP_K = 4, 2
+NUM_TOKENS, TOP_K = 2, 2
 # The interpreter takes its time for each program, whatever its size: few and large ones.
 launcher = Launcher(Tuning(rows=256, tile_rows=256, copy_width=1 << 18))
 
@@ -108,7 +108,7 @@ def random_slab(rng, gate, up, down, num_slots, hidden, size):
 @pytest.mark.parametrize("num_tokens", [NUM_TOKENS, 20])
 @pytest.mark.parametrize(
     ("gate", "up", "down"),
-    [("q4_0", "q4_0", "q4_0"), ("q4_k", "q4_k", "q6_k"), ("q8_0", "q5_k", "q4_1")],
+    [("q4_k", "q4_k", "q6_k"), ("q8_0", "q5_k", "q4_1")],
 )
 def test_experts(gate, up, down, num_tokens):
     rng = np.random.default_rng(3)

@@ -75,5 +75,6 @@ def exponential(x, EMULATE: tl.constexpr):
 
 @triton.jit
 def silu(x, EMULATE: tl.constexpr):
-    """x / (1 + exp(-x))"""
-    return tl.div_rn(x, 1.0 + exponential(-x, EMULATE))
+    """x * (1 / (1 + exp(-x)))"""
+    one = tl.full(x.shape, 1.0, tl.float32)
+    return x * tl.div_rn(one, 1.0 + exponential(-x, EMULATE))

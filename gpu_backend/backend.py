@@ -1,0 +1,181 @@
+"""The arithmetic of a decoder on a GPU: see tiered.backend.Backend, which this implements.
+
+On torch's "cpu" device, plain torch takes the place of the kernels and computes the same numbers,
+so that everything here runs, and is tested, on machines without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpu_backend import reference
+from gpu_backend.arrays import Jobs
+from gpu_backend.attention import AttentionLayer, BatchPlace
+from gpu_backend.device import TorchDevice
+from gpu_backend.feed_forward import FeedForwardLayer
+from gpu_backend.kv import KVPages
+from gpu_backend.matrix import Matrix, Rows
+from gpu_backend.norm import rms_norm
+from gpu_backend.route import RouterLayer, Routing
+from gpu_backend.slots import ON_DEVICE, GpuSlots
+from gpu_backend.tuning import Tuning
+
+
+class GpuBackend:
+    """`device` is "cuda", "cuda:1", ... or "cpu". `exact`: quantized dense weights are multiplied
+    with float32 activations (not those of experts: they keep the integer arithmetic). `host` is a
+    CpuBackend: an expert runs where its blob lies, so one that is not in a slot of this device's
+    memory runs there, while the device computes what it was given before.
+
+    One forward pass at a time. Raises RuntimeError if there is no such device.
+    """
+
+    def __init__(
+        self,
+        device: str = "cuda",
+        exact: bool = False,
+        tuning: Tuning | None = None,
+        host: Any = None,
+    ) -> None:
+        self.device = TorchDevice(device)
+        self.name = device
+        self.exact = exact
+        self.host = host
+        self._torch = self.device.torch_device
+        self.arithmetic: Any = reference
+        if self._torch.type == "cuda" or _interpreted():
+            from gpu_backend.launch import Launcher
+
+            self.arithmetic = Launcher(tuning, self.device.capability)
+        self._slots: GpuSlots | None = None
+        self._hidden_size = 0
+        self._batch: tuple[Any, BatchPlace] | None = None
+        self._rows: Rows | None = None  # of the latest h
+        self._host_h: tuple[torch.Tensor, np.ndarray] | None = None
+
+    def slots(self, space: Any, layouts: dict[int, Any], num_experts: int) -> GpuSlots:
+        """Memory for a tier of experts on this device; `layouts` by layer. Raises MemoryError."""
+        self._slots = GpuSlots(self.device, space, layouts, self.arithmetic.rearrange, num_experts)
+        return self._slots
+
+    def matrix(
+        self, data: np.ndarray, format: str, shape: tuple[int, int], bias: np.ndarray | None = None
+    ) -> Matrix:
+        return Matrix(data, format, shape, self._torch, self.arithmetic, bias, self.exact)
+
+    # -- layers, prepared once --
+
+    def attention_layer(self, weights: Any, config: Any) -> AttentionLayer:
+        return AttentionLayer(weights, config, self._torch)
+
+    def router_layer(self, norm: np.ndarray, router: Matrix, config: Any) -> RouterLayer:
+        return RouterLayer(norm, router, config, self._torch)
+
+    def expert_layer(self, layout: Any, config: Any) -> Any:
+        self._hidden_size = config.hidden_size
+        return layout, self.host and self.host.expert_layer(layout, config)
+
+    def feed_forward_layer(
+        self, weights: Any, config: Any, norm: np.ndarray | None = None
+    ) -> FeedForwardLayer:
+        return FeedForwardLayer(weights, config, norm, self._torch)
+
+    def output_layer(self, norm: np.ndarray, head: Matrix, config: Any) -> Any:
+        return torch.tensor(norm, device=self._torch), head.load(), config.norm_eps
+
+    def kv_pages(self, config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages:
+        sizes = config.num_layers, config.num_kv_heads, config.head_dim
+        with self.device.allocating("the KV cache"):
+            return KVPages(*sizes, num_pages, page_size, dtype, self._torch)
+
+    # -- a forward pass --
+
+    def embed(self, table: Matrix, tokens: np.ndarray) -> torch.Tensor:
+        return table.rows(tokens)
+
+    def attention(
+        self, x: torch.Tensor, layer: AttentionLayer, kv: KVPages, index: int, batch: Any
+    ) -> None:
+        if self._batch is None or self._batch[0] is not batch:
+            self._batch = batch, BatchPlace(batch, kv.page_size, self._torch)
+        layer.run(x, kv, index, self._batch[1], self.arithmetic)
+
+    def route(self, x: torch.Tensor, layer: RouterLayer) -> tuple[torch.Tensor, Routing]:
+        h = layer.norm(x)
+        self._rows = Rows(h, self.arithmetic)
+        return h, layer.choose(self._rows)
+
+    def guess(self, h: torch.Tensor, layer: RouterLayer) -> Routing:
+        return layer.choose(self._rows_of(h))
+
+    def experts(
+        self, h: torch.Tensor, layer: Any, addresses: np.ndarray, jobs: Any, out: torch.Tensor
+    ) -> None:
+        layout, on_host = layer
+        here = addresses[:, 0] >= ON_DEVICE
+        if not here.all():
+            if here.any():
+                raise ValueError("experts in slots and experts in RAM need a call each")
+            self._run_on_host(h, on_host, addresses, jobs, out)
+            return
+        assert self._slots is not None
+        begins = addresses[:, 0] - ON_DEVICE - layout.gate.offset
+        arrays = Jobs(begins, jobs.starts, jobs.pairs, len(out) // len(h))
+        quantized = self._rows_of(h).quantized()
+        self.arithmetic.experts(self._slots.slab, layout, arrays, quantized, out)
+        self.device.mark()
+
+    def _run_on_host(
+        self, h: torch.Tensor, layer: Any, addresses: np.ndarray, jobs: Any, out: torch.Tensor
+    ) -> None:
+        """h comes to RAM once per layer; the rows of the pairs go back."""
+        if self.host is None:
+            raise RuntimeError("an expert lies in RAM, but this backend was given no host backend")
+        if self._host_h is None or self._host_h[0] is not h:
+            self._host_h = h, self.device.download(h)
+        rows = self.host.pair_outputs(len(out))
+        self.host.experts(self._host_h[1], layer, addresses, jobs, rows)
+        pairs = jobs.pairs[jobs.starts[0] : jobs.starts[-1]].astype(np.int64)
+        at = torch.from_numpy(pairs).to(self._torch, non_blocking=True)
+        out[at] = torch.from_numpy(rows[pairs]).to(self._torch, non_blocking=True)
+
+    def pair_outputs(self, num_pairs: int) -> torch.Tensor:
+        return torch.empty((num_pairs, self._hidden_size), device=self._torch)
+
+    def combine(self, x: torch.Tensor, out: torch.Tensor, weights: np.ndarray) -> None:
+        given = torch.from_numpy(np.ascontiguousarray(weights, np.float32)).to(self._torch)
+        self.arithmetic.combine(x, out, given)
+
+    def feed_forward(
+        self, x: torch.Tensor, h: torch.Tensor | None, layer: FeedForwardLayer
+    ) -> None:
+        rows = Rows(layer.normed(x), self.arithmetic) if h is None else self._rows_of(h)
+        x += layer.run(rows, self.arithmetic)
+
+    def head(self, x: torch.Tensor, rows: np.ndarray, layer: Any) -> np.ndarray:
+        norm, matrix, eps = layer
+        last = x[torch.from_numpy(np.asarray(rows, np.int64)).to(self._torch)]
+        logits = matrix.multiply(Rows(rms_norm(last, norm, eps), self.arithmetic))
+        return np.asarray(logits.cpu().numpy(), np.float32)
+
+    def close(self) -> None:
+        """Wait for what was launched, and end the host's threads."""
+        self.device.close()
+        if self.host is not None:
+            self.host.close()
+
+    def _rows_of(self, h: torch.Tensor) -> Rows:
+        if self._rows is None or self._rows.x is not h:
+            self._rows = Rows(h, self.arithmetic)
+        return self._rows
+
+
+def _interpreted() -> bool:
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)

@@ -1,0 +1,108 @@
+"""One torch device: its memory, its two streams, and how bytes get there.
+
+Kernels run on the current stream; experts come over a stream of their own, which first waits for
+the kernels that were launched before, because they may still read the slot that is overwritten.
+On torch's "cpu" device the same calls copy at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+
+class Staging(NamedTuple):
+    """A pair of buffers that a blob passes on its way to a slot."""
+
+    host: np.ndarray  # uint8, page-locked where that is possible
+    device: torch.Tensor  # uint8
+
+
+class TorchDevice:
+    def __init__(self, name: str) -> None:
+        self.torch_device = torch.device(name)
+        self.is_cuda = self.torch_device.type == "cuda"
+        self.capability = (0, 0)
+        if self.is_cuda:
+            if not torch.cuda.is_available():
+                raise RuntimeError(
+                    "no CUDA device was found by torch: use device='cpu', or install a torch "
+                    "built for this machine's driver"
+                )
+            self.capability = torch.cuda.get_device_capability(self.torch_device)
+            self._copies = torch.cuda.Stream(self.torch_device)
+            self._downloads = torch.cuda.Stream(self.torch_device)
+            self._last_use = torch.cuda.Event()
+        self._lock = threading.Lock()  # marks come from the main thread, uploads from loaders
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be allocated; None: not known."""
+        if not self.is_cuda:
+            return None
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        cached = torch.cuda.memory_reserved(self.torch_device)
+        return int(free + cached - torch.cuda.memory_allocated(self.torch_device))
+
+    @contextmanager
+    def allocating(self, what: str) -> Iterator[None]:
+        """Turns torch's out-of-memory error into a MemoryError that says for what."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"{what} does not fit on {self.torch_device}: {error}") from error
+
+    def allocate(self, nbytes: int, what: str) -> torch.Tensor:
+        """uint8 [nbytes] on the device. Raises MemoryError."""
+        with self.allocating(f"{what} ({nbytes} bytes)"):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+
+    def table(self, *shape: int) -> torch.Tensor:
+        """int32 on the device, all -1."""
+        return torch.full(shape, -1, dtype=torch.int32, device=self.torch_device)
+
+    def staging(self, nbytes: int) -> Staging:
+        host = torch.empty(nbytes, dtype=torch.uint8)
+        if self.is_cuda:
+            with suppress(RuntimeError):  # the limit of page-locked memory: slower, no more
+                host = host.pin_memory()
+        return Staging(host.numpy(), self.allocate(nbytes, "a staging buffer"))
+
+    def download(self, x: torch.Tensor) -> np.ndarray:
+        """A copy in RAM of what the host has already waited for; does not wait for later work."""
+        with torch.cuda.stream(self._downloads) if self.is_cuda else nullcontext():
+            return np.ascontiguousarray(x.detach().cpu().numpy())
+
+    def mark(self) -> None:
+        """Uploads from now on wait for the kernels that were launched until now."""
+        if self.is_cuda:
+            with self._lock:
+                self._last_use.record(torch.cuda.current_stream(self.torch_device))
+
+    def upload(self, staging: Staging, nbytes: int, then: Callable[[torch.Tensor], None]) -> Any:
+        """Copy `nbytes` of staging.host, then do `then(staging.device)`, on the copy stream.
+
+        Returns what `wait` waits for; staging must not be used before.
+        """
+        host = torch.from_numpy(staging.host)[:nbytes]
+        stream = torch.cuda.stream(self._copies) if self.is_cuda else nullcontext()
+        with stream:
+            if self.is_cuda:
+                with self._lock:
+                    self._copies.wait_event(self._last_use)
+            staging.device[:nbytes].copy_(host, non_blocking=True)
+            then(staging.device)
+            return self._copies.record_event() if self.is_cuda else None
+
+    def wait(self, ticket: Any) -> None:
+        if ticket is not None:
+            ticket.synchronize()
+
+    def close(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.torch_device)

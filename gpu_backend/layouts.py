@@ -1,0 +1,34 @@
+"""What a blob looks like, as far as kernels care: tiered's ExpertLayout, or anything like it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class TensorLayout(Protocol):
+    """One matrix in a blob: tiered's TensorLayout, or anything like it."""
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def offset(self) -> int: ...
+
+
+class Layout(Protocol):
+    """Where gate, up and down lie in a blob."""
+
+    @property
+    def gate(self) -> TensorLayout: ...
+
+    @property
+    def up(self) -> TensorLayout: ...
+
+    @property
+    def down(self) -> TensorLayout: ...
+
+    @property
+    def nbytes(self) -> int: ...

@@ -1,0 +1,123 @@
+"""Slots for experts in GPU memory: one slab, and a table that says who is where.
+
+The memory of a tier (see tiered.slots). A slot is found by the byte where it begins in the slab.
+What a loader thread is given to fill is the slot's number; the bytes pass a staging buffer, are
+rearranged on the GPU (see gpu_backend.formats), and then, in the same stream, the table is written:
+kernels that look experts up there never see one that has not arrived. Knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from cpu_kernels.formats import FORMATS
+from gpu_backend.layouts import Layout
+
+# Added to the place of a slot, so that an address tells on which side a blob lies.
+ON_DEVICE = 1 << 62
+
+Rearrange = Callable[[Any, Any, str, int], None]
+
+
+class Device(Protocol):
+    """What slots need of a device: gpu_backend.device.TorchDevice, or a fake one."""
+
+    def allocate(self, nbytes: int, what: str) -> Any: ...
+
+    def table(self, *shape: int) -> Any: ...
+
+    def staging(self, nbytes: int) -> Any: ...
+
+    def upload(self, staging: Any, nbytes: int, then: Callable[[Any], None]) -> Any: ...
+
+    def wait(self, ticket: Any) -> None: ...
+
+
+class Slot(NamedTuple):
+    """A slot to be filled, by number."""
+
+    memory: GpuSlots
+    number: int
+
+
+class GpuSlots:
+    """`space.num_slots` slots of the same size; `layouts` are those of the sparse layers.
+
+    Raises MemoryError, with nothing left allocated, if the device has too little memory.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        space: Any,
+        layouts: dict[int, Layout],
+        rearrange: Rearrange,
+        num_experts: int = 0,
+        num_staging: int = 3,
+    ) -> None:
+        self.space = space
+        self.layouts = layouts
+        self.stride = max(layout.nbytes for layout in layouts.values())
+        self._device, self._rearrange = device, rearrange
+        self._free = [device.staging(self.stride) for _ in range(num_staging)]
+        self._returned = threading.Condition()
+        self.slab = device.allocate(space.num_slots * self.stride, "expert slots")
+        self.table = device.table(max(layouts) + 1, num_experts)
+        self._owners: dict[int, tuple[int, int]] = {}  # slot -> (layer, expert)
+        self._writing = threading.Lock()  # table entries are written in the order of the copies
+
+    def slot(self, slot: int) -> Slot:
+        return Slot(self, slot)
+
+    def place(self, slot: int) -> int:
+        return ON_DEVICE + slot * self.stride
+
+    def fit(self, slot: int, nbytes: int) -> None:
+        """All slots have room for the largest blob: nothing to do."""
+
+    @contextmanager
+    def staging(self) -> Iterator[Any]:
+        """A pair of buffers of one's own; waits until one is free."""
+        with self._returned:
+            while not self._free:
+                self._returned.wait()
+            pair = self._free.pop()
+        try:
+            yield pair
+        finally:
+            with self._returned:
+                self._free.append(pair)
+                self._returned.notify()
+
+    def upload(self, key: tuple[int, int], slot: int, staging: Any) -> None:
+        """Bring the blob in `staging` into a slot; returns when it is there."""
+        layout = self.layouts[key[0]]
+        with self._writing:
+            arrange = partial(self._arrange, key=key, slot=slot)
+            ticket = self._device.upload(staging, layout.nbytes, arrange)
+        self._device.wait(ticket)
+
+    def _arrange(self, blob: Any, key: tuple[int, int], slot: int) -> None:
+        """On the copy stream: forget who was in the slot, fill it, say who is there."""
+        before = self._owners.pop(slot, None)
+        if before is not None and before != key:
+            self.table[before] = -1
+        begin, layout = slot * self.stride, self.layouts[key[0]]
+        for tensor in (layout.gate, layout.up, layout.down):
+            block = FORMATS[tensor.format]
+            num_blocks = tensor.shape[0] * tensor.shape[1] // block.block_size
+            end = tensor.offset + num_blocks * block.block_bytes
+            target = self.slab[begin + tensor.offset : begin + end]
+            self._rearrange(blob[tensor.offset : end], target, tensor.format, num_blocks)
+        self._owners[slot] = key
+        self.table[key] = slot
+
+    def close(self) -> None:
+        """Give the memory back."""
+        with self._returned:
+            self._free.clear()
+        self.slab = self.slab[:0]

@@ -1,0 +1,217 @@
+"""The torch backend on torch's CPU device: against plain NumPy, and as an engine of its own."""
+
+import numpy as np
+import pytest
+from naive import NaiveBackend
+
+from cpu_kernels.backend import CpuBackend
+from tiered import Engine, policies
+from tiered.backend import AttentionWeights, Batch
+from tiered.config import ModelConfig, RopeConfig
+from tiered.costs import Costs
+from tiered.demo import random_tiny_model
+from tiered.experts import ExpertKey, expert_layout
+from tiered.placement import Fixed, PlacedExperts
+from tiered.policies import Space
+from tiered.tier import Tier
+from tiered.uploads import MappedBlobs, Uploads
+
+torch = pytest.importorskip("torch")
+from gpu_backend.attention import BatchPlace, SequencePlace  # noqa: E402
+from gpu_backend.backend import GpuBackend  # noqa: E402
+from gpu_backend.device import TorchDevice  # noqa: E402
+from gpu_backend.kv import KVPages  # noqa: E402
+from gpu_backend.rope import RopeTable  # noqa: E402
+
+PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
+NUM_TOKENS = 12
+CPU = torch.device("cpu")
+
+
+class GpuEngine:
+    """An engine whose VRAM is torch's CPU device; experts of a model that fits come from the map,
+    others from a RAM tier."""
+
+    def __init__(self, model, num_slots, share=1.0, host=False, quantize="int4"):
+        cpu = CpuBackend(2) if host else None
+        self.backend = GpuBackend("cpu", exact=quantize == "none", host=cpu)
+        self.engine = Engine(model, backend=self.backend, quantize=quantize, look_ahead=0,
+                             ram="4G", kv_dtype="f32")  # fmt: skip
+        store, config = self.engine.store, self.engine.config
+        nbytes = max(store.blob_bytes)
+        space = Space(num_slots * nbytes, tuple(nbytes for _ in store.blob_bytes))
+        layouts = {layer: store.layout(layer) for layer in config.sparse_layers}
+        memory = self.backend.slots(space, layouts, config.num_experts)
+        below = self.engine.source
+        blobs = MappedBlobs(store) if self.engine.plan.mapped else below.tier
+        policy = policies.create("layer_lfu", space)
+        self.tier = Tier(memory, Uploads(blobs, memory), policy, loaders=3)
+        costs = Costs.unknown(nbytes)
+        self.engine.decoder.source = PlacedExperts(
+            self.tier, below, store, Fixed(share), costs, few_rows=8
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.tier.close()
+        self.engine.close()
+
+
+@pytest.fixture(scope="module")
+def int4_model(tmp_path_factory):
+    return random_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def expected(int4_model):
+    with GpuEngine(int4_model, 100) as gpu:
+        return list(gpu.engine.generate_tokens(PROMPT, NUM_TOKENS)), gpu.engine.logits(PROMPT)
+
+
+@pytest.mark.parametrize("num_slots", [2, 5])
+def test_logits_are_the_same_bits_whatever_is_resident(int4_model, expected, num_slots):
+    tokens, logits = expected
+    with GpuEngine(int4_model, num_slots) as gpu:
+        assert list(gpu.engine.generate_tokens(PROMPT, NUM_TOKENS)) == tokens
+        assert np.array_equal(gpu.engine.logits(PROMPT), logits)
+        assert np.array_equal(gpu.engine.logits(PROMPT), logits)
+
+
+def test_near_the_cpu_engine(int4_model, expected):
+    """The same integers, other orders of float additions: an activation may round to the next
+    int8 value, which is 1/254 of its group's largest."""
+    with Engine(int4_model, threads=2, kv_dtype="f32") as engine:
+        logits = engine.logits(PROMPT)
+    assert np.abs(expected[1] - logits).max() <= 2e-2 * np.ptp(logits)
+
+
+def test_misses_on_the_cpu_are_near_too(int4_model, expected):
+    with GpuEngine(int4_model, 5, share=0.5, host=True) as gpu:
+        logits = gpu.engine.logits(PROMPT)
+    assert np.abs(expected[1] - logits).max() <= 2e-2 * np.ptp(logits)
+
+
+def test_an_expert_in_ram_needs_a_host(int4_model):
+    with (
+        GpuEngine(int4_model, 5, share=0.0) as gpu,
+        pytest.raises(RuntimeError, match="no host backend"),
+    ):
+        list(gpu.engine.generate_tokens([5], 2))
+
+
+def test_attention_agrees_with_plain_numpy():
+    """Grouped heads, a sliding window, two sequences in one batch, every kind of rope."""
+    rng = np.random.default_rng(2)
+    for pairs, window, norm, clip in (
+        ("half", 0, "", 0.0), ("adjacent", 5, "head", 0.0), ("half", 3, "full", 0.5),
+    ):  # fmt: skip
+        config = ModelConfig(
+            "test", 1, 96, 10, 64, 4, 2, 16, 1e-5, RopeConfig(dim=8, pairs=pairs, magnitude=1.1),
+            qk_norm=norm, clip_qkv=clip, sliding_window=window,
+        )  # fmt: skip
+        backends = NaiveBackend(), GpuBackend("cpu")
+        norms = {"": (None, None), "head": (16, 16), "full": (64, 32)}[norm]
+        norms = [None if n is None else rng.uniform(0.5, 1.5, n).astype("f4") for n in norms]
+        norm_weight = rng.uniform(0.5, 1.5, 96).astype(np.float32)
+        datas = [rng.standard_normal(s).astype("f4") / 8 for s in
+                 ((64, 96), (32, 96), (32, 96), (96, 64))]  # fmt: skip
+        table = rng.standard_normal((10, 96)).astype("f4")
+        results = []
+        for backend in backends:
+            matrices = [backend.matrix(d.view(np.uint8).reshape(-1), "f32", d.shape) for d in datas]
+            weights = AttentionWeights(norm_weight, *matrices, *norms)
+            layer = backend.attention_layer(weights, config)
+            embedding = backend.matrix(table.view(np.uint8).reshape(-1), "f32", table.shape)
+            kv = backend.kv_pages(config, 3, 16, "f32")
+            tables = np.array([[2, 1], [0, -1]], np.int32)
+            positions = np.arange(17, dtype=np.int32)
+            first = Batch(positions % 10, positions, np.zeros(17, np.int32), tables)
+            second = Batch(
+                np.array([3, 4, 5], np.int32), np.array([17, 0, 1], np.int32),
+                np.array([0, 1, 1], np.int32), tables,
+            )  # fmt: skip
+            for batch in (first, second):
+                x = backend.embed(embedding, batch.tokens)
+                backend.attention(x, layer, kv, 0, batch)
+                results.append(np.asarray(x))
+        for want, got in zip(results[:2], results[2:], strict=True):
+            assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 1e-3), ("int8", 1 / 200), ("f32", 0)])
+def test_kv_pages_keep_what_they_are_given(dtype, tolerance):
+    pages = KVPages(2, 3, 8, 4, 16, dtype, CPU)
+    keys, values = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
+    at = torch.tensor([3, 17, 18, 40, 63])
+    pages.append(1, at, keys, values)
+    for got, want in zip(pages.read(1, at), (keys, values), strict=True):
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
+    assert pages.read(0, at)[0].abs().max() == 0
+    assert pages.nbytes == 2 * 2 * 64 * 3 * (8 * {"f32": 4, "f16": 2, "int8": 1}[dtype]
+                                             + 4 * (dtype == "int8"))  # fmt: skip
+
+
+def test_kv_pages_of_unknown_type_are_refused():
+    with pytest.raises(ValueError, match="f32, f16 or int8"):
+        KVPages(1, 1, 8, 1, 16, "f8", CPU)
+
+
+def test_masks():
+    place = SequencePlace(np.arange(2), np.array([2, 3]), np.arange(4), CPU)
+    assert place.mask(0).tolist() == [[True, True, True, False], [True] * 4]
+    assert place.mask(2).tolist() == [[False, True, True, False], [False, False, True, True]]
+    last = SequencePlace(np.arange(1), np.array([3]), np.arange(4), CPU)
+    assert last.mask(0) is None and last.mask(4) is None
+    assert last.mask(1).tolist() == [[False, False, False, True]]
+
+
+def test_batch_places_are_pages():
+    batch = Batch(np.zeros(2, np.int32), np.array([15, 16], np.int32), np.zeros(2, np.int32),
+                  np.array([[3, 1]], np.int32))  # fmt: skip
+    place = BatchPlace(batch, 16, CPU)
+    assert place.slots.tolist() == [63, 16]
+    assert place.sequences[0].slots.tolist() == [*range(48, 64), 16]
+
+
+def test_rope_needs_an_even_dimension():
+    with pytest.raises(ValueError, match="even"):
+        RopeTable(RopeConfig(dim=7), 16, CPU)
+
+
+def test_slots_hold_planes_and_the_table_says_where():
+    layout = expert_layout(64, 32, "q4_0", "q8_0", "q4_1")
+    backend = GpuBackend("cpu")
+    memory = backend.slots(Space(3 * layout.nbytes, (0, layout.nbytes)), {1: layout}, 4)
+    blob = np.random.default_rng(0).integers(0, 256, layout.nbytes, np.uint8)
+    with memory.staging() as staging:
+        staging.host[:] = blob
+        memory.upload(ExpertKey(1, 2), 0, staging)
+        memory.upload(ExpertKey(1, 3), 2, staging)
+        memory.upload(ExpertKey(1, 0), 0, staging)
+    assert memory.table[1].tolist() == [0, -1, -1, 2]
+    gate = memory.slab[: layout.gate.nbytes].numpy()
+    source = blob[: layout.gate.nbytes].reshape(-1, 18)
+    assert (gate == np.concatenate([source[:, 2:].ravel(), source[:, :2].ravel()])).all()
+
+
+def test_a_missing_device_is_an_error_that_says_what_to_do():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        GpuBackend("cuda")
+
+
+def test_wrong_matrices_are_refused():
+    backend = GpuBackend("cpu")
+    with pytest.raises(ValueError, match="only 10 are there"):
+        backend.matrix(np.zeros(10, np.uint8), "q4_0", (2, 32))
+    with pytest.raises(ValueError, match="no GPU kernel knows"):
+        backend.matrix(np.zeros(100, np.uint8), "q9_9", (2, 32))
+
+
+def test_memory_errors_say_for_what():
+    device = TorchDevice("cpu")
+    with pytest.raises(MemoryError, match="the KV cache"), device.allocating("the KV cache"):
+        raise torch.OutOfMemoryError("no")

@@ -1,0 +1,196 @@
+"""Three tiers and two devices on a fake GPU with a virtual clock: numbers, races, failures."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from fake_gpu import FakeGpu, FakeGpuBackend, VirtualClock
+
+from tiered import Engine, policies
+from tiered.admission import Admission
+from tiered.costs import Costs, Line, Miss
+from tiered.demo import random_tiny_model
+from tiered.experts import ExpertKey
+from tiered.placement import Balanced, Fixed, PlacedExperts
+from tiered.policies import Space
+from tiered.tier import Tier
+from tiered.uploads import Uploads
+
+PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
+NUM_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return random_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    with Engine(model, threads=2) as engine:
+        return list(engine.generate_tokens(PROMPT, NUM_TOKENS))
+
+
+class GpuEngine:
+    """An engine on the fake GPU: RAM tier below, VRAM tier above, placement between them."""
+
+    def __init__(self, model, device, num_slots, split=None, promote=True, ram=0.5):
+        self.backend = FakeGpuBackend(device)
+        with Engine(model, threads=1) as probe:
+            experts = probe.plan.experts
+        budget = int(experts * ram)
+        self.engine = Engine(model, backend=self.backend, expert_ram=budget, look_ahead=0)
+        store, config = self.engine.store, self.engine.config
+        nbytes = max(store.blob_bytes)
+        space = Space(num_slots * nbytes, tuple(nbytes for _ in store.blob_bytes))
+        layouts = {layer: store.layout(layer) for layer in config.sparse_layers}
+        memory = self.backend.slots(space, layouts, config.num_experts)
+        below = self.engine.source
+        policy = policies.create("layer_lfu", space)
+        self.tier = Tier(memory, Uploads(below.tier, memory), policy, loaders=3)
+        costs = Costs.unknown(nbytes)
+        self.source = PlacedExperts(
+            self.tier,
+            below,
+            store,
+            split or Balanced(costs),
+            costs,
+            few_rows=8,
+            admission=Admission(space, costs) if promote else None,
+            clock=self.backend.device.clock,
+        )
+        self.engine.decoder.source = self.source
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.tier.close()
+        self.engine.close()
+
+    def generate(self, num_tokens=NUM_TOKENS):
+        return list(self.engine.generate_tokens(PROMPT, num_tokens))
+
+
+SPLITS = {"gpu": Fixed(1), "half": Fixed(0.5), "cpu": Fixed(0), "balanced": None}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("num_slots", [2, 5, 100])
+def test_what_is_resident_and_where_it_runs_never_changes_the_tokens(
+    model, expected, split, num_slots
+):
+    with GpuEngine(model, FakeGpu(), num_slots, SPLITS[split]) as gpu:
+        assert gpu.generate() == expected
+        assert gpu.generate() == expected  # another cache state
+
+
+def test_hits_run_on_the_gpu_and_misses_beside_it(model, expected):
+    with GpuEngine(model, FakeGpu(), 100, Fixed(0)) as gpu:
+        gpu.generate()
+        assert gpu.backend.computed["cpu"] > 0  # nothing was there
+        before = dict(gpu.backend.computed)
+        gpu.generate()
+        assert gpu.backend.computed["gpu"] > before["gpu"]  # what was promoted
+
+
+def test_without_promotion_and_copies_the_gpu_stays_empty(model, expected):
+    with GpuEngine(model, FakeGpu(), 4, Fixed(0), promote=False) as gpu:
+        assert gpu.generate() == expected
+        assert gpu.backend.device.num_copies == 0
+        assert len(gpu.tier) == 0
+
+
+def test_the_table_names_what_is_in_the_slots(model):
+    with GpuEngine(model, FakeGpu(), 5, Fixed(1)) as gpu:
+        gpu.generate()
+        table = gpu.tier.memory.table
+        residency = gpu.tier.residency
+        for layer, expert in np.argwhere(table >= 0).tolist():
+            key = ExpertKey(layer, expert)
+            if key in residency:
+                assert residency.slot(key) == table[layer, expert]
+        assert sum(ExpertKey(*key) in residency for key in np.argwhere(table >= 0)) == len(gpu.tier)
+
+
+@pytest.mark.parametrize("copies", [[0], [3, 4], [10]])
+def test_an_aborted_copy_is_an_error_and_leaves_everything_usable(model, expected, copies):
+    device = FakeGpu(fail_copies=copies)
+    with GpuEngine(model, device, 5, Fixed(1)) as gpu:
+        with pytest.raises(OSError, match=r"expert \d+ of layer \d+.*aborted"):
+            gpu.generate()
+        device.fail_copies.clear()
+        assert gpu.generate() == expected
+
+
+def test_overwriting_a_slot_that_is_being_read_is_found(model):
+    device = FakeGpu(bandwidth=1e6)  # kernels take long
+    device.synchronizes = False
+    with GpuEngine(model, device, 2, Fixed(1)) as gpu, pytest.raises(OSError, match="race"):
+        gpu.generate()
+
+
+def test_reading_a_slot_before_its_copy_has_ended_is_found():
+    device = FakeGpu()
+    staging = device.staging(64)
+
+    def then(blob, slot):
+        pass
+
+    ticket = device.upload(staging, 64, partial(then, slot=0))
+    with pytest.raises(RuntimeError, match="race"):
+        device.kernel([0], 64)
+    device.wait(ticket)
+    device.kernel([0], 64)
+
+
+def test_bytes_arrive_when_their_time_has_come():
+    device, arrived = FakeGpu(link=1e6, latency=1e-3), []
+    staging = device.staging(1000)
+    staging.host[:] = 7
+
+    def then(blob, slot):
+        arrived.append((slot, int(blob[0])))
+
+    tickets = [device.upload(staging, 1000, partial(then, slot=slot)) for slot in (0, 1)]
+    assert tickets == pytest.approx([2e-3, 4e-3])  # one after the other
+    device.clock.advance_to(1.9e-3)
+    assert arrived == []
+    device.wait(tickets[1])
+    assert arrived == [(0, 7), (1, 7)]
+
+
+def test_too_little_vram_is_refused_with_the_numbers(model):
+    with pytest.raises(MemoryError, match=r"expert slots takes \d+ bytes, and \d+ are free"):
+        GpuEngine(model, FakeGpu(vram=1 << 18), 100)
+
+
+def test_a_balanced_split_ends_both_sides_together():
+    nbytes = 1e6
+    link, cpu = 1 / 20e9, 1 / 60e9
+    costs = Costs(Line(0, 1e-15, nbytes), Line(0, cpu, nbytes), Line(0, link, nbytes),
+                  Line(0, 1e-9, nbytes))  # fmt: skip
+    misses = [Miss(nbytes)] * 8
+    assert Balanced(costs).place(0, misses) == 2  # m * P / (P + C) = 8 * 20 / 80
+    assert Balanced(costs).place(0, misses, wait=1.0) == 0
+    assert Balanced(costs).place(0, []) == 0
+
+
+def test_many_rows_go_to_the_gpu_whatever_the_split_says(model):
+    with GpuEngine(model, FakeGpu(), 5, Fixed(0), promote=False) as gpu:
+        experts = np.arange(3, dtype=np.int32)
+        ready = [
+            (sorted(positions), addresses[:, 0] >= 1 << 62)
+            for positions, addresses in gpu.source.fetch(0, experts, np.array([1, 9, 1]))
+        ]
+        assert sorted(p for positions, _ in ready for p in positions) == [0, 1, 2]
+        on_gpu = {p for positions, here in ready for p in positions if here.all()}
+        assert on_gpu == {1}
+
+
+def test_a_virtual_clock_runs_effects_in_order():
+    clock, seen = VirtualClock(), []
+    for time in (3.0, 1.0, 2.0):
+        clock.at(time, lambda time=time: seen.append((time, clock.now)))
+    clock.advance_to(2.5)
+    assert seen == [(1.0, 1.0), (2.0, 2.0)] and clock() == 2.5

@@ -1,0 +1,55 @@
+"""Uploads: how experts get from RAM, or from disk, into the slots of a GPU's memory."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+
+from tiered.experts import ExpertKey
+from tiered.store import ExpertStore
+from tiered.tier import Source
+
+
+class DeviceMemory(Protocol):
+    """What an upload needs of the memory that it fills: see gpu_backend.slots.GpuSlots."""
+
+    def staging(self) -> AbstractContextManager[Any]:
+        """A pair of buffers; `host` is uint8, in RAM."""
+
+    def upload(self, key: ExpertKey, slot: int, staging: Any) -> None:
+        """Bring the blob in `staging.host` into a slot; returns when it is there."""
+
+
+class Uploads:
+    """The source of a tier in a GPU's memory: reads from the source below, then copies.
+
+    What its `read_into` is given to fill is a slot of `memory`, with its `number`.
+    """
+
+    def __init__(self, below: Source, memory: DeviceMemory) -> None:
+        self.below = below
+        self.memory = memory
+
+    def read_into(self, key: ExpertKey, buffer: Any) -> None:
+        with self.memory.staging() as staging:
+            self.below.read_into(key, staging.host)
+            try:
+                self.memory.upload(key, buffer.number, staging)
+            except RuntimeError as error:  # a device that failed; tiers know OSError
+                raise OSError(f"the copy to the GPU failed: {error}") from error
+
+
+class MappedBlobs:
+    """Blobs of a store whose experts all fit in RAM: copied from the memory map of its files."""
+
+    def __init__(self, store: ExpertStore) -> None:
+        self._store = store
+
+    def read_into(self, key: ExpertKey, buffer: np.ndarray) -> None:
+        layout = self._store.layout(key.layer)
+        for address, tensor in zip(self._store.addresses(key), layout, strict=True):
+            target = buffer[tensor.offset : tensor.offset + tensor.nbytes]
+            ctypes.memmove(target.ctypes.data, int(address), tensor.nbytes)

@@ -57,6 +57,7 @@ class Residency:
                 f"{space.capacity} bytes cannot hold one expert of {max(space.blob_bytes)}"
             )
         self.space = space
+        self.largest_capacity = space.capacity  # what there are slots for
         self.policy = policy
         self.stats = TierStats()
         self.used = 0  # bytes
@@ -79,6 +80,22 @@ class Residency:
 
     def slot(self, key: ExpertKey) -> int:
         return self._slots[key]
+
+    @property
+    def keys(self) -> list[ExpertKey]:
+        """What is resident."""
+        return list(self._slots)
+
+    def resize(self, capacity: int, evictable: Evictable) -> None:
+        """Use `capacity` bytes from now on, at most what there is room for; evicts what is over."""
+        if not self._largest <= capacity <= self.largest_capacity:
+            raise ValueError(
+                f"the expert budget can be {self._largest} ... {self.largest_capacity} bytes "
+                f"while running, not {capacity}"
+            )
+        self.space = self.space._replace(capacity=capacity)
+        while self.used > capacity:
+            self.evict(next(iter(self._slots)), evictable)
 
     def fits(self, keys: Collection[ExpertKey]) -> bool:
         """Whether these (distinct) experts can be resident at the same time."""

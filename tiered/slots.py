@@ -28,6 +28,9 @@ class Memory(Protocol):
     def fit(self, slot: int, nbytes: int) -> None:
         """The slot holds a blob of `nbytes` from now on; what it held beyond may be given back."""
 
+    def give_back(self, slot: int) -> None:
+        """The slot will be empty for long: it should take no memory."""
+
     def close(self) -> None: ...
 
 
@@ -44,6 +47,9 @@ class NullMemory:
         return slot
 
     def fit(self, slot: int, nbytes: int) -> None:
+        pass
+
+    def give_back(self, slot: int) -> None:
         pass
 
     def close(self) -> None:
@@ -80,6 +86,10 @@ class RamMemory:
         self._extent[slot] = extent
         if beyond > 0 and self._mixed:
             self._map.madvise(mmap.MADV_DONTNEED, slot * self.stride + extent, beyond)
+
+    def give_back(self, slot: int) -> None:
+        self._extent[slot] = 0
+        self._map.madvise(mmap.MADV_DONTNEED, slot * self.stride, self.stride)
 
     def close(self) -> None:
         """Give the memory back as soon as nobody holds a view of it."""

@@ -142,6 +142,24 @@ class Tier:
                 self.journal.prefetched(keys, limit, given_up)
             return issued
 
+    def resident(self) -> list[ExpertKey]:
+        """What is in the slots now, or on its way there."""
+        with self.lock:
+            return self.residency.keys
+
+    def resize(self, capacity: int) -> None:
+        """Use `capacity` bytes from now on, at most what the tier was made with.
+
+        Between two fetches only. Memory of slots that become empty is given back.
+        """
+        with self.lock:
+            pinned = self.pinned_keys()
+            self.residency.resize(capacity, lambda key: key not in pinned)
+            vacated = list(self.residency.vacated)
+            self.settle()
+            for slot in vacated:
+                self.memory.give_back(slot)
+
     def close(self) -> None:
         """End the loader threads and release the memory; whoever waits gets a RuntimeError."""
         with self.lock:

@@ -127,9 +127,7 @@ class Scores:
 class Completion:
     """The answers to one request, whole or as they come."""
 
-    def __init__(
-        self, service: Service, answers: list[Answer], fields: Fields, echo: bool
-    ) -> None:
+    def __init__(self, service: Service, answers: list[Answer], fields: Fields, echo: bool) -> None:
         self.service = service
         self.answers = answers
         self.echo = echo

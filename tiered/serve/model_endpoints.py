@@ -7,8 +7,8 @@ import asyncio
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from tiered.serve.conversation import Tools, prepare
 from tiered.serve.chat_completions import chat_messages
+from tiered.serve.conversation import Tools, prepare
 from tiered.serve.endpoint import read_fields, service_of
 from tiered.serve.errors import ApiError
 from tiered.serve.fields import clean

@@ -39,9 +39,7 @@ async def endpoint(http: HttpRequest) -> Response:
     if isinstance(wanted, dict) and wanted.get("type") in ("json_schema", "json_object"):
         schema = wanted.get("schema") if wanted["type"] == "json_schema" else {"type": "object"}
         form = schema_form(service, schema, "text.format")
-    conversation = await prepare(
-        service, fields, read_input(fields), response_tools(fields), form
-    )
+    conversation = await prepare(service, fields, read_input(fields), response_tools(fields), form)
     constraint = None
     if conversation.new_constraint:
         constraint = await asyncio.to_thread(conversation.new_constraint)

@@ -82,5 +82,3 @@ def listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port}: {error.strerror}; take another --port"
         ) from None
     return listening
-
-

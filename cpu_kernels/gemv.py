@@ -1,17 +1,17 @@
 """A row of weights times a few rows of activations, straight from the file's bytes.
 
 The trick: weights of two groups (four with 512-bit registers, one with 128) share a register, one
-half of each group at a time. Products are summed in integers within a group; then one conversion
-and one multiply-add with a vector of both groups' scales add them to float32 lanes. What is added
-to the integers (a minimum, or -8) is a second, much smaller product: that of the groups' offsets
-with the activations' group sums. Each row's additions have the same order whatever rows it is
-computed with.
+half of each group at a time. Products are summed in integers until each of eight lanes has the dot
+product of one of the chunk's eight groups; then one conversion and one multiply-add with the eight
+scales take them to float32. What is added to the integers (a minimum, or -8) is a second, much
+smaller product: that of the groups' offsets with the activations' group sums. Each row's additions
+have the same order whatever rows it is computed with.
 """
 
 from __future__ import annotations
 
-from cpu_kernels.activations import CHUNK_BYTES, POSITION, SCALES, byte_offset
-from cpu_kernels.dot import multiply_bytes, wants_unsigned
+from cpu_kernels.activations import CHUNK_BYTES, SCALES, byte_offset
+from cpu_kernels.dot import group_dots, wants_unsigned
 from cpu_kernels.groups import (
     GROUPS,
     LARGEST,
@@ -31,26 +31,18 @@ LINE = 64
 class _Sums:
     """The running sums of one row of activations."""
 
-    def __init__(self, k: Emitter, x: Value, lanes: int) -> None:
+    def __init__(self, k: Emitter, x: Value) -> None:
         self.x = x
-        self.products = [k.variable(k.constant(f32(lanes), 0.0)) for _ in range(2)]
+        self.products = k.variable(k.constant(f32(GROUPS), 0.0))
         self.offsets = k.variable(k.constant(f32(GROUPS), 0.0))
 
     def add(self, k: Emitter, to: Variable, a: Value, b: Value) -> None:
         to.set(k.multiply_add(a, b, to.get()))
 
     def total(self, k: Emitter, offset_factor: float) -> Value:
-        products = self.products[0].get() + self.products[1].get()
         offsets = self.offsets.get()
-        lanes = min(products.lanes, offsets.lanes)
-        products, offsets = k.sum(products, lanes), k.sum(offsets, lanes)
-        return k.sum(k.multiply_add(offsets, k.constant(offsets.type, offset_factor), products))
-
-
-def _spread(k: Emitter, scales: Value, step: int, groups: int) -> Value:
-    """The scales of a step's groups, each in the four lanes of its group."""
-    first = step * groups
-    return k.shuffle(scales, mask=[POSITION[first + i] for i in range(groups) for _ in range(4)])
+        factor = k.constant(offsets.type, offset_factor)
+        return k.sum(k.multiply_add(offsets, factor, self.products.get()))
 
 
 def _multiply_chunk(
@@ -58,30 +50,29 @@ def _multiply_chunk(
 ) -> None:
     groups = ISAS[isa].groups
     chunk = Chunk(k, format, weights, groups, wants_unsigned(isa))
-    xs = [row.x + position for row in rows]
-    spread_from = []
-    for row, x in zip(rows, xs, strict=True):
+    steps = range(GROUPS // groups)
+    halves = [[chunk.integers(step, half) for half in (0, 1)] for step in steps]
+    for row in rows:
+        x = row.x + position
         for offset, sums in chunk.offsets:
             row.add(k, row.offsets, offset, k.load(x + sums, f32(GROUPS)))
         x_scales = k.load(x + SCALES, f32(GROUPS))
-        spread_from.append([scale * x_scales for scale in chunk.scales])
-    for step in range(GROUPS // groups):
-        halves = [chunk.integers(step, half) for half in (0, 1)]
-        for row, x, scales in zip(rows, xs, spread_from, strict=True):
-            pairs = [
+        pairs = [
+            [
                 (w, k.load(x + byte_offset(step * groups, half), w.type))
-                for half, w in enumerate(halves)
+                for half, w in enumerate(halves[step])
             ]
-            parts = [pairs] if len(scales) == 1 else [[pair] for pair in pairs]
-            for index, (part, scale) in enumerate(zip(parts, scales, strict=True)):
-                dots = multiply_bytes(k, isa, part, LARGEST[format], chunk.is_signed)
-                to = row.products[index if len(parts) == 2 else step % 2]
-                row.add(k, to, dots.cast("sitofp", f32), _spread(k, scale, step, groups))
+            for step in steps
+        ]
+        for part, scale in enumerate(chunk.scales):
+            chosen = pairs if len(chunk.scales) == 1 else [[both[part]] for both in pairs]
+            dots = group_dots(k, isa, chosen, LARGEST[format], chunk.is_signed)
+            row.add(k, row.products, dots.cast("sitofp", f32), scale * x_scales)
 
 
 def dot(k: Emitter, isa: str, format: str, weights: Value, num_groups: Value, xs: list[Value]):
     """The row at `weights` times each of the prepared rows `xs`: float32 scalars."""
-    rows = [_Sums(k, x, 4 * ISAS[isa].groups) for x in xs]
+    rows = [_Sums(k, x) for x in xs]
     nbytes = chunk_bytes(format)
     with k.loop(num_groups >> 3) as i:
         at = weights + i * nbytes

@@ -98,46 +98,40 @@ class Chunk:
 
     def integers(self, step: int, half: int) -> Value:
         """One half of each of this step's groups: i8 [16 * groups]."""
-        range_ = range(step * self.groups, (step + 1) * self.groups)
-        pieces = [piece(self.format, group, half) for group in range_]
-        low = self._bytes([p.low for p in pieces])
+        numbers = range(step * self.groups, (step + 1) * self.groups)
+        pieces = [piece(self.format, group, half) for group in numbers]
+        low = self._bytes([p.low for p in pieces], [-p.low_shift for p in pieces])
         if self.format == "q8_0":
             return low ^ 0x80 if self.flip else low
-        low = self._shift(low, [-p.low_shift for p in pieces]) & 15
+        low = low & 15
         if self.format not in HIGH_MASK:
             return low
-        high = self._bytes([p.high for p in pieces])
-        mask = HIGH_MASK[self.format]
-        by = [4 - p.high_shift for p in pieces]  # straight to where the high bits belong
-        if min(by) >= 0 or max(by) <= 0:
-            return low | (self._shift(high, by) & (mask << 4))
-        high = self._shift(high, [-p.high_shift for p in pieces]) & mask
-        return low | self._shift(high, [4] * len(pieces))
+        # Straight to where the high bits belong.
+        high = self._bytes([p.high for p in pieces], [4 - p.high_shift for p in pieces])
+        return low | (high & (HIGH_MASK[self.format] << 4))
 
-    def _bytes(self, offsets: Sequence[int]) -> Value:
-        """16 bytes from each offset; loaded once, however often they are asked for."""
+    def _bytes(self, offsets: Sequence[int], left: Sequence[int]) -> Value:
+        """16 bytes from each offset, shifted left or (negative) right; bits of neighbours enter.
+
+        Pieces with different shifts are shifted one by one, and then put together: shifting lanes
+        by different amounts takes AMD's Zen four times as long.
+        """
         key = tuple(offsets)
-        if key not in self._loaded:
+        if len(set(left)) > 1:
+            return self.k.concatenate(
+                [self._bytes([o], [n]) for o, n in zip(offsets, left, strict=True)]
+            )
+        if key not in self._loaded:  # once, however often they are asked for
             k, first = self.k, self.address + offsets[0]
-            if all(offset == offsets[0] for offset in offsets):
-                value = k.load(first, i8(16))
-                value = k.shuffle(value, mask=list(range(16)) * len(offsets))
-            elif list(offsets) == [offsets[0] + 16 * i for i in range(len(offsets))]:
+            if list(offsets) == [offsets[0] + 16 * i for i in range(len(offsets))]:
                 value = k.load(first, i8(16 * len(offsets)))
             else:
                 value = k.concatenate([k.load(self.address + o, i8(16)) for o in offsets])
             self._loaded[key] = value
-        return self._loaded[key]
-
-    def _shift(self, value: Value, left: Sequence[int]) -> Value:
-        """Shift the bits of each piece, left or (negative) right; bits enter from neighbours."""
-        if not any(left):
-            return value
+        value = self._loaded[key]
         words = value.view(i32(value.lanes // 4))
-        amounts = [abs(n) for n in left for _ in range(4)]
-        by = self.k.constant(words.type, amounts)
-        words = words << by if max(left) > 0 else words >> by
-        return words.view(value.type)
+        words = words << left[0] if left[0] > 0 else words >> -left[0]
+        return words.view(value.type) if left[0] else value
 
     def _scales(self) -> tuple[list[Value], list[tuple[Value, int]]]:
         k, p = self.k, self.address

@@ -5,9 +5,11 @@ import threading
 
 import numpy as np
 import pytest
+import tiny
 from naive import NaiveBackend
 
 from tiered import Engine, policies
+from tiered.convert import convert
 from tiered.demo import random_tiny_model
 from tiered.replay import replay
 from tiered.trace import read_trace
@@ -197,3 +199,70 @@ def test_text_and_stop_strings(model):
         assert "".join(engine.generate("the of", 40, stop=[stop])) == whole[: whole.index(stop)]
         sampled = ["".join(engine.generate("the", 8, temperature=1.0, seed=s)) for s in (1, 1, 2)]
         assert sampled[0] == sampled[1] != sampled[2]
+
+
+ARCHITECTURES = ["mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "llama"]
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_gguf_file_is_the_same_model_as_its_folder(model_type, tmp_path):
+    folder = tiny.hf_checkpoint(tmp_path / "hf", model_type, dtype="f32")
+    file = tiny.gguf_checkpoint(tmp_path / "model.gguf", model_type, format="f32")
+    logits = []
+    for path in (folder, file):
+        with Engine(path, quantize="none", kv_dtype="f32", threads=2) as engine:
+            logits.append(engine.logits(PROMPT))
+    assert np.abs(logits[0] - logits[1]).max() <= 1e-5 * np.ptp(logits[0])
+
+
+@pytest.mark.parametrize("format", ["q4_0", "q4_1", "q8_0", "q4_k", "q5_k", "q6_k", "f16", "bf16"])
+def test_every_gguf_type_mapped_tiered_and_against_plain_numpy(format, tmp_path):
+    mixed = {"down": "q6_k"} if format == "q4_k" else None
+    sizes = dict(hidden_size=256, expert_size=256)
+    file = tiny.gguf_checkpoint(
+        tmp_path / "model.gguf", "mixtral", format=format, formats=mixed, **sizes
+    )
+    with Engine(file, threads=2) as engine:
+        mapped, budget = engine.logits(PROMPT), engine.plan.experts // 2
+    with Engine(file, threads=2, expert_ram=budget) as engine:
+        assert not engine.plan.mapped
+        assert np.array_equal(engine.logits(PROMPT), mapped)
+    with Engine(file, quantize="none", backend=NaiveBackend()) as engine:
+        reference = engine.logits(PROMPT)
+    with Engine(file, quantize="none", kv_dtype="f32", threads=2) as engine:
+        exact = engine.logits(PROMPT)
+    assert np.abs(exact - reference).max() <= 1e-5 * np.ptp(reference)
+    # int8 activations are close, but for a few tokens the router of nearly tied experts turns over
+    assert np.quantile(np.abs(mapped - reference), 0.8) <= 0.05 * np.ptp(reference)
+
+
+def test_a_store_is_the_same_model_as_its_source(tmp_path):
+    folder = tiny.hf_checkpoint(tmp_path / "hf", "qwen2_moe", tokenizer=True)
+    store = convert(folder, tmp_path / "store")
+    assert np.array_equal(*[_logits(path) for path in (folder, store)])
+
+
+def _logits(path):
+    with Engine(path, threads=2) as engine:
+        return engine.logits(PROMPT)
+
+
+@pytest.mark.parametrize("name", ["layers.1.q", "layers.0.router", "layers.2.v", "EXPERT"])
+def test_weights_that_are_not_numbers_are_named(tmp_path, name):
+    file = tiny.gguf_checkpoint(tmp_path / "model.gguf", "mixtral", format="q4_0")
+    with Engine(file, threads=1) as engine:
+        used = []
+        engine.source.journal = type(
+            "Journal", (), {"fetched": lambda _, keys, __: used.append(keys)}
+        )()
+        list(engine.generate_tokens(PROMPT, 2))
+        if name == "EXPERT":
+            name = f"layers.0.experts.{used[0][0].expert}.gate"
+        tensor = engine.checkpoint.tensors[name]
+    data = bytearray(file.read_bytes())
+    nan = b"\x00\x00\xc0\x7f" if tensor.format == "f32" else b"\x00\x7e"
+    data[tensor.offset : tensor.offset + len(nan)] = nan
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"model.gguf: tensor {name} is damaged"):  # noqa: SIM117
+        with Engine(file, threads=1) as engine:
+            list(engine.generate_tokens(PROMPT, 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiered.checkpoint import Checkpoint, Tensor
+from tiered.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.dequantize import is_finite
 
 
@@ -12,3 +12,10 @@ def find_damage(checkpoint: Checkpoint) -> Tensor | None:
         if not is_finite(checkpoint.data(name), tensor.format):
             return tensor
     return None
+
+
+def damaged(tensor: Tensor) -> CheckpointError:
+    """The error that names a tensor with values that are not numbers."""
+    return CheckpointError(
+        f"{tensor.file}: tensor {tensor.name} is damaged: it has values that are not numbers"
+    )

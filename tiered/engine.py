@@ -18,8 +18,9 @@ from tiered.backend import Backend, open_cpu
 from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
 from tiered.chat import ChatTemplate
 from tiered.config import EngineConfig, ModelConfig
+from tiered.damage import damaged, find_damage
 from tiered.dense import dense_bytes
-from tiered.formats import open_checkpoint
+from tiered.formats import CheckpointError, open_checkpoint
 from tiered.governor import Governor
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
@@ -253,10 +254,20 @@ class Engine:
         rows = np.array([len(ids) - 1]) if last_only else np.arange(len(ids))
         try:
             batch = self.kv.batch([(sequence, ids)])
-            return self.decoder.forward(batch, self.kv.pages, rows)
+            logits = self.decoder.forward(batch, self.kv.pages, rows)
+            if not np.isfinite(logits.max()):
+                raise self._damage()
+            return logits
         except BaseException:
             self.kv.truncate(sequence, length)
             raise
+
+    def _damage(self) -> CheckpointError:
+        """Logits are not numbers: look for the weight that is none either."""
+        tensor = find_damage(self.checkpoint)
+        if tensor is None:
+            return CheckpointError(f"{self.checkpoint.path}: the model's output is not a number")
+        return damaged(tensor)
 
     def checked(self, ids: Sequence[int]) -> list[int]:
         """`ids` as a list; ValueError if this model cannot continue them."""

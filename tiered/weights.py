@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from tiered.backend import AttentionWeights, Backend, FeedForwardWeights
+from tiered.damage import damaged
 from tiered.dense import dense_matrix
+from tiered.dequantize import is_finite
 from tiered.formats import Checkpoint
 from tiered.model import Layer
 from tiered.store import ExpertStore
@@ -31,6 +33,16 @@ class WeightLoader:
     def matrix(self, name: str) -> Any:
         data, format, shape = dense_matrix(self.checkpoint, name, self.quantize)
         return self.backend.matrix(data, format, shape, self.vector(f"{name}_bias"))
+
+    def steering(self, name: str) -> Any:
+        """A matrix whose output goes into a softmax, where what is not a number would vanish.
+
+        Elsewhere such a weight shows in the logits; here it must be looked for.
+        """
+        tensor = self.checkpoint.tensors[name]
+        if not is_finite(self.checkpoint.data(name), tensor.format):
+            raise damaged(tensor)
+        return self.matrix(name)
 
     def embedding(self) -> Any:
         return self.matrix("embed")
@@ -57,7 +69,10 @@ class WeightLoader:
         attention = self.backend.attention_layer(
             AttentionWeights(
                 self.required(prefix + "attention_norm"),
-                *(self.matrix(prefix + name) for name in "qkvo"),
+                self.steering(prefix + "q"),
+                self.steering(prefix + "k"),
+                self.matrix(prefix + "v"),
+                self.matrix(prefix + "o"),
                 self.vector(prefix + "q_norm"),
                 self.vector(prefix + "k_norm"),
             ),
@@ -78,7 +93,7 @@ class WeightLoader:
             )
         return Layer(
             attention,
-            self.backend.router_layer(norm, self.matrix(prefix + "router"), config),
+            self.backend.router_layer(norm, self.steering(prefix + "router"), config),
             self.backend.expert_layer(store.layout(index), config),
             shared,
         )

@@ -1,55 +1,100 @@
-"""Evict the least used expert of all layers, recent uses counting more, but keep what each layer
-used last.
+"""Keep what each layer used last; beyond that a layer keeps its most used experts.
 
-Nearly half of a token's experts are those of the token before, so every layer keeps its latest
-batch. The rest of the room goes to the layers that make most of it: all experts compete by the
-number of their uses, each counting half as much `half_life` tokens later (lfu_decay).
+Nearly half of a token's experts are those of the token before, so a layer's latest batch stays.
+The rest competes within its layer by number of uses, where `patience` tokens of age weigh as much
+as one use. Layers have equal shares, and a tier that is not full, or a layer that needs less than
+its share, lends room to the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
 
 from tiered.experts import ExpertKey
-from tiered.policies import Evictable, Space, lfu_decay
+from tiered.policies import Evictable, Space
+from tiered.ranking import Ranking
 
 
-class Policy(lfu_decay.Policy):
-    def __init__(self, space: Space, half_life: float = 16.0) -> None:
-        super().__init__(space, half_life)
-        self._latest: list[Collection[ExpertKey]] = [()] * space.num_layers  # batch by layer
-        self._kept: set[ExpertKey] = set()  # resident, and of a latest batch
+class Policy:
+    def __init__(self, space: Space, patience: float = 16.0) -> None:
+        share = space.capacity / space.num_sparse_layers
+        self._blob_bytes = space.blob_bytes
+        self._excess = [-share if nbytes else -2 * share for nbytes in space.blob_bytes]
+        self._age = 1 / patience
+        self._time = [0.0] * space.num_layers  # batches of the layer, as uses
+        self._uses: dict[ExpertKey, int] = {}
+        self._ranks: dict[ExpertKey, tuple[float, int]] = {}  # and order of use among equals
+        self._num_touches = 0
+        self._rankings = [Ranking(self._ranks) for _ in space.blob_bytes]
+        self._kept: list[dict[ExpertKey, None]] = [{} for _ in space.blob_bytes]
 
     def batch(self, keys: Sequence[ExpertKey]) -> None:
         """A layer demands these: they take the place of its batch before."""
-        layer = keys[0].layer
-        wanted = set(keys)
-        for key in self._latest[layer]:
-            if key in self._kept and key not in wanted:
-                self._kept.discard(key)
-                self._ranking.add(key)
-        self._latest[layer] = keys
+        layer = keys[0][0]
+        kept, ranking, wanted = self._kept[layer], self._rankings[layer], set(keys)
+        for key in [key for key in kept if key not in wanted]:
+            del kept[key]
+            ranking.add(key)
+        self._time[layer] += self._age
 
     def touch(self, key: ExpertKey) -> None:
-        self.score(key)
-        if key not in self._kept:
-            self._kept.add(key)
-            if key in self._ranking:
-                self._ranking.remove(key)
+        layer = key[0]
+        self._uses[key] = uses = self._uses.get(key, 0) + 1
+        self._num_touches += 1
+        self._ranks[key] = uses + self._time[layer], self._num_touches
+        kept = self._kept[layer]
+        if key not in kept:
+            kept[key] = None
+            if key in self._rankings[layer]:
+                self._rankings[layer].remove(key)
+            else:
+                self._excess[layer] += self._blob_bytes[layer]
+
+    def insert(self, key: ExpertKey) -> None:
+        layer = key[0]
+        self._ranks[key] = self._uses.get(key, 0) + self._time[layer], self._num_touches
+        self._rankings[layer].add(key)
+        self._excess[layer] += self._blob_bytes[layer]
 
     def forget(self, key: ExpertKey) -> None:
-        if key in self._kept:
-            self._kept.discard(key)
+        layer = key[0]
+        self._excess[layer] -= self._blob_bytes[layer]
+        if key in self._kept[layer]:
+            del self._kept[layer][key]
         else:
-            self._ranking.remove(key)
+            self._rankings[layer].remove(key)
 
     def victim(self, evictable: Evictable) -> ExpertKey | None:
-        """If only latest batches are left, the one needed last gives way."""
-        victim = self._ranking.lowest(evictable)
-        if victim is None:
-            victim = min(filter(evictable, self._kept), key=self._scores.__getitem__, default=None)
+        victim = self._beyond_the_kept(evictable)
+        if victim is None:  # a long prompt, or less room than one batch per layer
+            for layer in self._greediest():
+                kept = filter(evictable, self._kept[layer])
+                victim = min(kept, key=self._ranks.__getitem__, default=None)
+                if victim is not None:
+                    break
+        return victim
+
+    def victim_for(self, key: ExpertKey, evictable: Evictable) -> ExpertKey | None:
+        nbytes = self._blob_bytes[key[0]]
+        self._excess[key[0]] += nbytes
+        victim = self.victim(evictable)
+        self._excess[key[0]] -= nbytes
         return victim
 
     def surplus(self, layer: int, excess: int, evictable: Evictable) -> ExpertKey | None:
         """The published way of counting exceeds budgets that cannot hold a batch per layer."""
-        return self._ranking.lowest(evictable) if excess > 0 else None
+        return self._beyond_the_kept(evictable) if excess > 0 else None
+
+    def _beyond_the_kept(self, evictable: Evictable) -> ExpertKey | None:
+        first = self._excess.index(max(self._excess))
+        victim = self._rankings[first].lowest(evictable)
+        if victim is None:
+            for layer in self._greediest():
+                victim = self._rankings[layer].lowest(evictable)
+                if victim is not None:
+                    break
+        return victim
+
+    def _greediest(self) -> Iterator[int]:
+        """Layers by what they hold above their share, most first."""
+        return iter(sorted(range(len(self._excess)), key=self._excess.__getitem__, reverse=True))

@@ -55,9 +55,13 @@ def make_app(
     `allowed_origins` may call it from a browser."""
     middleware = [Middleware(KeyCheck, keys=tuple(api_keys))]
     if allowed_origins:
-        cors = {"allow_methods": ["*"], "allow_headers": ["*"]}
-        origins = list(allowed_origins)
-        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=origins, **cors))
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
+        middleware.insert(0, cors)
     app = Starlette(
         routes=ROUTES,
         middleware=middleware,

@@ -68,7 +68,7 @@ async def prepare(
 
 def template_variables(fields: Fields) -> dict[str, Any]:
     """Variables for the template: plain values only, and none that the template already has."""
-    variables = fields.object("chat_template_kwargs", {})
+    variables: dict[str, Any] = fields.object("chat_template_kwargs", {})
     for name, value in variables.items():
         if not name.isidentifier() or not isinstance(value, (str, bool, int, float, type(None))):
             raise fields.wrong("chat_template_kwargs", "must map names to plain values")

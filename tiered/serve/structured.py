@@ -15,6 +15,8 @@ from tiered.serve.request import Constraint
 from tiered.serve.tool_formats import ToolFormat
 from tiered.tokenizer import Tokenizer
 
+COMPACT = {"whitespace_flexible": False}  # small models lose themselves in blank lines
+
 
 class Grammars:
     """Compiles grammars for one vocabulary. Thread-safe; llguidance is imported when first used."""
@@ -29,7 +31,7 @@ class Grammars:
     def json_schema(self, schema: Any) -> Constraint:
         library = _library()
         try:
-            grammar = library.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            grammar = library.LLMatcher.grammar_from_json_schema(json.dumps(schema), COMPACT)
         except ValueError as error:
             raise ApiError(f"the JSON schema cannot be used: {error}") from None
         return self._constraint(grammar)
@@ -64,6 +66,7 @@ class Grammars:
                 raise ApiError(str(error), 501, param="tool_choice") from None
             schema = tool.get("parameters") or {"type": "object"}
             rules.append(f"{name}: {_literal(before)} {name}_arguments {_literal(after)}")
+            schema = {**schema, "x-guidance": COMPACT}
             rules.append(f"{name}_arguments: %json {json.dumps(schema)}")
         return self.lark("\n".join(rules))
 

@@ -48,7 +48,7 @@ def call_of(value: Any, *argument_keys: str) -> ToolCall:
     """The call that a JSON object spells."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError("a tool call is an object with a name")
-    arguments = next((value[key] for key in argument_keys if key in value), {})
+    arguments: Any = next((value[key] for key in argument_keys if key in value), {})
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     if not isinstance(arguments, dict):

@@ -71,6 +71,7 @@ class Admission:
         self, space: Space, costs: Costs, *, memory: float = 256.0, lead: float = 0.02
     ) -> None:
         self.popularity = Popularity(memory)
+        self._latest = Popularity(memory / 16)
         self.recent_wins = self.recent_hits = True  # copies counted, and hits alone
         self._costs = costs
         self._nbytes = max(space.blob_bytes)
@@ -88,6 +89,7 @@ class Admission:
     def touch(self, keys: Sequence[ExpertKey]) -> None:
         """A layer needs these experts."""
         self.popularity.touch(keys)
+        self._latest.touch(keys)
         if keys and (room := self._room.get(keys[0].layer)):
             self._demands += len(keys)
             self._follow_recent(keys, room)
@@ -100,6 +102,7 @@ class Admission:
     def token_done(self, seconds: float) -> None:
         """A token took `seconds`. Also decides which rule is used."""
         self.popularity.token_done()
+        self._latest.token_done()
         costs, nbytes = self._costs, self._nbytes
         gain = self._gain()
         flight = costs.link(nbytes)
@@ -126,10 +129,10 @@ class Admission:
         return recent or self.popularity.prefers(key, victim)
 
     def worth_a_read(self, key: ExpertKey, victim: ExpertKey) -> bool:
-        """The same if `victim` is nowhere else in memory: to need it again means to read it."""
-        counts, costs = self.popularity.counts, self._costs
-        lost = self._gain() + costs.disk(self._nbytes)
-        return counts.get(key, 0.0) * self._gain() > counts.get(victim, 0.0) * lost
+        """The same if `victim` is in no other memory: to need it again means to read it."""
+        rule = self._latest if self.recent_hits else self.popularity
+        more = rule.counts.get(key, 0.0) - rule.counts.get(victim, 0.0)  # uses, as far as it sees
+        return more * self._gain() > rule.weight * self._costs.disk(self._nbytes)
 
     def _gain(self) -> float:
         """What a hit saves."""

@@ -13,7 +13,7 @@ from time import perf_counter
 from tiered.costs import Costs, Miss
 from tiered.strategies import STATIC, STRATEGIES, Strategy
 
-HOPELESS = 3.0  # times the balanced estimate: such a plan is not tried
+HOPELESS = 2.0  # times the balanced estimate: such a plan is not tried
 CLOSE = 1.1  # times the best plan's measured time: such a plan is tried more often
 
 

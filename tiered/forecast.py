@@ -101,7 +101,9 @@ def forecast(
     layout: Layout,
     *,
     tokens: Sequence[Routed] | None = None,
-    prompt: Sequence[Sequence[int]] | None = None,
+    prompt: Sequence[Sequence[int]] = (),
+    warm: Sequence[Routed] = (),
+    mapped: bool = True,
     locality: str = "typical",
     num_tokens: int = 96,
     warm_tokens: int = 64,
@@ -115,14 +117,15 @@ def forecast(
     """Simulate decoding after `context` tokens, and a prompt of `prompt_tokens`.
 
     `tokens` is routing from a trace, all of it timed, after the distinct experts per layer of its
-    `prompt`; without, it is synthetic, and timed after `warm_tokens` others.
+    `prompt` and the tokens of `warm`, by which tiers are filled; without, it is synthetic, and
+    timed after `warm_tokens` others. `mapped`: a model that fits is in memory from the start.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
     machine = Machine(hardware if layout.on_gpu else without_gpu(hardware))
     simulation = Simulation(
         sizes, machine, layout.budgets, STRATEGIES[strategy],
-        policy=policy, look_ahead=look_ahead, accuracy=accuracy,
+        policy=policy, look_ahead=look_ahead, accuracy=accuracy, mapped=mapped,
     )  # fmt: skip
     if tokens is None:
         made = routing(
@@ -133,7 +136,8 @@ def forecast(
         for token in made[:warm_tokens]:
             simulation.token(token, context)
         tokens = made[warm_tokens:]
-    elif prompt is not None:
+    else:
+        simulation.warm([*warm, *([prompt] if prompt else [])], fill_ram=bool(warm))
         simulation.prefill(prompt)
     simulation.reset()
     seconds = sum(simulation.token(token, context) for token in tokens)

@@ -29,13 +29,14 @@ class Machine:
         self.overhead = host.overhead * MICRO
         self._cpu = host.bandwidth * host.efficiency * GB
         self._dense = host.bandwidth * host.attention_efficiency * GB
+        self._head = host.bandwidth * host.head_efficiency * GB
         self._disk = disk.bandwidth * GB
         self._disk_latency = disk.latency * MICRO
         self.sync = self.launch = 0.0
         self._cpu_copying = self._cpu
         if gpu is not None:
             self.sync, self.launch = gpu.sync * MICRO, gpu.launch * MICRO
-            self._gpu = self._dense = gpu.bandwidth * gpu.efficiency * GB
+            self._gpu = self._dense = self._head = gpu.bandwidth * gpu.efficiency * GB
             self._link = gpu.link * GB
             self._copy_latency = gpu.copy_latency * MICRO
             # Copies read the same DRAM that the processor computes from.
@@ -45,6 +46,9 @@ class Machine:
     def dense_seconds(self, nbytes: float) -> float:
         """Weights and keys and values that a token is multiplied with, on the main device."""
         return nbytes / self._dense + KERNELS_PER_ATTENTION * self.launch
+
+    def head_seconds(self, nbytes: float) -> float:
+        return nbytes / self._head + self.launch
 
     def gpu_seconds(self, nbytes: float) -> float:
         return nbytes / self._gpu + 2 * self.launch if nbytes else 0.0

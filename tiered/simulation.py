@@ -11,8 +11,8 @@ from random import Random
 
 from tiered import policies
 from tiered.admission import Admission
-from tiered.config import DEFAULT_POLICY
 from tiered.chooser import Chooser
+from tiered.config import DEFAULT_POLICY
 from tiered.costs import Miss
 from tiered.experts import ExpertKey
 from tiered.gpu_tier import GpuTier, fill
@@ -22,7 +22,7 @@ from tiered.sizes import ModelSizes
 from tiered.strategies import STRATEGIES, Budgets, Strategy
 
 TERMS = (
-    "attention", "router", "gpu_experts", "cpu_experts", "link_wait", "disk_wait", "head",
+    "attention", "router", "shared", "gpu_experts", "cpu_experts", "link_wait", "disk_wait", "head",
 )  # fmt: skip
 
 
@@ -40,6 +40,7 @@ class Simulation:
         look_ahead: int = 1,
         accuracy: float = 0.85,
         chooser: Chooser | None = None,
+        mapped: bool = True,
         seed: int = 0,
     ) -> None:
         self.sizes, self.machine, self.strategy, self.chooser = sizes, machine, strategy, chooser
@@ -47,9 +48,9 @@ class Simulation:
         self._look_ahead, self._accuracy, self._random = look_ahead, accuracy, Random(seed)
         self._has_gpu = machine.hardware.gpu is not None
         vram = budgets.vram if self._has_gpu and strategy.cached else 0
-        fits = budgets.ram >= sizes.all_experts
-        self.ram = None if fits else self._tier(budgets.ram, policy)  # None: all are there
-        if not fits and self.ram is None:
+        all_there = mapped and budgets.ram >= sizes.all_experts
+        self.ram = None if all_there else self._tier(budgets.ram, policy)
+        if not all_there and self.ram is None:
             raise MemoryError(f"{budgets.ram} bytes of RAM hold no expert of {sizes.name}")
         self.admission = Admission(sizes.space(vram), self.costs)
         self.gpu = GpuTier(self._tier(vram, policy), self.admission, strategy)
@@ -73,7 +74,7 @@ class Simulation:
 
     # --- before the clock starts ---
 
-    def warm(self, tokens: Iterable[Sequence[Sequence[int]]]) -> None:
+    def warm(self, tokens: Iterable[Sequence[Sequence[int]]], fill_ram: bool = True) -> None:
         """Choose experts without timing; then fill each tier, what was chosen most first."""
         for token in tokens:
             for layer, experts in enumerate(token):
@@ -89,7 +90,7 @@ class Simulation:
         ranked = self.admission.popularity.ranked(keys)
         if self.gpu.residency is not None:
             fill(self.gpu.residency, ranked)
-        if self.ram is not None:  # what the GPU has is of no use here
+        if self.ram is not None and fill_ram:  # what the GPU has is of no use here
             fill(self.ram, sorted(ranked, key=self.gpu.__contains__))
 
     def prefill(self, layers: Sequence[Sequence[int]]) -> None:
@@ -105,15 +106,16 @@ class Simulation:
         m, sizes, begin = self.machine, self.sizes, self.machine.now
         kv = sizes.kv_per_token * context / sizes.num_layers
         for layer, experts in enumerate(routed):
-            dense = sizes.attention[layer] + sizes.shared[layer] + kv
-            self._spend("attention", m.dense_seconds(dense))
+            self._spend("attention", m.dense_seconds(sizes.attention[layer] + kv))
+            if sizes.shared[layer]:
+                self._spend("shared", m.dense_seconds(sizes.shared[layer]))
             self._spend("router", m.launch if self._has_gpu else m.overhead)
             if sizes.experts[layer]:
                 keys = [ExpertKey(layer, expert) for expert in experts]
                 self.admission.touch(keys)
                 self._experts(keys)
                 self._guess(layer, routed)
-        self._spend("head", m.dense_seconds(sizes.head))
+        self._spend("head", m.head_seconds(sizes.head))
         self.admission.token_done(m.now - begin)
         if self.chooser:
             self.chooser.token_done()

@@ -30,7 +30,6 @@ STATIC = (
     Strategy(0.5, keep="never"),
     Strategy(0.5, keep="recent"),
     Strategy(1.0, keep="recent"),
-    STRATEGIES["copy"],
 )
 
 

@@ -43,6 +43,7 @@ class Host:
     compute: float  # GFLOP/s of integer matrix products, as reached in prefill
     efficiency: float = 0.8  # of the bandwidth, reached by decode kernels
     attention_efficiency: float = 0.8  # ... by dense matrices
+    head_efficiency: float = 0.8
     wake: float = 25.0  # µs to start the threads on a layer's experts
     overhead: float = 60.0  # µs of control for each layer
 

@@ -1,0 +1,121 @@
+"""The plot of a sweep: speed against memory, with the roofs that bandwidths set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+LABELS = {
+    "vram": "GPU memory (GiB)",
+    "ram": "RAM (GiB)",
+    "context": "context (tokens)",
+    "top_k": "experts per token",
+    "look_ahead": "look-ahead (layers)",
+}
+COLORS = ("#0b6e99", "#d9730d", "#4d7c3a", "#9b3d8f", "#b5383a", "#5b6770", "#8a6d1d", "#2f4b9c")
+MARKERS = "osD^vPX*"
+
+
+def plot_sweep(
+    rows: Sequence[dict[str, str]], path: Path, roofs: dict[str, float], title: str, note: str
+) -> None:
+    """Write a picture (.png, .svg or .pdf) of a sweep's rows.
+
+    Raises RuntimeError that says what to install if matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError("a plot needs matplotlib: pip install 'tiered[plot]'") from error
+    done = [row for row in rows if not row["problem"]]
+    if not done:
+        raise ValueError("nothing to plot: no point of the sweep runs")
+    axis = next((name for name in LABELS if len({row[name] for row in done}) > 1), "ram")
+    figure = Figure(figsize=(8.6, 5.2), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    series = series_of(done, axis)
+    for index, (name, points) in enumerate(series.items()):
+        axes.plot(
+            [x for x, _ in points], [y for _, y in points], label=name or "tokens per second",
+            color=COLORS[index % len(COLORS)], marker=MARKERS[index % len(MARKERS)],
+            linewidth=2, markersize=5,
+        )  # fmt: skip
+    speeds = [y for points in series.values() for _, y in points]
+    _draw_roofs(axes, roofs, speeds)
+    _dress(axes, axis, [x for points in series.values() for x, _ in points])
+    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
+    axes.set_title(note, loc="left", fontsize=9, color="#5b6770")
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=9, loc="best")
+    figure.savefig(path)
+
+
+def series_of(rows: Sequence[dict[str, str]], axis: str) -> dict[str, list[tuple[float, float]]]:
+    """Curves by what differs between rows besides the axis: name -> [(x, tokens per second)]."""
+    names = ("hardware", "model", "strategy", "policy", "ram", "look_ahead", "top_k", "context")
+    differing = [name for name in names if name != axis and len({row[name] for row in rows}) > 1]
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        label = " · ".join(_value(name, row[name]) for name in differing)
+        series.setdefault(label, []).append((_number(axis, row[axis]), float(row["tok_s"])))
+    return {label: sorted(points) for label, points in series.items()}
+
+
+def _number(axis: str, value: str) -> float:
+    return float(value) / (1 << 30) if axis in ("vram", "ram") else float(value)
+
+
+def _value(name: str, value: str) -> str:
+    if name in ("vram", "ram"):
+        return f"{float(value) / (1 << 30):g} GiB {name.upper()}"
+    words = {"look_ahead": "look-ahead", "top_k": "top", "context": "context"}
+    return f"{words[name]} {value}" if name in words else value
+
+
+def _draw_roofs(axes: Any, roofs: dict[str, float], speeds: Sequence[float]) -> None:
+    """Those near enough to be of interest; the others would squeeze the curves."""
+    low, high = min(speeds), max(speeds)
+    shown = {name: y for name, y in roofs.items() if 0.25 * low <= y <= 4 * high}
+    for name, y in shown.items():
+        axes.axhline(y, color="#9aa5ad", linewidth=1, linestyle=(0, (5, 3)), zorder=0)
+        axes.annotate(
+            f"roof: all experts from {name}, {y:.3g} tokens/s",
+            (1, y), xycoords=("axes fraction", "data"),
+            xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=8, color="#5b6770",
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_ylim(0.8 * min([low, *shown.values()]), 1.35 * max([high, *shown.values()]))
+
+
+def _dress(axes: Any, axis: str, xs: Sequence[float]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_xlabel(LABELS[axis])
+    axes.set_ylabel("tokens per second")
+    ticks = sorted(set(xs))
+    if len(ticks) <= 14:
+        axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    plain = FuncFormatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+    right = axes.secondary_yaxis("right", functions=(_inverse, _inverse))
+    right.set_ylabel("milliseconds per token")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter(plain)
+    right.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+    axes.grid(axis="y", color="#e3e7ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top",):
+        axes.spines[side].set_visible(False)
+
+
+def _inverse(values: Any) -> Any:
+    """Tokens per second to milliseconds per token, and back."""
+    import numpy as np
+
+    return 1000 / np.maximum(values, 1e-9)

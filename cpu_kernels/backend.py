@@ -103,9 +103,7 @@ class CpuBackend:
         layer.run(self._team, h, addresses, jobs, out)
 
     def pair_outputs(self, num_pairs: int) -> np.ndarray:
-        hidden_size = self._hidden_size
-        room = self._scratch.room("pairs", 4 * num_pairs * hidden_size)
-        return room[: 4 * num_pairs * hidden_size].view(np.float32).reshape(num_pairs, hidden_size)
+        return self._scratch.floats("pairs", num_pairs, self._hidden_size)
 
     def combine(self, x: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
         self._combine.run(self._team, x, out, weights)

@@ -41,9 +41,7 @@ class Embedding:
             raise IndexError(
                 f"token ids must be 0 to {vocab_size - 1}, not {tokens.min()} to {tokens.max()}"
             )
-        nbytes = 4 * num_rows * hidden_size
-        room = self._scratch.room("x", nbytes)
-        x = room[:nbytes].view(np.float32).reshape(num_rows, hidden_size)
+        x = self._scratch.floats("x", num_rows, hidden_size)
         self._record.set(
             table=table.address, tokens=tokens, num_rows=num_rows, out=x, hidden_size=hidden_size
         )

@@ -211,7 +211,7 @@ class ExpertLayer:
                 f"gate, up and down do not fit together: {layout.gate.shape}, "
                 f"{layout.up.shape}, {layout.down.shape}"
             )
-        self.workspace = workspace
+        self.workspace, self._version = workspace, 0
         self.record = Record(EXPERTS, hidden_size=self.hidden_size, expert_size=self.expert_size)
         for name in ("gate", "up", "down"):
             few, many = products_of(isa, getattr(layout, name).format, exact)
@@ -222,8 +222,7 @@ class ExpertLayer:
         self, team: Team, h: np.ndarray, addresses: np.ndarray, jobs: Any, out: np.ndarray
     ) -> None:
         """See Backend.experts. `jobs` has `starts` and `pairs`."""
-        starts, pairs = jobs.starts, jobs.pairs
-        num_jobs = len(starts) - 1
+        num_jobs, num_pairs = len(jobs.starts) - 1, len(jobs.pairs)
         if num_jobs < 1:
             return
         top_k, remainder = divmod(len(out), len(h))
@@ -233,13 +232,16 @@ class ExpertLayer:
             raise ValueError(f"h and out must have {self.hidden_size} columns")
         if addresses.shape != (num_jobs, 3) or addresses.dtype != np.int64:
             raise ValueError(f"addresses must be int64 [{num_jobs}, 3]")
-        if starts.dtype != np.int32 or pairs.dtype != np.int32:
-            raise ValueError("starts and pairs of the jobs must be int32")
-        self.workspace.reserve(len(h), self.hidden_size, len(pairs), self.expert_size)
-        self.record.set(
-            h=h, num_rows=len(h), num_jobs=num_jobs, addresses=np.ascontiguousarray(addresses),
-            starts=starts, pairs=pairs, top_k=top_k, out=out, **self.workspace.arrays,
-        )  # fmt: skip
+        space = self.workspace
+        space.reserve(len(h), self.hidden_size, num_pairs, self.expert_size, num_jobs)
+        if self._version != space.version:
+            self.record.set(**space.arrays)
+            self._version = space.version
+        # Copied, because that is quicker than to ask for the address of a new array.
+        space.arrays["addresses"][:num_jobs] = addresses
+        space.arrays["starts"][: num_jobs + 1] = jobs.starts
+        space.arrays["pairs"][:num_pairs] = jobs.pairs
+        self.record.set(h=h, out=out, num_rows=len(h), num_jobs=num_jobs, top_k=top_k)
         team.run(_experts.address, self.record.address)
 
 
@@ -247,17 +249,20 @@ class Combine:
     """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * top_k + rank]."""
 
     def __init__(self) -> None:
+        self._weights = np.zeros(64, np.float32)
         self.record = Record(COMBINE)
 
     def run(self, team: Team, x: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
         num_rows, top_k = weights.shape
-        if weights.dtype != np.float32 or not weights.flags.c_contiguous:
-            weights = np.ascontiguousarray(weights, np.float32)
         if x.shape[0] != num_rows or out.shape != (num_rows * top_k, x.shape[1]):
             raise ValueError(
                 f"shapes do not fit: x {x.shape}, out {out.shape}, weights {weights.shape}"
             )
+        if len(self._weights) < weights.size:
+            self._weights = np.zeros(2 * weights.size, np.float32)
+        self._weights[: weights.size] = weights.reshape(-1)
         self.record.set(
-            x=x, out=out, weights=weights, num_rows=num_rows, top_k=top_k, hidden_size=x.shape[1]
-        )
+            x=x, out=out, weights=self._weights, num_rows=num_rows, top_k=top_k,
+            hidden_size=x.shape[1],
+        )  # fmt: skip
         team.run(_combine.address, self.record.address)

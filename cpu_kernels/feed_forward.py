@@ -82,7 +82,8 @@ class FeedForwardLayer:
         layout = _Layout(weights.gate, weights.up, weights.down)
         self.layer = ExpertLayer(layout, isa, exact, workspace)
         addresses = [matrix.data.ctypes.data for matrix in layout]
-        self.layer.record.set(num_jobs=1, top_k=1, addresses=np.array(addresses, np.int64))
+        self._addresses, self._version = np.array([addresses], np.int64), 0
+        self.layer.record.set(num_jobs=1, top_k=1)
         self.norm = None if norm is None else np.ascontiguousarray(norm, np.float32)
         self.record = Record(
             FEED_FORWARD,
@@ -99,11 +100,14 @@ class FeedForwardLayer:
         space, size = self.workspace, self.layer.expert_size
         space.reserve(num_rows, hidden, num_rows, size)
         space.reserve_dense(num_rows, hidden)
-        starts = np.array((0, num_rows), np.int32)
+        if self._version != space.version:
+            own = {"addresses": self._addresses, "pairs": space.arrays["identity"]}
+            self.layer.record.set(**(space.arrays | own))
+            self._version = space.version
+        space.arrays["starts"][:2] = 0, num_rows
         self.layer.record.set(
-            h=space.dense["h"] if h is None else h, num_rows=num_rows, starts=starts,
-            pairs=space.arrays["identity"], out=space.dense["out"], **space.arrays,
-        )  # fmt: skip
+            h=space.dense["h"] if h is None else h, num_rows=num_rows, out=space.dense["out"]
+        )
         norm = self.norm if h is None else None
         self.record.set(x=x, scores=space.dense["scores"], norm=norm)
         team.run(_feed_forward.address, self.record.address)

@@ -36,8 +36,12 @@ class Record:
         for name, value in values.items():
             index = getattr(self._fields, name)
             if isinstance(value, np.ndarray):
+                if self._kept.get(name) is value:
+                    continue  # to ask for an address again takes microseconds
                 self._kept[name] = value
                 value = value.ctypes.data
+            else:
+                self._kept.pop(name, None)
             if isinstance(value, float):
                 self._floats[2 * index] = value
             else:
@@ -49,6 +53,16 @@ class Scratch:
 
     def __init__(self) -> None:
         self._arrays: dict[str, np.ndarray] = {}
+        self._views: dict[str, np.ndarray] = {}
+
+    def floats(self, name: str, num_rows: int, num_columns: int) -> np.ndarray:
+        """float32 [num_rows, num_columns]: the same object as before, if it had this shape."""
+        view = self._views.get(name)
+        if view is None or view.shape != (num_rows, num_columns):
+            nbytes = 4 * num_rows * num_columns
+            view = self.room(name, nbytes)[:nbytes].view(np.float32)
+            self._views[name] = view = view.reshape(num_rows, num_columns)
+        return view
 
     def room(self, name: str, nbytes: int) -> np.ndarray:
         """uint8 [at least nbytes], aligned to 64 bytes; contents are undefined."""

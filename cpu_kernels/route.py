@@ -139,8 +139,7 @@ class Router:
 
     def route(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
         """h = norm(x), which stays until the next call, and the experts chosen for it."""
-        room = self._scratch.room("h", x.nbytes)
-        h = room[: x.nbytes].view(np.float32).reshape(x.shape)
+        h = self._scratch.floats("h", *x.shape)
         layer.record.set(x=x, norm=layer.norm)
         return h, self._run(h, layer, layer.record)
 

@@ -23,15 +23,30 @@ class Workspace:
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
         self.dense: dict[str, np.ndarray] = {}
+        self.version = 0  # changes whenever one of `arrays` is replaced
+        self._reserved = (0, 0, 0)
 
-    def reserve(self, num_rows: int, hidden_size: int, num_pairs: int, expert_size: int) -> None:
+    def reserve(
+        self, num_rows: int, hidden_size: int, num_pairs: int, expert_size: int, num_jobs: int = 1
+    ) -> None:
+        prepared = prepared_bytes(num_rows, hidden_size)
+        inner = num_pairs * max(4 * expert_size, prepared_bytes(1, expert_size))
+        size = prepared, inner, max(num_pairs, num_jobs + 1)
+        if all(new <= old for new, old in zip(size, self._reserved, strict=True)):
+            return
+        prepared, inner, count = map(max, size, self._reserved)
         grow = partial(_grow, self.arrays)
-        grow("prepared", prepared_bytes(num_rows, hidden_size))
-        grow("inner_prepared", prepared_bytes(num_pairs, expert_size))
-        grow("gate_out", 4 * num_pairs * expert_size)
-        grow("up_out", 4 * num_pairs * expert_size)
-        if len(self.arrays.get("identity", ())) < num_pairs:
-            self.arrays["identity"] = np.arange(2 * num_pairs, dtype=np.int32)
+        grow("prepared", prepared)
+        for name in ("inner_prepared", "gate_out", "up_out"):
+            grow(name, inner)
+        if count > self._reserved[2]:
+            count *= 2
+            for name in ("starts", "pairs"):
+                self.arrays[name] = np.zeros(count, np.int32)
+            self.arrays["identity"] = np.arange(count, dtype=np.int32)
+            self.arrays["addresses"] = np.zeros((count, 3), np.int64)
+        self._reserved = prepared, inner, count
+        self.version += 1
 
     def reserve_dense(self, num_rows: int, hidden_size: int) -> None:
         _grow(self.dense, "h", 4 * num_rows * hidden_size)

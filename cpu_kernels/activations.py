@@ -48,30 +48,35 @@ def prepared_bytes(n: int, k: int) -> int:
 
 def quantize_chunk(k: Emitter, x: Value, target: Value) -> None:
     """256 float32 at `x` to the chunk at `target`."""
-    for group in range(8):
-        parts = [k.load(x + 4 * (GROUP * group + 16 * half), f32(16)) for half in (0, 1)]
-        largest = k.largest(k.maximum(*[k.absolute(p) for p in parts]))
-        # Below 1e-35 its inverse might be infinite: such a group counts as zero.
-        tiny = largest.compare("<", 1e-35)
-        zero = k.constant(f32(1), 0.0)
-        scale = k.select(tiny, zero, largest * (1 / 127))
-        inverse = k.select(tiny, zero, k.constant(f32(1), 127.0) / largest)
-        sums = []
-        for half, part in enumerate(parts):
-            rounded = k.round(part * k.splat(inverse, 16))
-            limit = k.constant(f32(16), 127.0)
-            # Keeps conversion defined for infinities; with a NaN, the scale is one already.
-            rounded = k.select(rounded.compare("<", 127.0), rounded, limit)
-            rounded = k.select(rounded.compare(">", -127.0), rounded, k.constant(f32(16), -127.0))
-            integers = rounded.cast("fptosi", i32)
-            k.store(target + byte_offset(group, half), integers.cast("trunc", i8))
-            sums.append(k.sum(integers))
-        first, second = [s.cast("sitofp", f32) for s in sums]
-        at = target + 4 * POSITION[group]
-        k.store(at + SCALES, scale)
-        k.store(at + SUMS, (first + second) * scale)
-        k.store(at + FIRST_SUMS, first * scale)
-        k.store(at + SECOND_SUMS, second * scale)
+    with k.loop(k.integer(8)) as group:
+        bytes_at = target + (group >> 2) * 128 + (group & 3) * 16  # byte_offset(group, 0)
+        scales_at = target + ((group >> 1) + (group & 1) * 4) * 4  # POSITION[group]
+        _quantize_group(k, x + group * (4 * GROUP), bytes_at, scales_at)
+
+
+def _quantize_group(k: Emitter, x: Value, bytes_at: Value, scales_at: Value) -> None:
+    parts = [k.load(x + 64 * half, f32(16)) for half in (0, 1)]
+    largest = k.largest(k.maximum(*[k.absolute(p) for p in parts]))
+    # Below 1e-35 its inverse might be infinite: such a group counts as zero.
+    tiny = largest.compare("<", 1e-35)
+    zero = k.constant(f32(1), 0.0)
+    scale = k.select(tiny, zero, largest * (1 / 127))
+    inverse = k.select(tiny, zero, k.constant(f32(1), 127.0) / largest)
+    sums = []
+    for half, part in enumerate(parts):
+        rounded = k.round(part * k.splat(inverse, 16))
+        # Keeps conversion defined for infinities; with a NaN, the scale is one already.
+        for limit, operator in ((127.0, "<"), (-127.0, ">")):
+            bound = k.constant(f32(16), limit)
+            rounded = k.select(rounded.compare(operator, bound), rounded, bound)
+        integers = rounded.cast("fptosi", i32)
+        k.store(bytes_at + 64 * half, integers.cast("trunc", i8))
+        sums.append(k.sum(integers))
+    first, second = [s.cast("sitofp", f32) for s in sums]
+    k.store(scales_at + SCALES, scale)
+    k.store(scales_at + SUMS, (first + second) * scale)
+    k.store(scales_at + FIRST_SUMS, first * scale)
+    k.store(scales_at + SECOND_SUMS, second * scale)
 
 
 @emitted("void", "i64 i64")

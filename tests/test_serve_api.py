@@ -236,7 +236,8 @@ def test_settings_change_while_running(port, service):
     tier = service.live.tier
     status, settings = post(port, "/settings", look_ahead=2, max_running=3, expert_ram=SLOTS // 2)
     assert status == 200
-    assert settings == {"look_ahead": 2, "max_running": 3, "expert_ram": SLOTS // 2}
+    assert settings == {"look_ahead": 2, "max_running": 3, "expert_ram": SLOTS // 2,
+                        "expert_ram_limit": SLOTS}  # fmt: skip
     chat(port, max_tokens=8)
     assert tier.residency.used <= SLOTS // 2
     assert post(port, "/settings", expert_ram=10**15)[0] == 400

@@ -1,4 +1,5 @@
 """The page at /, driven in headless Chromium."""
+# ruff: noqa: E402 (what is not installed skips the file before it is imported)
 
 import shutil
 

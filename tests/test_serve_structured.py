@@ -112,7 +112,8 @@ def test_tools_of_the_other_interfaces(port):
     check(json.dumps(block["input"]))
     turns = [*HELLO, {"role": "assistant", "content": [block]},
              {"role": "user", "content": [
-                 {"type": "tool_result", "tool_use_id": block["id"], "content": "fine"}]}]  # fmt: skip
+                 {"type": "tool_result", "tool_use_id": block["id"], "content": "fine"}
+             ]}]  # fmt: skip
     status, answer = call(port, "POST", "/v1/messages", {**body, "messages": turns})
     assert status == 200
     tool = {"type": "function", "name": "weather", "parameters": SCHEMA}

@@ -85,6 +85,7 @@ class Live:
             "look_ahead": prefetcher.distance if prefetcher else None,
             "max_running": self.scheduler.max_running,
             "expert_ram": tier.residency.space.capacity if tier else None,
+            "expert_ram_limit": tier.residency.largest_capacity if tier else None,
         }
 
     @property

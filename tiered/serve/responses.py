@@ -90,7 +90,9 @@ def read_item(fields: Fields, item: dict[str, Any]) -> list[dict[str, Any]]:
         case "message":
             content = item.get("content")
             if isinstance(content, list):
-                texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in content]
+                texts: list[Any] = [
+                    part.get("text") if isinstance(part, dict) else None for part in content
+                ]
                 if not all(isinstance(text, str) for text in texts):
                     raise fields.wrong("input", "has content that is no text")
                 content = "".join(texts)

@@ -64,8 +64,10 @@ class _Uvicorn(uvicorn.Server):
         self._owner.ready.set()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
+        """In place of uvicorn's, which raises the signal again at the end: we have to tidy up."""
         self._owner.service.draining = True  # ends the live pictures, which have no end
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 def listen(host: str, port: int) -> socket.socket:

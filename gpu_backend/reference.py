@@ -6,14 +6,14 @@ The contract, for a row of weights times a row of activations:
    halves to even; scale times the sum of the integers is kept for weights with offsets.
 2. A group's dot product of integers is exact. (q6_k: one for each half of a group.)
 3. Eight float32 sums, one for each place of a group in a chunk of 256 weights, add
-   fma(float(dot), weight_scale * x_scale, sum) in order of the chunks; eight others add
-   fma(offset, x_sum, sum), where weights have an offset.
-4. result = tree(products) + tree(offsets), where tree(s) = ((s0+s1)+(s4+s5)) + ((s2+s3)+(s6+s7)).
-   (q6_k: products of first halves plus products of second halves, before the tree.)
+   fma(float(dot), weight_scale * x_scale, sum) in order of the chunks (q6_k: first halves, then
+   second halves); eight others add fma(offset, x_sum, sum), where weights have an offset.
+4. result = tree(products + offsets), where tree(s) = ((s0+s1)+(s4+s5)) + ((s2+s3)+(s6+s7)).
 5. silu(x) = x * (1 / (1 + exp(-x))), with exp as written here. Every operation is IEEE float32,
    rounded once, and nothing else is fused.
 
-It needs nothing that a processor's vectors of eight floats do not have: the CPU can follow it too.
+It needs nothing that a processor's vectors of eight floats do not have: cpu_kernels.gemv, which
+computes up to eight rows of activations, follows it too, and gives the same bits.
 """
 
 from __future__ import annotations
@@ -82,19 +82,17 @@ def linear(a: Activations, matrix: Quantized) -> torch.Tensor:
     num_rows, num_groups = len(a.values), integers.shape[1]
     x = a.values.reshape(num_rows, num_groups, GROUP).float()
     pad = -num_groups % GROUPS
-    parts = []
     halves = integers.chunk(len(scales), -1)  # exact in float32: sums stay far below 2**24
+    terms = []
     for scale, w, values in zip(scales, halves, x.chunk(len(scales), -1), strict=True):
         dots = torch.einsum("mgk,ngk->mng", values, w)
-        factor = scale[None] * a.factors[0][:, None]  # [M, N, G]
-        parts.append(_add_chunks([(dots, factor)], pad))
-    products = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-    total = _tree(products)
+        terms.append((dots, scale[None] * a.factors[0][:, None]))  # [M, N, G]
+    sums = _add_chunks(terms, pad)
     if len(offsets):
-        sums = [a.factors[kind][:, None].expand(-1, len(integers), -1) for kind in kinds]
+        x_sums = [a.factors[kind][:, None].expand(-1, len(integers), -1) for kind in kinds]
         weights = [offset[None].expand(num_rows, -1, -1) for offset in offsets]
-        total = total + _tree(_add_chunks(list(zip(weights, sums, strict=True)), pad))
-    return total
+        sums = sums + _add_chunks(list(zip(weights, x_sums, strict=True)), pad)
+    return _tree(sums)
 
 
 def _add_chunks(terms: list[tuple[torch.Tensor, torch.Tensor]], pad: int) -> torch.Tensor:

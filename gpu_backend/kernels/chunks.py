@@ -136,11 +136,11 @@ def factors(base, row, chunk, group, N: tl.constexpr, K: tl.constexpr, FORMAT: t
 
 @triton.jit
 def add_chunk(
-    products, seconds, offsets, base, row, chunk, x, x_factors, plane,
+    products, offsets, base, row, chunk, x, x_factors, plane,
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Add a chunk's part of the rows times one row of activations to three float32 [rows, 8].
+    """Add a chunk's part of the rows times one row of activations to two float32 [rows, 8].
 
     `x` are its int8 values as words, `x_factors` the first of four planes of float32 (scales,
     sums, first sums, second sums), `plane` values apart.
@@ -161,9 +161,10 @@ def add_chunk(
     SIGNED: tl.constexpr = FORMAT == "q8_0"
     dots = dot_bytes(first, x_first, zero, SIGNED, EMULATE)
     if FORMAT == "q6_k":
-        dots_2 = dot_bytes(second, x_second, zero, SIGNED, EMULATE)
-        sums = tl.sum(dots_2, axis=2).to(tl.float32)
-        seconds = fma(sums, scale_2 * x_scale, seconds, EMULATE)
+        sums = tl.sum(dots, axis=2).to(tl.float32)
+        products = fma(sums, scale * x_scale, products, EMULATE)
+        scale = scale_2
+        dots = dot_bytes(second, x_second, zero, SIGNED, EMULATE)
         x_sum = tl.broadcast_to(tl.load(at + 2 * plane, mask=known, other=0.0)[None, :], (ROWS, 8))
         offsets = fma(offset, x_sum, offsets, EMULATE)
         x_sum = tl.broadcast_to(tl.load(at + 3 * plane, mask=known, other=0.0)[None, :], (ROWS, 8))
@@ -174,4 +175,4 @@ def add_chunk(
             x_sum = tl.broadcast_to(tl.load(at + plane, mask=known, other=0.0)[None, :], (ROWS, 8))
             offsets = fma(offset, x_sum, offsets, EMULATE)
     products = fma(tl.sum(dots, axis=2).to(tl.float32), scale * x_scale, products, EMULATE)
-    return products, seconds, offsets
+    return products, offsets

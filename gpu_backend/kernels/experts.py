@@ -33,29 +33,22 @@ def gate_up_kernel(
         gate, up = base + GATE_AT, base + UP_AT
         x += token * (K // 4)
         x_factors += token * (K // 32)
-        g_0 = tl.zeros((ROWS, 8), tl.float32)
-        g_1 = tl.zeros((ROWS, 8), tl.float32)
-        g_2 = tl.zeros((ROWS, 8), tl.float32)
-        u_0 = tl.zeros((ROWS, 8), tl.float32)
-        u_1 = tl.zeros((ROWS, 8), tl.float32)
-        u_2 = tl.zeros((ROWS, 8), tl.float32)
+        g = tl.zeros((ROWS, 8), tl.float32)
+        g_offsets = tl.zeros((ROWS, 8), tl.float32)
+        u = tl.zeros((ROWS, 8), tl.float32)
+        u_offsets = tl.zeros((ROWS, 8), tl.float32)
         for chunk in tl.range((K + 255) // 256, loop_unroll_factor=2):
-            g_0, g_1, g_2 = add_chunk(
-                g_0, g_1, g_2, gate, row, chunk, x, x_factors, plane, N, K, GATE, ROWS, EMULATE
+            g, g_offsets = add_chunk(
+                g, g_offsets, gate, row, chunk, x, x_factors, plane, N, K, GATE, ROWS, EMULATE
             )
-            u_0, u_1, u_2 = add_chunk(
-                u_0, u_1, u_2, up, row, chunk, x, x_factors, plane, N, K, UP, ROWS, EMULATE
+            u, u_offsets = add_chunk(
+                u, u_offsets, up, row, chunk, x, x_factors, plane, N, K, UP, ROWS, EMULATE
             )
-        if GATE == "q6_k":
-            g_0 += g_1
-        if UP == "q6_k":
-            u_0 += u_1
-        g = total_of_groups(g_0, ROWS)
-        u = total_of_groups(u_0, ROWS)
         if GATE != "q8_0":
-            g += total_of_groups(g_2, ROWS)
+            g += g_offsets
         if UP != "q8_0":
-            u += total_of_groups(u_2, ROWS)
+            u += u_offsets
+        g, u = total_of_groups(g, ROWS), total_of_groups(u, ROWS)
         tl.store(out + pair.to(tl.int64) * N + row, silu(g, EMULATE) * u, mask=row < N)
 
 

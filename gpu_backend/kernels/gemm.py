@@ -64,11 +64,11 @@ def dot(x, weights, FLOAT_DOT: tl.constexpr):
 
 @triton.jit
 def add_group(
-    products, seconds, offsets, base, row, chunk, place, x, x_factors, plane, token, known,
+    products, offsets, base, row, chunk, place, x, x_factors, plane, token, known,
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, FLOAT_DOT: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Group `place` of a chunk: add to three float32 [tokens, rows]."""
+    """Group `place` of a chunk: add to two float32 [tokens, rows]."""
     G: tl.constexpr = K // 32
     group = chunk * 8 + place
     k = tl.arange(0, 32)
@@ -86,8 +86,9 @@ def add_group(
     if FORMAT == "q6_k":
         first = tl.where((k < 16)[None, :], values, 0).to(tl.int8)
         dots = dot(first, weights, FLOAT_DOT)
-        rest = dot((values - first).to(tl.int8), weights, FLOAT_DOT)
-        seconds = fma(rest, tl.trans(scale_2) * x_scale, seconds, EMULATE)
+        products = fma(dots, scale * x_scale, products, EMULATE)
+        scale = tl.trans(scale_2)
+        dots = dot((values - first).to(tl.int8), weights, FLOAT_DOT)
         x_sum = tl.load(at_factor + 2 * plane, mask=inside, other=0.0)[:, None]
         offsets = fma(tl.trans(offset) + zero, x_sum + zero, offsets, EMULATE)
         x_sum = tl.load(at_factor + 3 * plane, mask=inside, other=0.0)[:, None]
@@ -98,7 +99,7 @@ def add_group(
             x_sum = tl.load(at_factor + plane, mask=inside, other=0.0)[:, None]
             offsets = fma(tl.trans(offset) + zero, x_sum + zero, offsets, EMULATE)
     products = fma(dots, scale * x_scale, products, EMULATE)
-    return products, seconds, offsets
+    return products, offsets
 
 
 @triton.jit
@@ -110,34 +111,29 @@ def tile(
     """Rows `row` of a matrix times rows `token` of the activations: float32 [tokens, rows].
 
     The groups' places are computed one after the other, each over the whole row, instead of
-    side by side: three accumulators instead of 24, and short reads whose cache lines the next
+    side by side: two accumulators instead of 16, and short reads whose cache lines the next
     places find in the cache. They are added in the order of the contract:
     ((0 + 1) + (4 + 5)) + ((2 + 3) + (6 + 7)).
     """
     zero = tl.zeros((TOKENS, ROWS), tl.float32)
-    result, result_of_offsets = zero, zero
+    result = zero
     for half in range(2):
-        part, part_of_offsets = zero, zero
+        part = zero
         for late in range(2):
-            total, total_of_offsets = zero, zero
+            total = zero
             for odd in range(2):
-                products, seconds, offsets = zero, zero, zero
+                products, offsets = zero, zero
                 for chunk in range((K + 255) // 256):
-                    products, seconds, offsets = add_group(
-                        products, seconds, offsets, base, row, chunk, 2 * half + 4 * late + odd,
+                    products, offsets = add_group(
+                        products, offsets, base, row, chunk, 2 * half + 4 * late + odd,
                         x, x_factors, plane, token, known,
                         N, K, FORMAT, TOKENS, ROWS, FLOAT_DOT, EMULATE,
                     )  # fmt: skip
-                if FORMAT == "q6_k":
-                    products += seconds
+                if FORMAT != "q8_0":
+                    products += offsets
                 total += products
-                total_of_offsets += offsets
             part += total
-            part_of_offsets += total_of_offsets
         result += part
-        result_of_offsets += part_of_offsets
-    if FORMAT != "q8_0":
-        result += result_of_offsets
     return result
 
 

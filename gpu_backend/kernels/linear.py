@@ -17,19 +17,15 @@ def row_dots(
 ):  # fmt: skip
     """The rows `row` (int32 [ROWS]) of the matrix at `base` times one row of activations."""
     products = tl.zeros((ROWS, 8), tl.float32)
-    seconds = tl.zeros((ROWS, 8), tl.float32)
     offsets = tl.zeros((ROWS, 8), tl.float32)
     for chunk in tl.range((K + 255) // 256, loop_unroll_factor=4):
-        products, seconds, offsets = add_chunk(
-            products, seconds, offsets, base, row, chunk, x, x_factors, plane,
+        products, offsets = add_chunk(
+            products, offsets, base, row, chunk, x, x_factors, plane,
             N, K, FORMAT, ROWS, EMULATE,
         )  # fmt: skip
-    if FORMAT == "q6_k":
-        products += seconds
-    total = total_of_groups(products, ROWS)
     if FORMAT != "q8_0":
-        total += total_of_groups(offsets, ROWS)
-    return total
+        products += offsets
+    return total_of_groups(products, ROWS)
 
 
 @triton.jit

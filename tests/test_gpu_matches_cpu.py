@@ -1,0 +1,66 @@
+"""CPU and GPU compute the same bits: what is cached where cannot change what a model says."""
+
+import numpy as np
+import pytest
+from naive_formats import random_matrix
+
+from cpu_kernels.backend import CpuBackend
+from cpu_kernels.dot import wants_unsigned
+from cpu_kernels.isa import available
+from cpu_kernels.linear import FEW_ROWS
+from tiered.config import ModelConfig
+from tiered.experts import ExpertKey, Routing, expert_layout, group_by_expert
+from tiered.policies import Space
+
+torch = pytest.importorskip("torch")
+from gpu_backend.backend import GpuBackend  # noqa: E402
+
+NUM_EXPERTS = 4
+FORMATS = [
+    ("q4_0", "q4_0", "q4_0"),
+    ("q4_1", "q8_0", "q4_1"),
+    ("q4_k", "q4_k", "q6_k"),
+    ("q5_k", "q6_k", "q5_k"),
+]
+
+
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+@pytest.mark.parametrize("num_tokens", [1, 3, FEW_ROWS])
+def test_experts(formats, isa, num_tokens):
+    rng = np.random.default_rng(0)
+    # One chunk is incomplete where the format allows it.
+    hidden, size = (512, 256) if "k" in formats[0] else (416, 96)
+    config = ModelConfig("test", 1, hidden, 10, 64, 4, 2, 16, 1e-5, num_experts=NUM_EXPERTS,
+                         top_k=2, expert_size=size)  # fmt: skip
+    layout = expert_layout(hidden, size, *formats)
+    blobs = np.zeros((NUM_EXPERTS, layout.nbytes), np.uint8)
+    for blob in blobs:
+        for tensor in layout:
+            data = random_matrix(rng, tensor.format, tensor.shape, 0.01).reshape(-1)
+            blob[tensor.offset : tensor.offset + tensor.nbytes] = data
+    h = rng.standard_normal((num_tokens, hidden)).astype(np.float32)
+    chosen = np.stack([rng.permutation(NUM_EXPERTS)[:2] for _ in range(num_tokens)])
+    routing = Routing(chosen.astype(np.int32), np.ones(chosen.shape, np.float32))
+    jobs = group_by_expert(routing)
+
+    cpu, expected = CpuBackend(2, isa), np.zeros((2 * num_tokens, hidden), np.float32)
+    in_ram = np.array([blobs[e].ctypes.data for e in jobs.experts])[:, None] + layout.offsets
+    cpu.experts(h, cpu.expert_layer(layout, config), in_ram, jobs, expected)
+    cpu.close()
+
+    gpu, got = GpuBackend("cpu"), torch.zeros(2 * num_tokens, hidden)
+    memory = gpu.slots(
+        Space(NUM_EXPERTS * layout.nbytes, (layout.nbytes,)), {0: layout}, NUM_EXPERTS
+    )
+    for expert, blob in enumerate(blobs):
+        with memory.staging() as staging:
+            staging.host[:] = blob
+            memory.upload(ExpertKey(0, expert), expert, staging)
+    in_slots = np.array([memory.place(int(e)) for e in jobs.experts])[:, None] + layout.offsets
+    gpu.experts(torch.from_numpy(h), gpu.expert_layer(layout, config), in_slots, jobs, got)
+    if wants_unsigned(isa) and "q8_0" in formats:
+        # There, signed weights get 128 added before, which is taken off in float32 afterwards.
+        assert np.abs(got.numpy() - expected).max() <= 1e-2 * np.abs(expected).max()
+    else:
+        assert np.array_equal(got.numpy(), expected)

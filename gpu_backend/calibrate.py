@@ -1,0 +1,129 @@
+"""What this machine's GPU and link can do: measured once, in seconds, for `tiered calibrate`.
+
+Every number is the median of a few runs of a `Probe`, so the same code measures a CUDA device and,
+in tests, one whose speeds are known. Nothing here is used to decide a result, only when and where.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Protocol
+
+LINK_SIZES = tuple(1 << shift for shift in (16, 18, 20, 22, 24, 26))  # 64 KiB ... 64 MiB
+
+
+class Probe(Protocol):
+    """Does one thing and says how many seconds it took."""
+
+    def read_memory(self, nbytes: int) -> float:
+        """Read `nbytes` of the device's memory once."""
+
+    def copy(self, nbytes: int, pinned: bool, competing: bool) -> float:
+        """Copy from the host; `competing`: while the processor reads the same DRAM."""
+
+    def launch(self) -> float:
+        """An empty kernel, launched in a row of many."""
+
+    def synchronize(self) -> float:
+        """Until the host knows that an empty kernel has ended."""
+
+    def pin_limit(self) -> int:
+        """Bytes that can be page-locked: see gpu_backend.pinning."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Bytes per second, and seconds. `link` has (bytes, seconds) of single copies."""
+
+    device: str
+    memory: float
+    link: tuple[tuple[int, float], ...]
+    link_competing: tuple[tuple[int, float], ...]
+    link_pageable: tuple[tuple[int, float], ...]
+    launch: float
+    synchronize: float
+    pin_limit: int
+
+    @property
+    def link_line(self) -> tuple[float, float]:
+        """(seconds, seconds per byte) of a copy."""
+        return fit_line(self.link)
+
+    @property
+    def slowdown(self) -> float:
+        """How much longer large copies take while the processor is busy."""
+        return max(1.0, self.link_competing[-1][1] / self.link[-1][1])
+
+
+def calibrate(
+    probe: Probe,
+    device: str,
+    *,
+    memory_bytes: int = 256 << 20,
+    sizes: Sequence[int] = LINK_SIZES,
+    repeats: int = 5,
+) -> Calibration:
+    """Measure everything; a few hundred MB are moved."""
+
+    def typical(measure: Callable[[], float]) -> float:
+        measure()  # the first time, things are compiled, allocated and woken up
+        return median(measure() for _ in range(repeats))
+
+    def copies(pinned: bool, competing: bool) -> tuple[tuple[int, float], ...]:
+        return tuple(
+            (size, typical(lambda size=size: probe.copy(size, pinned, competing)))  # type: ignore[misc]
+            for size in sizes
+        )
+
+    return Calibration(
+        device=device,
+        memory=memory_bytes / typical(lambda: probe.read_memory(memory_bytes)),
+        link=copies(True, False),
+        link_competing=copies(True, True),
+        link_pageable=copies(False, False),
+        launch=typical(probe.launch),
+        synchronize=typical(probe.synchronize),
+        pin_limit=probe.pin_limit(),
+    )
+
+
+def fit_line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """(fixed, per byte) through (bytes, seconds), by least squares of relative errors.
+
+    Relative, because otherwise the largest size alone would decide.
+    """
+    if len(points) < 2:
+        raise ValueError("a line needs two points")
+    w = [1 / seconds**2 for _, seconds in points]
+    total = sum(w)
+    mean_x = sum(wi * x for wi, (x, _) in zip(w, points, strict=True)) / total
+    mean_y = sum(wi * y for wi, (_, y) in zip(w, points, strict=True)) / total
+    pairs = list(zip(w, points, strict=True))
+    variance = sum(wi * (x - mean_x) ** 2 for wi, (x, _) in pairs)
+    slope = sum(wi * (x - mean_x) * (y - mean_y) for wi, (x, y) in pairs) / variance
+    return max(0.0, mean_y - slope * mean_x), slope
+
+
+def save(file: Path, calibration: Calibration) -> None:
+    """Written to a new file first: a crash leaves the old one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".new")
+    temporary.write_text(json.dumps(asdict(calibration), indent=2) + "\n")
+    temporary.replace(file)
+
+
+def load(file: Path, device: str) -> Calibration | None:
+    """What was stored for this device; None if nothing was, or it cannot be read."""
+    try:
+        values = json.loads(file.read_text())
+        if values["device"] != device:
+            return None
+        for name in ("link", "link_competing", "link_pageable"):
+            values[name] = tuple((int(size), float(seconds)) for size, seconds in values[name])
+        return Calibration(**values)
+    except (OSError, KeyError, TypeError, ValueError):
+        return None

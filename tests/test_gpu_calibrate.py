@@ -1,0 +1,158 @@
+"""Calibration, pinning and tuning on devices whose limits and speeds are known. Needs no torch."""
+
+import logging
+
+import pytest
+
+from gpu_backend.calibrate import calibrate, fit_line, load, save
+from gpu_backend.pinning import (
+    Arena,
+    PinnedArena,
+    probe_limit,
+    usable_limit,
+    with_backoff,
+)
+from gpu_backend.tuning import Tuning, load_tuning, save_tuning
+
+MIB = 1 << 20
+
+
+class FakePinner:
+    """A system that locks `limit` bytes, and remembers what is locked."""
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.pinned = {}
+        self.refusals = 0
+
+    def pin(self, address, nbytes):
+        if sum(self.pinned.values()) + nbytes > self.limit:
+            self.refusals += 1
+            return False
+        assert address not in self.pinned
+        self.pinned[address] = nbytes
+        return True
+
+    def unpin(self, address):
+        del self.pinned[address]
+
+
+class FakeProbe:
+    """A device with 500 GB/s of memory and a link of 20 GB/s that starts in 10 us."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def read_memory(self, nbytes):
+        self.calls += 1
+        return nbytes / 500e9 * (10 if self.calls == 1 else 1)  # cold the first time
+
+    def copy(self, nbytes, pinned, competing):
+        return (1e-5 + nbytes / 20e9) * (1.5 if competing else 1) * (1 if pinned else 2)
+
+    def launch(self):
+        return 4e-6
+
+    def synchronize(self):
+        return 1.2e-5
+
+    def pin_limit(self):
+        return 1 << 30
+
+
+def test_calibration_finds_what_is_there():
+    found = calibrate(FakeProbe(), "card")
+    assert found.memory == pytest.approx(500e9)
+    assert found.link_line == pytest.approx((1e-5, 1 / 20e9))
+    assert found.slowdown == pytest.approx(1.5)
+    assert (found.launch, found.synchronize, found.pin_limit) == (4e-6, 1.2e-5, 1 << 30)
+
+
+def test_one_slow_run_does_not_count():
+    class Hiccup(FakeProbe):
+        def launch(self):
+            self.calls += 1
+            return 1.0 if self.calls % 5 == 0 else 4e-6
+
+    assert calibrate(Hiccup(), "card").launch == 4e-6
+
+
+def test_a_calibration_is_stored_by_device(tmp_path):
+    found, file = calibrate(FakeProbe(), "card"), tmp_path / "new" / "gpu.json"
+    assert load(file, "card") is None
+    save(file, found)
+    assert load(file, "card") == found
+    assert load(file, "other card") is None
+    file.write_text("{}")
+    assert load(file, "card") is None
+
+
+def test_a_line_needs_two_points():
+    with pytest.raises(ValueError, match="two points"):
+        fit_line([(1, 1.0)])
+
+
+@pytest.mark.parametrize("limit", [0, 3 * MIB, 700 * MIB, 1 << 40])
+def test_the_probed_limit_is_exact_and_nothing_stays_locked(limit):
+    pinner, arena = FakePinner(limit), Arena(1 << 20, 1 << 30)
+    assert probe_limit(pinner, arena) == min(limit, arena.nbytes)
+    assert not pinner.pinned
+    assert pinner.refusals <= 9  # each may cost a driver some time
+
+
+def test_a_probe_that_raises_unlocks_what_it_locked():
+    class Raising(FakePinner):
+        def pin(self, address, nbytes):
+            if len(self.pinned) == 2:
+                raise RuntimeError("the driver")
+            return super().pin(address, nbytes)
+
+    pinner = Raising(1 << 40)
+    with pytest.raises(RuntimeError, match="the driver"):
+        probe_limit(pinner, Arena(0, 1 << 30))
+    assert not pinner.pinned
+
+
+def test_a_part_of_the_limit_is_used():
+    assert usable_limit(1000) == 800
+    assert usable_limit(1000, configured=500) == 500
+    assert usable_limit(1000, configured=5000) == 800
+
+
+def test_an_arena_is_locked_as_far_as_possible(caplog):
+    pinner, arena = FakePinner(700 * MIB), Arena(4096, 1 << 30)
+    with caplog.at_level(logging.WARNING, "tiered"), PinnedArena(pinner, arena, 1 << 30) as pinned:
+        assert pinned.nbytes == 512 * MIB
+        assert 4096 in pinned and 4096 + 512 * MIB not in pinned
+    assert "only 512 MiB of the 1024 MiB" in caplog.text
+    assert not pinner.pinned
+    pinned.close()
+
+
+def test_allocation_backs_off_to_what_fits():
+    def allocate(num):
+        if num > 37:
+            raise MemoryError(f"{num} are too many")
+        return "slots"
+
+    assert with_backoff(allocate, 30, 2) == ("slots", 30)
+    kind, num = with_backoff(allocate, 100, 2)
+    assert kind == "slots" and 30 < num <= 37
+    with pytest.raises(MemoryError, match="not even 40 would fit: 40 are too many"):
+        with_backoff(allocate, 100, 40)
+
+
+def test_tuning_is_stored_by_card(tmp_path):
+    file, tuned = tmp_path / "tuning.json", Tuning(rows=8, warps=2)
+    assert load_tuning(file, "card") == Tuning()
+    save_tuning(file, "card", tuned)
+    save_tuning(file, "other", Tuning())
+    assert load_tuning(file, "card") == tuned
+    file.write_text('{"card": {"rows": 3}}')
+    assert load_tuning(file, "card") == Tuning()
+
+
+@pytest.mark.parametrize("wrong", [dict(rows=12), dict(warps=0), dict(tile_tokens=8)])
+def test_impossible_tunings_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Tuning(**wrong)

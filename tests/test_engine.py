@@ -191,6 +191,14 @@ def test_unknown_choices_are_errors(model):
         Engine(model, expert_rom="2G")
 
 
+def test_scoring_an_answer_agrees_with_logits(model):
+    with Engine(model, quantize="none", kv_dtype="f32", threads=2) as engine:
+        got = engine.score_tokens(PROMPT[:16], PROMPT[16:])
+        logits = engine.logits(PROMPT).astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert np.allclose(got, [expected[15 + i, token] for i, token in enumerate(PROMPT[16:])])
+
+
 def test_text_and_stop_strings(model):
     with Engine(model, threads=2) as engine:
         whole = "".join(engine.generate("the of", 40))

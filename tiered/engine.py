@@ -225,6 +225,30 @@ class Engine:
         finally:
             self.kv.close(sequence)
 
+    def score_tokens(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+        """Decode a given answer token by token, as if it had been sampled.
+
+        Returns the log-probability of each of its tokens, float32 [len(answer)]; counts like
+        `generate_tokens`, so that speed can be measured on tokens of one's choice.
+        """
+        prompt, answer = self.checked(prompt), [int(token) for token in answer]
+        sequence, result = self.kv.open(), np.empty(len(answer), np.float32)
+        try:
+            start = perf_counter()
+            logits = self._prefill(sequence, prompt)
+            self._tokens.prefill_seconds += perf_counter() - start
+            self._tokens.prompt_tokens += len(prompt)
+            self._tokens.new_tokens += 1
+            start = perf_counter()
+            for index, token in enumerate(answer):
+                result[index] = log_probability(logits, token)
+                logits = self._decode(sequence, token)
+                self._tokens.new_tokens += 1
+            self._tokens.decode_seconds += perf_counter() - start
+            return result
+        finally:
+            self.kv.close(sequence)
+
     def open_sequence(self) -> kv_cache.Sequence:
         """A text of its own in the KV cache, empty; for `generate_tokens(sequence=...)`."""
         return self.kv.open()
@@ -344,6 +368,12 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def log_probability(logits: np.ndarray, token: int) -> float:
+    """Of one token after float32 `logits` [vocab_size]."""
+    best = logits.max()
+    return float(logits[token] - best - np.log(np.exp(logits - best).sum()))
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -75,6 +75,8 @@ def rope(x, positions, config):
 
 class NaiveBackend:
     name = "naive"
+    isa = "numpy"
+    num_threads = 1
     seconds = 0.0
 
     def matrix(self, data, format, shape, bias=None):

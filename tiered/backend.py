@@ -2,7 +2,7 @@
 
 A backend's own array is opaque here: the decoder hands it from one call to the next and never
 looks inside. Arrays named `x` and `h` are float32 [num_tokens, hidden_size] in backend memory and
-stay valid until the next `embed`. What steers (ids, weights, positions, addresses) is NumPy.
+stay valid until the next `embed` or `route`. What steers (ids, weights, positions, addresses) is NumPy.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class Backend(Protocol):
     """See cpu_kernels.backend.CpuBackend for the meaning of each call in code."""
 
     name: str
+    isa: str  # the instructions its kernels use
+    num_threads: int
     seconds: float  # spent in these calls' arithmetic so far
 
     def matrix(

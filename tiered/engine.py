@@ -99,11 +99,11 @@ class Engine:
 
     def _plan_memory(self) -> MemoryPlan:
         config, choices = self.config, self.choices
-        limit = choices.ram and memory.parse_bytes(choices.ram)
-        expert_ram = choices.expert_ram and memory.parse_bytes(choices.expert_ram)
+        limit = None if choices.ram is None else memory.parse_bytes(choices.ram)
+        expert_ram = None if choices.expert_ram is None else memory.parse_bytes(choices.expert_ram)
         blobs = self.store.blob_bytes if self.store else [0]
         return plan_memory(
-            limit=limit or memory.default_limit(),
+            limit=memory.default_limit() if limit is None else limit,
             expert_ram=expert_ram,
             process=psutil.Process().memory_info().rss,
             dense=dense_bytes(self.checkpoint, choices.quantize),
@@ -328,7 +328,7 @@ class Engine:
             capacity=self.plan.slots if tiered else 0,
         )
         journaled = self.source.tier if isinstance(self.source, TieredExperts) else self.source
-        with TraceWriter(path, info) as writer:
+        with TraceWriter(Path(path), info) as writer:
             self.decoder.trace = journaled.journal = writer
             try:
                 yield

@@ -44,7 +44,7 @@ def peer_rates(shape: tuple[int, int]) -> list[dict[str, Any]]:
             np.ones(shape, np.float32)
             for _ in range(max(1, (256 << 20) // (4 * shape[0] * shape[1])))
         ]
-        seconds = best_seconds([lambda w=w: x @ w.T for w in weights])
+        seconds = best_seconds([lambda w=w, x=x: x @ w.T for w in weights])
         rows.append(rate("numpy f32", shape, num_rows, 4, seconds / len(weights)))
         if find_spec("torch") is None:
             continue

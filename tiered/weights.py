@@ -88,9 +88,7 @@ class WeightLoader:
         assert store is not None
         shared = None
         if config.shared_expert_size:
-            shared = self.backend.feed_forward_layer(
-                self.feed_forward(prefix + "shared"), config
-            )
+            shared = self.backend.feed_forward_layer(self.feed_forward(prefix + "shared"), config)
         return Layer(
             attention,
             self.backend.router_layer(norm, self.steering(prefix + "router"), config),

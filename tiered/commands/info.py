@@ -26,7 +26,7 @@ from tiered.memory import available_bytes, format_bytes
 )
 @opt.json_option
 def command(model: Path | None, context: int, quantize: str, as_json: bool) -> None:
-    """Tell what MODEL is and what fits where, from its headers. Without MODEL: about this machine."""
+    """Tell what MODEL is and what fits where, from its headers; else, what this machine is."""
     facts = describe_model(model, context, quantize) if model else describe_machine()
     if as_json:
         print_json(facts)

@@ -83,8 +83,12 @@ class Loaders:
         return [load for load in waiting if load.state is State.QUEUED and not load.demand]
 
     def cancel(self, load: Load) -> None:
-        """Nobody wants it any more. If it is being read already, the read runs to its end."""
-        load.state = State.CANCELLED
+        """Nobody wants it any more. If it is being read already, the read runs to its end.
+
+        One that has ended stays as it is: who waited for it has yet to see that it failed.
+        """
+        if load.state in (State.QUEUED, State.READING):
+            load.state = State.CANCELLED
 
     def close(self) -> None:
         """Let the running reads end, forget the rest, and end the threads."""

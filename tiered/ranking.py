@@ -19,27 +19,21 @@ class Ranking:
     def __init__(self, ranks: dict[ExpertKey, Any]) -> None:
         self._ranks = ranks
         self._heap: list[tuple[Any, ExpertKey]] = []
-        self._entered: dict[ExpertKey, Any] = {}  # the rank in the heap, of resident keys
-
-    def __contains__(self, key: ExpertKey) -> bool:
-        return key in self._entered
-
-    def __len__(self) -> int:
-        return len(self._entered)
+        self.entered: dict[ExpertKey, Any] = {}  # resident keys, and their rank in the heap
 
     def add(self, key: ExpertKey) -> None:
-        rank = self._entered[key] = self._ranks[key]
+        rank = self.entered[key] = self._ranks[key]
         heappush(self._heap, (rank, key))
 
     def remove(self, key: ExpertKey) -> None:
-        del self._entered[key]
-        if len(self._heap) > 64 + 4 * len(self._entered):  # mostly entries of keys that left
-            self._heap = [(rank, key) for key, rank in self._entered.items()]
+        del self.entered[key]
+        if len(self._heap) > 64 + 4 * len(self.entered):  # mostly entries of keys that left
+            self._heap = [(rank, key) for key, rank in self.entered.items()]
             heapify(self._heap)
 
     def lowest(self, evictable: Evictable) -> ExpertKey | None:
         """The evictable key of the lowest rank."""
-        heap, entered, ranks = self._heap, self._entered, self._ranks
+        heap, entered, ranks = self._heap, self.entered, self._ranks
         passed_over = []
         found = None
         while heap:

@@ -70,7 +70,9 @@ class Residency:
         self._touch = policy.touch
         self._insert = getattr(policy, "insert", policy.touch)
         self._batch = getattr(policy, "batch", None)
+        self._victim = policy.victim
         self._victim_for = getattr(policy, "victim_for", None)
+        self._forget = policy.forget
 
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._slots
@@ -146,13 +148,14 @@ class Residency:
             return slots, []  # type: ignore[return-value]
         missing = [i for i, slot in enumerate(slots) if slot is None]
         protected = {*keys, *also}
+        admit = self._admit
         for i, key in enumerate(keys):
             if slots[i] is None:
-                slots[i] = self._admit(key, lambda key: key not in protected)
-                stats.bytes_read += self._blob_bytes[key.layer]
+                slots[i] = admit(key, lambda key: key not in protected)
             touch(key)
         stats.hits += len(slots) - len(missing)
         stats.misses += len(missing)
+        stats.bytes_read += sum([self._blob_bytes[keys[i][0]] for i in missing])
         if self._guesses:
             self._use_guesses(keys)
         return slots, missing  # type: ignore[return-value]
@@ -207,7 +210,7 @@ class Residency:
             self._leave(key)
 
     def _admit(self, key: ExpertKey, evictable: Evictable) -> int:
-        nbytes = self._blob_bytes[key.layer]
+        nbytes = self._blob_bytes[key[0]]
         while self.used + nbytes > self.space.capacity:
             self.evict(key, evictable)
         # Room for the bytes means a free slot: no blob is smaller than capacity / num_slots.
@@ -220,8 +223,8 @@ class Residency:
         if self._victim_for is not None:
             victim = self._victim_for(incoming, evictable)
         else:
-            victim = self.policy.victim(evictable)
-        if victim is None or victim not in self._slots:
+            victim = self._victim(evictable)
+        if victim not in self._slots:
             raise RuntimeError(
                 f"policy {type(self.policy).__module__} chose {victim} to evict, "
                 "which is not resident"
@@ -235,10 +238,10 @@ class Residency:
         self.vacated.clear()
 
     def _leave(self, key: ExpertKey) -> None:
-        self.policy.forget(key)
-        self.used -= self._blob_bytes[key.layer]
+        self._forget(key)
+        self.used -= self._blob_bytes[key[0]]
         self.vacated.append(self._slots.pop(key))
-        if key in self._guesses:
+        if self._guesses and key in self._guesses:
             self._guesses.discard(key)
             self.stats.prefetches_wasted += 1
 

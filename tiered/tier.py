@@ -194,7 +194,7 @@ class Tier:
     def start(self, key: ExpertKey, slot: int, demand: bool) -> Load:
         """Queue the read of an expert into the slot it was given."""
         if (before := self.loads.get(slot)) is not None:
-            self.loaders.cancel(before)
+            self.loaders.cancel(before)  # its expert has lost the slot
         self.loads[slot] = load = Load(key, slot, demand)
         self.loaders.put(load)
         return load

@@ -30,7 +30,7 @@ class Policy:
     def touch(self, key: ExpertKey) -> None:
         if self._uses[key]:
             self._uses[key].popleft()
-        if key in self._ranking:
+        if key in self._ranking.entered:
             self._ranking.remove(key)
         self.insert(key)
 

@@ -31,8 +31,8 @@ class Policy:
     def batch(self, keys: Sequence[ExpertKey]) -> None:
         """A layer demands these: they take the place of its batch before."""
         layer = keys[0][0]
-        kept, ranking, wanted = self._kept[layer], self._rankings[layer], set(keys)
-        for key in [key for key in kept if key not in wanted]:
+        kept, ranking = self._kept[layer], self._rankings[layer]
+        for key in kept.keys() - keys:
             del kept[key]
             ranking.add(key)
         self._time[layer] += self._age
@@ -45,7 +45,7 @@ class Policy:
         kept = self._kept[layer]
         if key not in kept:
             kept[key] = None
-            if key in self._rankings[layer]:
+            if key in self._rankings[layer].entered:
                 self._rankings[layer].remove(key)
             else:
                 self._excess[layer] += self._blob_bytes[layer]
@@ -88,12 +88,14 @@ class Policy:
     def _beyond_the_kept(self, evictable: Evictable) -> ExpertKey | None:
         first = self._excess.index(max(self._excess))
         victim = self._rankings[first].lowest(evictable)
-        if victim is None:
-            for layer in self._greediest():
+        if victim is not None:
+            return victim
+        for layer in self._greediest():
+            if self._rankings[layer].entered:
                 victim = self._rankings[layer].lowest(evictable)
                 if victim is not None:
-                    break
-        return victim
+                    return victim
+        return None
 
     def _greediest(self) -> Iterator[int]:
         """Layers by what they hold above their share, most first."""

@@ -15,11 +15,13 @@ class Policy:
         self._time = 0
         self._uses: dict[ExpertKey, tuple[int, int]] = {}  # how often, and when last
         self._ranking = Ranking(self._uses)
+        self._resident = self._ranking.entered
 
     def touch(self, key: ExpertKey) -> None:
-        self._time += 1
-        self._uses[key] = (self._uses[key][0] + 1 if key in self._uses else 1, self._time)
-        if key not in self._ranking:
+        self._time = time = self._time + 1
+        before = self._uses.get(key)
+        self._uses[key] = (before[0] + 1, time) if before else (1, time)
+        if key not in self._resident:
             self._ranking.add(key)
 
     def insert(self, key: ExpertKey) -> None:

@@ -23,7 +23,7 @@ class Policy:
 
     def touch(self, key: ExpertKey) -> None:
         self.score(key)
-        if key not in self._ranking:
+        if key not in self._ranking.entered:
             self._ranking.add(key)
 
     def score(self, key: ExpertKey) -> None:

@@ -13,11 +13,17 @@ class Policy:
         self._order: OrderedDict[ExpertKey, None] = OrderedDict()
 
     def touch(self, key: ExpertKey) -> None:
-        self._order[key] = None
-        self._order.move_to_end(key)
+        order = self._order
+        if key in order:
+            order.move_to_end(key)
+        else:
+            order[key] = None
 
     def forget(self, key: ExpertKey) -> None:
         del self._order[key]
 
     def victim(self, evictable: Evictable) -> ExpertKey | None:
-        return next(filter(evictable, self._order), None)
+        for key in self._order:
+            if evictable(key):
+                return key
+        return None

@@ -1,0 +1,304 @@
+import random
+import threading
+
+import numpy as np
+import pytest
+from faults import Blobs, Unreliable
+
+from tiered import policies
+from tiered.experts import ExpertKey
+from tiered.policies import Space
+from tiered.slots import NullMemory, RamMemory
+from tiered.tier import Tier
+
+KEYS = [[ExpertKey(layer, expert) for expert in range(32)] for layer in range(4)]
+BLOB = 8192
+
+
+def make(source, num_slots, policy="lru", loaders=4, blobs=(BLOB,) * 4):
+    space = Space(num_slots * max(blobs), blobs)
+    return Tier(RamMemory(space), source, policies.create(policy, space), loaders)
+
+
+def blob(tier, place):
+    return tier.memory.slot((place - tier.memory.place(0)) // tier.memory.stride)
+
+
+def check(tier, key, place):
+    values = blob(tier, place)[: tier.memory.space.blob_bytes[key.layer]]
+    assert values.min() == values.max() == 32 * key.layer + key.expert
+
+
+def fetch(tier, keys):
+    """Fetch, check every blob, return the positions in the order in which they came."""
+    positions = []
+    with tier.fetch(keys) as groups:
+        for group in groups:
+            for position, place in group:
+                check(tier, keys[position], place)
+                positions.append(position)
+    return positions
+
+
+def test_a_miss_is_read_and_then_a_hit():
+    with make(Blobs(), 8) as tier:
+        for _ in range(2):
+            assert sorted(fetch(tier, KEYS[0][:4])) == [0, 1, 2, 3]
+        assert (tier.stats.hits, tier.stats.misses) == (4, 4)
+        assert tier.stats.bytes_read == 4 * BLOB
+        assert sorted(tier.source.reads) == KEYS[0][:4]
+
+
+def test_hits_come_first_and_misses_as_they_arrive():
+    source = Blobs()
+    with make(source, 8) as tier:
+        fetch(tier, KEYS[0][:2])
+        source.hold()
+        with tier.fetch(KEYS[0][:4]) as groups:
+            assert [position for position, _ in next(groups)] == [0, 1]
+            source.release()
+            assert sorted(position for group in groups for position, _ in group) == [2, 3]
+
+
+def test_nothing_asked_nothing_given():
+    with make(Blobs(), 4) as tier:
+        assert list(tier.fetch([])) == []
+        assert not tier.active
+
+
+def test_evicting_frees_a_slot_and_writes_nothing():
+    with make(Blobs(), 2) as tier:
+        for key in KEYS[0][:5]:
+            fetch(tier, [key])
+        assert tier.stats.evictions == 3
+        assert len(tier) == 2
+        assert KEYS[0][4] in tier
+
+
+def test_pinned_is_not_evicted():
+    with make(Blobs(), 2) as tier, tier.pinned(KEYS[0][0]) as place:
+
+        def others():
+            for key in KEYS[0][1:9]:
+                fetch(tier, [key])
+
+        thread = threading.Thread(target=others)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert KEYS[0][0] in tier
+        check(tier, KEYS[0][0], place)
+
+
+def test_a_batch_never_evicts_its_own():
+    with make(Blobs(), 8) as tier:
+        fetch(tier, KEYS[0][:8])
+        fetch(tier, [*KEYS[0][:4], *KEYS[1][:4]])
+        assert all(key in tier for key in [*KEYS[0][:4], *KEYS[1][:4]])
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 5, 8, 31])
+@pytest.mark.parametrize("policy", ["lru", "layer_lfu", "keep_last"])
+def test_more_keys_than_slots_come_in_pieces(num_slots, policy):
+    with make(Blobs(), num_slots, policy) as tier:
+        for layer in range(4):
+            assert sorted(fetch(tier, KEYS[layer])) == list(range(32))
+        assert tier.stats.hits + tier.stats.misses == 4 * 32
+        assert tier.residency.used <= tier.memory.space.capacity
+        assert not tier.active
+
+
+def test_in_pieces_what_is_resident_is_used_before_it_is_evicted():
+    with make(Blobs(), 8) as tier:
+        fetch(tier, KEYS[0][24:])
+        fetch(tier, KEYS[0])
+        assert tier.stats.hits == 8
+
+
+def test_layers_of_different_sizes_share_the_budget():
+    sizes = 8192, 12288, 0, 4000
+    with make(Blobs(), 6, "lru", blobs=sizes) as tier:
+        rng = random.Random(1)
+        for step in range(200):
+            layer = (0, 1, 3)[step % 3]
+            fetch(tier, rng.sample(KEYS[layer], rng.choice([1, 2, 4, 20])))
+            assert tier.residency.used <= tier.memory.space.capacity
+            resident = sum(sizes[key.layer] for key in tier.residency._slots)
+            assert resident == tier.residency.used
+        held = sum(tier.memory._extent)
+        assert held <= tier.memory.space.capacity + 96 * len(tier)  # 4000 takes a page
+
+
+def test_two_threads_wanting_one_expert_load_it_once():
+    source = Blobs(held=True)
+    with make(source, 4) as tier:
+        threads = [threading.Thread(target=fetch, args=(tier, [KEYS[1][9]])) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        source.release()
+        for thread in threads:
+            thread.join(60)
+        assert source.reads == [KEYS[1][9]]
+        assert (tier.stats.hits, tier.stats.misses) == (7, 1)
+
+
+def test_a_failed_read_names_the_expert_and_leaves_the_tier_usable():
+    source = Blobs()
+    with make(source, 4) as tier:
+        fetch(tier, KEYS[0][:2])
+        source.failing = {KEYS[3][7]}
+        with pytest.raises(OSError, match=r"expert 7 of layer 3.*on fire"):
+            fetch(tier, [KEYS[0][0], KEYS[3][7]])
+        assert KEYS[3][7] not in tier
+        assert not tier.active
+        assert len(tier) == 2
+        source.failing.clear()
+        assert fetch(tier, [KEYS[3][7]]) == [0]
+        assert sorted(fetch(tier, KEYS[0][:3])) == [0, 1, 2]
+
+
+def test_any_error_of_a_source_reaches_who_waits():
+    class Broken:
+        def read_into(self, key, buffer):
+            raise ValueError("scales are not numbers")
+
+    with make(Broken(), 4) as tier, pytest.raises(OSError, match="not numbers"):
+        fetch(tier, KEYS[0][:1])
+
+
+def test_a_failure_in_a_later_piece():
+    source = Blobs()
+    source.failing = {KEYS[0][31]}
+    with make(source, 8) as tier:
+        with pytest.raises(OSError, match="expert 31"):
+            fetch(tier, KEYS[0])
+        assert not tier.active
+        source.failing.clear()
+        assert sorted(fetch(tier, KEYS[0])) == list(range(32))
+
+
+def test_closing_in_the_middle_releases_the_pins():
+    source = Blobs()
+    with make(source, 8) as tier:
+        for keys in (KEYS[0][:8], KEYS[1]):
+            groups = tier.fetch(keys)
+            next(groups)
+            groups.close()
+            assert not tier.active
+            assert list(groups) == []
+        assert len(fetch(tier, KEYS[2][:8])) == 8
+
+
+def test_an_abandoned_fetch_releases_its_pins():
+    with make(Blobs(), 8) as tier:
+        groups = tier.fetch(KEYS[0][:8])
+        next(groups)
+        del groups
+        assert not tier.active
+        assert len(fetch(tier, KEYS[1][:8])) == 8
+
+
+def test_an_error_of_the_consumer_releases_the_pins():
+    with make(Blobs(), 8) as tier:
+        with pytest.raises(ZeroDivisionError), tier.fetch(KEYS[0][:8]) as groups:
+            for _ in groups:
+                raise ZeroDivisionError
+        assert not tier.active
+
+
+def test_close_ends_the_threads():
+    tier = make(Blobs(), 8)
+    fetch(tier, KEYS[0][:8])
+    tier.close()
+    tier.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("tiered-loader")]
+    with pytest.raises(RuntimeError, match="closed"):
+        tier.fetch(KEYS[0][:1])
+
+
+def test_close_while_somebody_waits():
+    source = Blobs(held=True)
+    tier = make(source, 8, loaders=1)
+    errors = []
+
+    def wait():
+        try:
+            fetch(tier, KEYS[0][:4])
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    source.started.acquire(timeout=60)
+    closing = threading.Thread(target=tier.close)
+    closing.start()
+    thread.join(60)
+    source.release()
+    closing.join(60)
+    assert len(errors) == 1
+    assert not closing.is_alive()
+
+
+def test_a_tier_is_a_source_for_the_tier_above():
+    with make(Blobs(), 8) as ram, make(ram, 3) as above:
+        rng = random.Random(2)
+        for _ in range(100):
+            fetch(above, rng.sample(KEYS[0], 3))
+        assert above.stats.misses == ram.stats.hits + ram.stats.misses
+
+
+def test_no_budget_for_a_single_expert():
+    with pytest.raises(MemoryError, match="cannot hold one expert"):
+        Tier(NullMemory(Space(100, (8192,))), Blobs(), policies.create("lru", Space(100, (8192,))))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sixteen_threads_with_failing_and_slow_reads(seed):
+    """No deadlock, no lost pin, never another expert's bytes."""
+    source = Unreliable(seed)
+    wrong, failures = [], [0] * 16
+    with make(source, 12, random.Random(seed).choice(policies_to_stress()), loaders=5) as tier:
+
+        def work(index):
+            rng = random.Random(100 * seed + index)
+            for _ in range(60):
+                keys = rng.sample(KEYS[rng.randrange(4)], rng.choice([1, 2, 4, 6, 14]))
+                try:
+                    if rng.random() < 0.3:
+                        tier.prefetch(rng.sample(KEYS[rng.randrange(4)], 3), 2)
+                    fetch(tier, keys)
+                except OSError:
+                    failures[index] += 1
+                except BaseException as error:
+                    wrong.append(error)
+                    raise
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert not any(thread.is_alive() for thread in threads)
+        assert not wrong
+        assert sum(failures) > 0
+        assert not tier.active
+        assert tier.residency.used <= tier.memory.space.capacity
+        source.failures = 0.0
+        for layer in range(4):
+            assert sorted(fetch(tier, KEYS[layer])) == list(range(32))
+
+
+def policies_to_stress():
+    return [name for name in policies.names() if name != "belady"]
+
+
+def test_places_are_page_aligned():
+    space = Space(5 * 8192, (5000, 8000))
+    memory = RamMemory(space, slack=100)
+    assert memory.stride == 8192
+    for slot in range(space.num_slots):
+        assert memory.place(slot) % 4096 == 0
+        assert memory.slot(slot).ctypes.data == memory.place(slot)
+    memory.slot(0)[:] = 7
+    assert np.all(memory.slot(0) == 7)
+    memory.close()

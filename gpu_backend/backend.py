@@ -16,6 +16,7 @@ from gpu_backend.arrays import Jobs
 from gpu_backend.attention import AttentionLayer, BatchPlace
 from gpu_backend.device import TorchDevice
 from gpu_backend.feed_forward import FeedForwardLayer
+from gpu_backend.formats import check_format
 from gpu_backend.kv import KVPages
 from gpu_backend.matrix import Matrix, Rows
 from gpu_backend.norm import rms_norm
@@ -75,6 +76,8 @@ class GpuBackend:
         return RouterLayer(norm, router, config, self._torch)
 
     def expert_layer(self, layout: Any, config: Any) -> Any:
+        for tensor in (layout.gate, layout.up, layout.down):
+            check_format(tensor.format)
         self._hidden_size = config.hidden_size
         return layout, self.host and self.host.expert_layer(layout, config)
 

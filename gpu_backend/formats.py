@@ -50,4 +50,7 @@ def plane_offsets(format: str, num_blocks: int) -> list[int]:
 
 def check_format(format: str) -> None:
     if format not in QUANTIZED:
-        raise ValueError(f"no GPU kernel knows the number format {format!r}: use {QUANTIZED}")
+        raise ValueError(
+            f"no GPU kernel knows the number format {format!r} (they know {', '.join(QUANTIZED)}); "
+            "float experts run on a GPU as 4-bit integers: quantize='int4'"
+        )

@@ -140,5 +140,3 @@ def _store_tile(k: Emitter, tile: Value, totals: list) -> None:
     rows = totals[0].get().lanes
     for index, total in enumerate(totals):
         k.store(tile + 4 * rows * index, total.get())
-
-

@@ -23,29 +23,30 @@ class Record:
     """Words named by `fields`; `address` is what an op gets."""
 
     def __init__(self, fields: Any, **values: Any) -> None:
-        self._fields = fields
-        self._words = np.zeros(len(fields), np.int64)
-        self._floats = self._words.view(np.float32)
+        self._index = fields._asdict()
+        array = np.zeros(len(fields), np.int64)
+        self.address: int = array.ctypes.data
+        self._words = memoryview(array)  # written to in half the time of an array
+        self._floats = memoryview(array.view(np.float32))
         self._kept: dict[str, np.ndarray] = {}
-        self.address: int = self._words.ctypes.data
         self.set(**values)
 
     def set(self, **values: Any) -> None:
         """Integers; floats, kept as float32; arrays, kept alive and given as their address; None
         is 0."""
+        kept, index, words = self._kept, self._index, self._words
         for name, value in values.items():
-            index = getattr(self._fields, name)
             if isinstance(value, np.ndarray):
-                if self._kept.get(name) is value:
-                    continue  # to ask for an address again takes microseconds
-                self._kept[name] = value
-                value = value.ctypes.data
-            else:
-                self._kept.pop(name, None)
+                if kept.get(name) is not value:  # to ask for an address again takes microseconds
+                    kept[name] = value
+                    words[index[name]] = value.ctypes.data
+                continue
+            if name in kept:
+                del kept[name]
             if isinstance(value, float):
-                self._floats[2 * index] = value
+                self._floats[2 * index[name]] = value
             else:
-                self._words[index] = value or 0
+                words[index[name]] = value or 0
 
 
 class Scratch:

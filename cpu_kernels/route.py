@@ -136,6 +136,7 @@ class Router:
     def __init__(self, team: Team) -> None:
         self._team = team
         self._scratch = Scratch()
+        self._chosen: dict[tuple[int, int], Routing] = {}  # of the latest shape
 
     def route(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
         """h = norm(x), which stays until the next call, and the experts chosen for it."""
@@ -153,20 +154,23 @@ class Router:
             raise ValueError(
                 f"rows must be float32 [num_tokens, {layer.hidden_size}], not {h.dtype} {h.shape}"
             )
-        routing = Routing(  # new arrays, because look-ahead and traces keep them
-            np.empty((num_rows, layer.top_k), np.int32),
-            np.empty((num_rows, layer.top_k), np.float32),
-        )
         if not num_rows:
-            return routing
-        room = self._scratch.room
+            return Routing(
+                np.empty((0, layer.top_k), np.int32), np.empty((0, layer.top_k), np.float32)
+            )
+        room, shape = self._scratch.room, (num_rows, layer.top_k)
+        chosen = self._chosen.get(shape)
+        if chosen is None:
+            chosen = Routing(np.empty(shape, np.int32), np.empty(shape, np.float32))
+            self._chosen = {shape: chosen}
         record.set(
             num_rows=num_rows,
             h=h,
             prepared=room("prepared", prepared_bytes(num_rows, layer.hidden_size)),
             logits=room("logits", 4 * num_rows * layer.num_experts),
-            experts=routing.experts,
-            weights=routing.weights,
+            experts=chosen.experts,
+            weights=chosen.weights,
         )
         self._team.run(route.address, record.address)
-        return routing
+        # Copies, because look-ahead and traces keep them; quicker than the address of new arrays.
+        return Routing(chosen.experts.copy(), chosen.weights.copy())

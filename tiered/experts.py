@@ -28,7 +28,7 @@ class TensorLayout(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.shape[0] * FORMATS[self.format].row_bytes(self.shape[1])
+        return int(self.shape[0] * FORMATS[self.format].row_bytes(self.shape[1]))
 
 
 class ExpertLayout(NamedTuple):
@@ -84,7 +84,9 @@ class ExpertJobs(NamedTuple):
 
     def take(self, selected: Sequence[int] | np.ndarray) -> ExpertJobs:
         """The jobs of some of the experts, given by their position in `experts`."""
-        if len(selected) == len(self.experts) and all(a == b for b, a in enumerate(selected)):
+        if len(selected) == len(self.experts) and (
+            isinstance(selected, range) or all(a == b for b, a in enumerate(selected))
+        ):
             return self
         spans = [self.pairs[self.starts[i] : self.starts[i + 1]] for i in selected]
         starts = np.zeros(len(spans) + 1, np.int32)

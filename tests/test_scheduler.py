@@ -134,7 +134,7 @@ def test_prompt_scores_are_those_of_the_logits(engine):
     logits = engine.logits(prompt).astype(np.float64)
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     client = Client()
-    with Scheduler(engine, mixed_chunk=16) as scheduler:
+    with Scheduler(engine) as scheduler:
         request = Request(prompt, 0, logprobs=2, prompt_logprobs=True)
         scheduler.submit(request, client.events.put)
         scores = client.events.get(timeout=60)

@@ -36,7 +36,7 @@ class Job:
         self.tokens = list(request.ids)
         self.sequence: Sequence | None = None
         self.prefilling = True
-        self.num_cached = 0
+        self.start: int | None = None  # the tokens before had been computed by others
         self.finish: Finish | None = None
         self.cancelled = False
         self._on_event = on_event
@@ -58,6 +58,14 @@ class Job:
     def to_do(self) -> list[int]:
         """Tokens that are known and not computed."""
         return self.tokens[len(self.sequence.tokens) :] if self.sequence else self.tokens
+
+    def next_chunk(self, prefill_chunk: int, decode_rows: int) -> list[int]:
+        """What to compute next; what was decoded before a preemption again as it was then."""
+        assert self.sequence is not None
+        done, prompt = len(self.sequence.tokens), len(self.request.ids)
+        if done >= prompt:
+            return self.tokens[done : done + decode_rows]
+        return self.tokens[done : min(done + prefill_chunk, prompt)]
 
     def score_prompt(self, logits: np.ndarray, start: int) -> None:
         """Logits after the prompt's tokens from `start` on: float32 [count, vocab_size]."""
@@ -108,7 +116,7 @@ class Job:
             reason,
             text,
             len(self.request.ids),
-            self.num_cached,
+            self.start or 0,
             self.num_new,
             self._stops.matched,
             error,

@@ -1,29 +1,28 @@
 """Continuous batching: requests join and leave between two tokens, and share each fetched expert.
 
-One thread owns the engine. A step computes one token of every running request together, and then a
-part of one prompt, so that a long prompt does not hold the others up.
+One thread owns the engine. A step computes one token of every running request together, and then,
+unless prompts have just taken their time, a chunk of one prompt.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from tiered.engine import Engine
-from tiered.kv_cache import PAGE_SIZE
+from tiered.serve.batcher import Batcher
 from tiered.serve.counts import Counts
 from tiered.serve.fair_queue import FairQueue
 from tiered.serve.job import Job
 from tiered.serve.prefix import PrefixCache
 from tiered.serve.request import Event, Request
-from tiered.serve.room import has_room, new_pages, sequence_of
+from tiered.serve.room import has_room
 
-log = logging.getLogger("tiered")
+if TYPE_CHECKING:
+    from tiered.engine import Engine
+
+PATIENCE = 0.1  # seconds; so long a chunk of a prompt is no loss to those who decode
 
 
 class Busy(RuntimeError):
@@ -33,9 +32,8 @@ class Busy(RuntimeError):
 class Scheduler:
     """Answers requests with one engine. Close it (or use `with`) to end its thread.
 
-    At most `max_running` requests are computed at once, and `max_waiting` wait; while others
-    decode, prompts advance by `mixed_chunk` tokens a step. A forward pass decodes at most
-    `decode_rows` requests: so many rows give each of them exactly what it would get alone.
+    At most `max_running` requests are computed at once, and `max_waiting` wait; a forward pass
+    decodes at most `decode_rows` of them (see Batcher).
     """
 
     def __init__(
@@ -44,26 +42,34 @@ class Scheduler:
         *,
         max_running: int = 16,
         max_waiting: int = 256,
-        mixed_chunk: int = 128,
         decode_rows: int = 8,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
         self.max_running = max_running
         self.max_waiting = max_waiting
-        self.decode_rows = decode_rows
-        self.mixed_chunk = min(mixed_chunk, engine.choices.prefill_chunk)
         self.clock = clock
-        self.prefixes = PrefixCache(engine.kv)
-        self.counts = Counts()
-        self.running: list[Job] = []  # oldest first; of the thread, like the prefix cache
         self.waiting: FairQueue[Job] = FairQueue()
+        self._batcher = Batcher(engine, decode_rows, clock)
+        self._owed = 0.0  # seconds that prompts took from those who decode
         self._arrived = 0
         self._draining = False
         self._closed = False
         self._calls: list[Callable[[], None]] = []
         self._wake = threading.Condition()  # guards waiting, _calls and the flags
         self._thread: threading.Thread | None = None
+
+    @property
+    def counts(self) -> Counts:
+        return self._batcher.counts
+
+    @property
+    def running(self) -> list[Job]:
+        return self._batcher.running
+
+    @property
+    def prefixes(self) -> PrefixCache:
+        return self._batcher.prefixes
 
     # --- for any thread ---
 
@@ -99,7 +105,7 @@ class Scheduler:
         """Accept nothing any more, and wait until all that was accepted is answered."""
         with self._wake:
             self._draining = True
-            while (self.waiting or self.running) and self.is_alive:
+            while (self.waiting or self.running or self._batcher.preempted) and self.is_alive:
                 self._wake.wait()
 
     @property
@@ -148,15 +154,32 @@ class Scheduler:
             self.counts.busy_seconds += self.clock() - start
 
     def step(self) -> None:
-        """One token for each request that decodes, then a part of one prompt."""
+        """One token for each request that decodes, then perhaps a chunk of one prompt.
+
+        Who decodes gets half of the time: what a chunk took longer than PATIENCE is owed to them.
+        """
         self._drop()
         self._admit()
         self.counts.steps += 1
+        start = self.clock()
         decoding = [job for job in self.running if not job.prefilling]
-        for start in range(0, len(decoding), self.decode_rows):
-            group = decoding[start : start + self.decode_rows]
-            self._decode([job for job in group if job.sequence])  # not preempted meanwhile
-        self._prefill(self.mixed_chunk if decoding else self.engine.choices.prefill_chunk)
+        self._batcher.decode(decoding)
+        decoded = self.clock()
+        self._owed = max(0.0, self._owed - (decoded - start)) if decoding else 0.0
+        prompt = self._next_prompt()
+        if prompt is not None and self._owed == 0:
+            self._batcher.prefill(prompt)
+            self._owed = max(0.0, self.clock() - decoded - PATIENCE)
+        with self._wake:
+            while self._batcher.preempted:
+                self.waiting.put_back(self._batcher.preempted.pop(0))
+
+    def _next_prompt(self) -> Job | None:
+        """In turn the oldest, and the one that will be done first."""
+        jobs = [job for job in self.running if job.prefilling]
+        if self.counts.steps % 2:
+            return min(jobs, key=lambda job: len(job.to_do), default=None)
+        return jobs[0] if jobs else None
 
     def _drop(self) -> None:
         """End what nobody waits for any more."""
@@ -170,7 +193,7 @@ class Scheduler:
             gone = self.waiting.remove_if(ended)
         for job in [*gone, *filter(ended, list(self.running))]:
             job.end("cancelled" if job.cancelled else "timeout")
-            self._leave(job)
+            self._batcher.leave(job)
 
     def _admit(self) -> None:
         while len(self.running) < self.max_running:
@@ -181,129 +204,3 @@ class Scheduler:
                 self.waiting.pop()
                 self.running.append(job)
                 self.running.sort(key=lambda job: job.serial)
-
-    def _decode(self, jobs: list[Job]) -> None:
-        with self._room_for([(job, job.to_do) for job in jobs]) as additions:
-            if not additions:
-                return
-            rows = np.arange(len(additions))
-            governor = self.engine.governor
-            if governor is not None:
-                governor.begin()
-            rows_of_logits = self._forward(additions, rows)
-            if governor is not None:
-                governor.end()
-            for (job, _), logits in zip(additions, rows_of_logits, strict=True):
-                self._advance(job, logits)
-            self.counts.decode_rows += len(additions)
-            self.counts.decode_steps += 1
-
-    def _prefill(self, limit: int) -> None:
-        """The next part of a prompt: in turn of the oldest, and of the one that is done first."""
-        jobs = [job for job in self.running if job.prefilling]
-        if not jobs:
-            return
-        shortest = self.counts.steps % 2
-        job = min(jobs, key=lambda job: len(job.to_do)) if shortest else jobs[0]
-        self._open(job)
-        chunk = job.to_do[:limit]
-        with self._room_for([(job, chunk)]) as additions:
-            if not additions:
-                return
-            start = len(job.sequence.tokens)  # type: ignore[union-attr]
-            whole = job.request.prompt_logprobs and not job.num_new
-            rows = np.arange(len(chunk)) if whole else np.array([len(chunk) - 1])
-            logits = self._forward(additions, rows)
-            self.counts.prompt_tokens += len(chunk)
-            if whole:
-                job.score_prompt(logits, start)
-            if not job.to_do:
-                self.prefixes.insert(job.sequence)  # type: ignore[arg-type]
-                job.prompt_done()
-                self._advance(job, logits[-1])
-
-    def _open(self, job: Job) -> None:
-        """Start from what earlier texts have computed, as late as possible: it may be more."""
-        if job.sequence is not None:
-            return
-        pages: list[int] = []
-        if not job.request.prompt_logprobs:
-            pages = self.prefixes.match(job.tokens[:-1])
-        known = len(pages) * PAGE_SIZE
-        job.sequence = self.engine.kv.open(job.tokens[:known], pages)
-        if not job.num_new:
-            job.num_cached = known
-            self.counts.cached_tokens += known
-
-    def _advance(self, job: Job, logits: np.ndarray) -> None:
-        before = job.num_new
-        try:
-            job.advance(logits, self.engine.context, self.clock())
-        except Exception as error:  # of this request alone: the others go on
-            log.exception("a request failed")
-            job.end("error", error)
-        self.counts.new_tokens += job.num_new - before
-        if job.finish is not None:
-            self._leave(job)
-
-    def _forward(self, additions: list[tuple[Job, list[int]]], rows: np.ndarray) -> np.ndarray:
-        batch = self.engine.kv.batch([(sequence_of(job), tokens) for job, tokens in additions])
-        return self.engine.decoder.forward(batch, self.engine.kv.pages, rows)
-
-    @contextmanager
-    def _room_for(
-        self, additions: list[tuple[Job, list[int]]]
-    ) -> Iterator[list[tuple[Job, list[int]]]]:
-        """Make room in the KV cache, perhaps at the youngest's cost; what fails ends with an error.
-
-        Whoever is in the batch of a failed forward pass fails with it: nothing says whose it was.
-        """
-        additions = self._make_room(additions)
-        try:
-            yield additions
-        except Exception as error:
-            log.exception("a forward pass failed")
-            for job, _ in additions:
-                if job.finish is None:
-                    job.end("error", error)
-                    self._leave(job, keep=False)
-
-    def _make_room(self, additions: list[tuple[Job, list[int]]]) -> list[tuple[Job, list[int]]]:
-        kv = self.engine.kv
-        while True:
-            needed = sum(new_pages(job, tokens) for job, tokens in additions)
-            missing = needed - kv.free_tokens // PAGE_SIZE
-            if missing <= 0 or self.prefixes.evict(missing) >= missing:
-                return additions
-            youngest = max(
-                (job for job in self.running if job.sequence), key=lambda job: job.serial
-            )
-            self._preempt(youngest)
-            additions = [(job, tokens) for job, tokens in additions if job is not youngest]
-
-    def _preempt(self, job: Job) -> None:
-        """Take a request's pages; it waits in front of all others, and goes on where it was."""
-        self.prefixes.insert(sequence_of(job))
-        self.engine.kv.close(sequence_of(job))
-        job.sequence = None
-        job.prefilling = True
-        self.running.remove(job)
-        with self._wake:
-            self.waiting.put_back(job)
-        self.counts.preemptions += 1
-
-    def _leave(self, job: Job, keep: bool = True) -> None:
-        """A finished request gives its pages back; what they hold is remembered."""
-        assert job.finish is not None
-        if job.sequence is not None:
-            if keep:
-                self.prefixes.insert(job.sequence)
-            self.engine.kv.close(job.sequence)
-            job.sequence = None
-        if job in self.running:
-            self.running.remove(job)
-        self.counts.finished[job.finish.reason] += 1
-        now = self.clock()
-        self.counts.request_seconds.add(now - job.arrived)
-        if job.first_token is not None:
-            self.counts.first_token_seconds.add(job.first_token - job.arrived)

@@ -1,0 +1,167 @@
+"""The forward passes of many requests, and the KV cache's pages that they take turns with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiered.kv_cache import PAGE_SIZE
+from tiered.serve.counts import Counts
+from tiered.serve.job import Job
+from tiered.serve.prefix import PrefixCache
+from tiered.serve.room import new_pages, sequence_of
+
+if TYPE_CHECKING:
+    from tiered.engine import Engine
+
+log = logging.getLogger("tiered")
+Additions = list[tuple[Job, list[int]]]  # tokens to append, by request
+
+
+class Batcher:
+    """Owns an engine: belongs to one thread. `running` are the requests that hold pages or may.
+
+    What a request gets does not depend on the others: products of up to 8 rows give each row the
+    bits that it would have alone, so no more than `decode_rows` are decoded at once; a prompt is
+    computed alone, in the chunks that `Engine.generate_tokens` would choose. Starting from another
+    text's pages moves the chunks, as it does in the engine, and so may change last bits.
+    """
+
+    def __init__(self, engine: Engine, decode_rows: int, clock: Callable[[], float]) -> None:
+        self.engine = engine
+        self.decode_rows = decode_rows
+        self.clock = clock
+        self.counts = Counts()
+        self.prefixes = PrefixCache(engine.kv)
+        self.running: list[Job] = []  # oldest first
+        self.preempted: list[Job] = []  # they left `running`, and have to wait again
+
+    def decode(self, jobs: list[Job]) -> None:
+        """One token for each."""
+        for start in range(0, len(jobs), self.decode_rows):
+            group = jobs[start : start + self.decode_rows]
+            with self._room_for([(job, job.to_do) for job in group if job.sequence]) as additions:
+                if additions:
+                    self._decode(additions)
+
+    def _decode(self, additions: Additions) -> None:
+        governor = self.engine.governor
+        if governor is not None:
+            governor.begin()
+        logits = self._forward(additions, np.arange(len(additions)))
+        if governor is not None:
+            governor.end()
+        self.counts.decode_rows += len(additions)
+        self.counts.decode_steps += 1
+        for (job, _), row in zip(additions, logits, strict=True):
+            self._advance(job, row)
+
+    def prefill(self, job: Job) -> None:
+        """The next chunk of a prompt, and the first token if it was the last."""
+        self._open(job)
+        chunk = job.next_chunk(self.engine.choices.prefill_chunk, self.decode_rows)
+        with self._room_for([(job, chunk)]) as additions:
+            if not additions:
+                return
+            sequence = sequence_of(job)
+            start = len(sequence.tokens)
+            whole = job.request.prompt_logprobs and not job.num_new
+            rows = np.arange(len(chunk)) if whole else np.array([len(chunk) - 1])
+            logits = self._forward(additions, rows)
+            self.counts.prompt_tokens += len(chunk)
+            if whole:
+                job.score_prompt(logits, start)
+            if not job.to_do:
+                self.prefixes.insert(sequence)
+                job.prompt_done()
+                self._advance(job, logits[-1])
+
+    def _open(self, job: Job) -> None:
+        """Start from what earlier texts have computed, as late as possible: it may be more."""
+        if job.sequence is not None:
+            return
+        pages: list[int] = []
+        if not job.request.prompt_logprobs:
+            pages = self.prefixes.match(job.tokens[:-1])
+        known = len(pages) * PAGE_SIZE
+        if job.start is None:
+            job.start = known
+            self.counts.cached_tokens += known
+        elif job.start < known < len(job.request.ids):  # preempted: the same chunks as before
+            known -= (known - job.start) % self.engine.choices.prefill_chunk
+            known -= known % PAGE_SIZE
+        job.sequence = self.engine.kv.open(job.tokens[:known], pages[: known // PAGE_SIZE])
+
+    def _advance(self, job: Job, logits: np.ndarray) -> None:
+        before = job.num_new
+        try:
+            job.advance(logits, self.engine.context, self.clock())
+        except Exception as error:  # of this request alone: the others go on
+            log.exception("a request failed")
+            job.end("error", error)
+        self.counts.new_tokens += job.num_new - before
+        if job.finish is not None:
+            self.leave(job)
+
+    def _forward(self, additions: Additions, rows: np.ndarray) -> np.ndarray:
+        kv = self.engine.kv
+        batch = kv.batch([(sequence_of(job), tokens) for job, tokens in additions])
+        return self.engine.decoder.forward(batch, kv.pages, rows)
+
+    @contextmanager
+    def _room_for(self, additions: Additions) -> Iterator[Additions]:
+        """Make room in the KV cache, perhaps at the youngest's cost; what fails ends with an error.
+
+        Whoever is in the batch of a failed forward pass fails with it: nothing says whose it was.
+        """
+        additions = self._make_room(additions)
+        try:
+            yield additions
+        except Exception as error:
+            log.exception("a forward pass failed")
+            for job, _ in additions:
+                if job.finish is None:
+                    job.end("error", error)
+                    self.leave(job, keep=False)
+
+    def _make_room(self, additions: Additions) -> Additions:
+        kv = self.engine.kv
+        while True:
+            needed = sum(new_pages(job, tokens) for job, tokens in additions)
+            missing = needed - kv.free_tokens // PAGE_SIZE
+            if missing <= 0 or self.prefixes.evict(missing) >= missing:
+                return additions
+            holders = [job for job in self.running if job.sequence]
+            youngest = max(holders, key=lambda job: job.serial)
+            self._preempt(youngest)
+            additions = [(job, tokens) for job, tokens in additions if job is not youngest]
+
+    def _preempt(self, job: Job) -> None:
+        """Take a request's pages; when there is room again it goes on where it was."""
+        self.prefixes.insert(sequence_of(job))
+        self.engine.kv.close(sequence_of(job))
+        job.sequence = None
+        job.prefilling = True
+        self.running.remove(job)
+        self.preempted.append(job)
+        self.counts.preemptions += 1
+
+    def leave(self, job: Job, keep: bool = True) -> None:
+        """A finished request gives its pages back; with `keep`, what they hold is remembered."""
+        assert job.finish is not None
+        if job.sequence is not None:
+            if keep:
+                self.prefixes.insert(job.sequence)
+            self.engine.kv.close(job.sequence)
+            job.sequence = None
+        if job in self.running:
+            self.running.remove(job)
+        self.counts.finished[job.finish.reason] += 1
+        now = self.clock()
+        self.counts.request_seconds.add(now - job.arrived)
+        if job.first_token is not None:
+            self.counts.first_token_seconds.add(job.first_token - job.arrived)

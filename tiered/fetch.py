@@ -84,9 +84,13 @@ class Fetch:
         """Release the pins. Loads under way go on."""
         pins, self._pins = self._pins, None
         if pins is not None:
-            with self._tier.lock:
-                self._tier.active.remove(pins)
-                self._tier.notify()
+            tier = self._tier
+            with tier.lock:
+                tier.active.remove(pins)
+                tier.notify()
+                if self._pieces and tier.journal is not None:
+                    not_asked = sum(map(len, self._pieces))
+                    tier.journal.cut_short(len(self._keys) - not_asked)
 
     def __enter__(self) -> Fetch:
         return self
@@ -163,7 +167,8 @@ class Fetch:
 
     def _arrivals(self, piece: Piece) -> Group:
         """Wait until something has arrived; everything that has."""
-        tier, group, failed = self._tier, [], None
+        tier, failed = self._tier, None
+        group: Group = []
         with tier.lock:
             begin = tier.clock()
             while not group and failed is None:

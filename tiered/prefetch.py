@@ -36,7 +36,7 @@ class Accuracy(NamedTuple):
     tokens: int = 0
     whole: int = 0  # tokens of which every expert had been guessed
 
-    def __add__(self, other: tuple[int, ...]) -> Accuracy:
+    def __add__(self, other: tuple[int, ...]) -> Accuracy:  # type: ignore[override]
         return Accuracy(*(a + b for a, b in zip(self, other, strict=True)))
 
     @property

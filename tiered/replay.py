@@ -58,7 +58,7 @@ class PublishedResidency(Residency):
         super().__init__(space, policy)
         self._surplus = getattr(policy, "surplus", self._any_surplus)
 
-    def demand(self, keys: Sequence[ExpertKey]) -> None:
+    def demand(self, keys: Sequence[ExpertKey], num_asked: int | None = None) -> None:
         self.lookup(keys)
         batch, layer = set(keys), keys[0].layer
         while True:
@@ -134,22 +134,21 @@ def _run(residency: Residency, events: Sequence[Event]) -> tuple[TierStats, int]
     before: TierStats | None = None  # at the start of the running decode pass
     last: Sequence[ExpertKey] = ()  # what the latest fetch asked for is not evicted for a guess
     for event in events:
-        kind = type(event)
-        if kind is Fetched:
+        if isinstance(event, Fetched):
             last = event.keys
-            demand(last)
-        elif kind is Pass:
+            demand(last, event.num_asked)
+        elif isinstance(event, Pass):
             if before is not None:
                 decode = decode + (residency.stats - before)
             before = None
             if event.phase == DECODE:
                 before = residency.stats.copy()
                 num_tokens += 1
-        elif kind is Prefetched:
+        elif isinstance(event, Prefetched):
             for key in event.given_up:
                 residency.cancel(key)
             residency.guess(event.keys, event.limit, last)
-        elif kind is Dropped:
+        elif isinstance(event, Dropped):
             residency.drop(event.key)
     if before is not None:
         decode = decode + (residency.stats - before)

@@ -160,16 +160,23 @@ class Residency:
             self._use_guesses(keys)
         return slots, missing  # type: ignore[return-value]
 
-    def demand(self, keys: Sequence[ExpertKey]) -> None:
-        """All that a fetch by the only thread does: piece by piece, the previous one protected."""
+    def demand(self, keys: Sequence[ExpertKey], num_asked: int | None = None) -> None:
+        """All that a fetch by the only thread does: piece by piece, the previous one protected.
+
+        `num_asked`: it ended after the pieces that held so many keys.
+        """
         if self.fits(keys):
             self.lookup(keys)
             return
         before: list[ExpertKey] = []
+        remaining = len(keys) if num_asked is None else num_asked
         for positions in self.chunks(keys):
+            if remaining <= 0:
+                break
             piece = [keys[i] for i in positions]
             self.lookup(piece, before if self.can_admit(piece, before) else ())
             before = piece
+            remaining -= len(piece)
 
     def guess(
         self, keys: Sequence[ExpertKey], limit: int, also: Collection[ExpertKey] = ()

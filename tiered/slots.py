@@ -75,7 +75,8 @@ class RamMemory:
         self._address = self._bytes.ctypes.data
 
     def slot(self, slot: int) -> np.ndarray:
-        return self._bytes[slot]
+        buffer: np.ndarray = self._bytes[slot]
+        return buffer
 
     def place(self, slot: int) -> int:
         return int(self._address + slot * self.stride)

@@ -42,6 +42,9 @@ class Journal(Protocol):
 
     def dropped(self, key: ExpertKey) -> None: ...
 
+    def cut_short(self, num_asked: int) -> None:
+        """The fetch in pieces ended early: only so many of its keys were looked up."""
+
 
 class Tier:
     """An expert cache over one memory. Thread-safe; close it (or use `with`) to end its threads.

@@ -10,8 +10,9 @@ num_tokens u16, top_k u8, then experts u16 and weights f16, token by token.
     F  a layer asked the tier      count u16, keys, then for each key u8: 1 if it was resident
     A  look-ahead asked the tier   limit u32, count u16, keys, count u16, keys given up unread
     D  a demanded read failed      1 key
+    C  the fetch ended early       u16: only so many keys were looked up (a batch in pieces)
 
-F, A and D in their order determine hits and misses: replaying them is exact. A record cut short
+F, A, D and C in their order determine hits and misses: replaying them is exact. A record cut short
 by a crash ends the trace.
 """
 
@@ -63,6 +64,7 @@ class Guessed(NamedTuple):
 class Fetched(NamedTuple):
     keys: list[ExpertKey]
     resident: list[bool]
+    num_asked: int | None = None  # it ended after so many keys; None: all
 
 
 class Prefetched(NamedTuple):
@@ -95,7 +97,8 @@ class Trace:
 
 
 class TraceWriter:
-    """Writes a trace. A tier's journal (`fetched`, `prefetched`, `dropped`), and the decoder's."""
+    """Writes a trace: a tier's journal (`fetched`, `prefetched`, `dropped`, `cut_short`), and what
+    the decoder says (`begin`, `record`, `guess`)."""
 
     def __init__(self, path: str | Path, info: TraceInfo) -> None:
         self._file = Path(path).open("wb", buffering=1 << 16)  # noqa: SIM115
@@ -126,6 +129,9 @@ class TraceWriter:
 
     def dropped(self, key: ExpertKey) -> None:
         self._file.write(b"D" + struct.pack("<HH", *key))
+
+    def cut_short(self, num_asked: int) -> None:
+        self._file.write(b"C" + struct.pack("<H", num_asked))
 
     def close(self) -> None:
         self._file.close()
@@ -182,14 +188,19 @@ class _Reader:
         events: list[Event] = []
         try:
             while self._at < len(self._data):
-                events.append(self._event())
+                event = self._event()
+                if isinstance(event, int):
+                    _cut_short(events, event)
+                else:
+                    events.append(event)
         except struct.error:
             pass  # cut short by a crash
         except IndexError as error:
             raise ValueError(f"{self._path} is damaged: it names an expert that is not") from error
         return events
 
-    def _event(self) -> Event:
+    def _event(self) -> Event | int:
+        """An event; a number changes the latest Fetched."""
         (letter,) = self._numbers("c")
         if letter == b"F":
             keys = self._keys()
@@ -206,6 +217,8 @@ class _Reader:
             return Prefetched(self._keys(), limit, self._keys())
         if letter == b"D":
             return Dropped(self._key(*self._numbers("HH")))
+        if letter == b"C":
+            return int(self._numbers("H")[0])
         raise ValueError(f"{self._path} is damaged: {letter!r} begins no record")
 
     def _numbers(self, form: str) -> tuple:  # type: ignore[type-arg]
@@ -225,6 +238,14 @@ class _Reader:
         experts = np.array(self._numbers(f"{count}H"), np.int32).reshape(num_tokens, top_k)
         weights = np.array(self._numbers(f"{count}e"), np.float32).reshape(num_tokens, top_k)
         return Routing(experts, weights)
+
+
+def _cut_short(events: list[Event], num_asked: int) -> None:
+    for index in range(len(events) - 1, -1, -1):
+        event = events[index]
+        if isinstance(event, Fetched):
+            events[index] = event._replace(num_asked=num_asked)
+            return
 
 
 def _packed(routing: Routing) -> bytes:

@@ -57,6 +57,13 @@ class GpuBackend:
         self._rows: Rows | None = None  # of the latest h
         self._host_h: tuple[torch.Tensor, np.ndarray] | None = None
 
+    @property
+    def few_rows(self) -> int:
+        """Rows of activations up to which the host computes the same bits."""
+        from cpu_kernels.linear import FEW_ROWS
+
+        return FEW_ROWS
+
     def slots(self, space: Any, layouts: dict[int, Any], num_experts: int) -> GpuSlots:
         """Memory for a tier of experts on this device; `layouts` by layer. Raises MemoryError."""
         self._slots = GpuSlots(self.device, space, layouts, self.arithmetic.rearrange, num_experts)

@@ -16,6 +16,10 @@ import numpy as np
 import torch
 
 
+def cuda_is_available() -> bool:
+    return torch.cuda.is_available()
+
+
 class Staging(NamedTuple):
     """A pair of buffers that a blob passes on its way to a slot."""
 

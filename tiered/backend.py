@@ -125,6 +125,36 @@ def open_cpu(choices: EngineConfig) -> Backend:
     return backend
 
 
+def open_backend(choices: EngineConfig) -> Backend:
+    """The backend of the device that the user chose; "auto" is a GPU where torch finds one."""
+    if choices.device == "cpu" or (choices.device == "auto" and not has_gpu()):
+        return open_cpu(choices)
+    return open_gpu(choices)
+
+
+def open_gpu(choices: EngineConfig) -> Backend:
+    """A GPU, with the CPU beside it. RuntimeError says what is missing."""
+    try:
+        from gpu_backend.backend import GpuBackend
+    except ImportError as error:
+        raise RuntimeError(
+            f"device {choices.device!r} needs torch: pip install 'tiered[gpu]'"
+        ) from error
+    name = {"auto": "cuda", "sim": "cpu"}.get(choices.device, choices.device)
+    exact = choices.quantize == "none"
+    backend: Backend = GpuBackend(name, exact=exact, host=open_cpu(choices))
+    return backend
+
+
+def has_gpu() -> bool:
+    """Whether torch is installed and finds a CUDA device."""
+    try:
+        from gpu_backend.device import cuda_is_available
+    except ImportError:
+        return False
+    return bool(cuda_is_available())
+
+
 def default_threads() -> int:
     """Cores that this process may use: one thread each, hyperthreads left out."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

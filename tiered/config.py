@@ -99,12 +99,18 @@ class EngineConfig:
     prefill_chunk: int = 512  # tokens computed at once
     readers: int = 4  # threads that read experts from disk
     isa: str = "auto"  # see `tiered info`
+    # cpu, auto, cuda, cuda:1, ..., or sim: a GPU's arithmetic on the CPU. The GPU is tested without
+    # one (interpreter, compiler, simulated device) and has not run on a real card yet: it is asked for.
+    device: str = "cpu"
+    vram: int | str | None = None  # what may be used of the GPU's memory; None: what is free
 
     def __post_init__(self) -> None:
         if self.quantize not in ("int4", "none"):
             raise ValueError(f"quantize must be int4 or none, not {self.quantize!r}")
         if self.kv_dtype not in ("f32", "f16", "int8"):
             raise ValueError(f"kv_dtype must be f32, f16 or int8, not {self.kv_dtype!r}")
+        if self.device not in ("auto", "cpu", "sim") and not self.device.startswith("cuda"):
+            raise ValueError(f"device must be auto, cpu, cuda, cuda:N or sim, not {self.device!r}")
         if not 0 <= self.look_ahead <= 3:
             raise ValueError(f"look_ahead is 0 (off) to 3 layers, not {self.look_ahead}")
         for name in ("threads", "context", "kv_tokens", "prefill_chunk", "readers"):

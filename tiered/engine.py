@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 
 from tiered import kv_cache, memory, policies
-from tiered.backend import Backend, open_cpu
+from tiered.accelerator import place_experts
+from tiered.backend import Backend, open_backend
 from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
 from tiered.chat import ChatTemplate
 from tiered.config import EngineConfig, ModelConfig
@@ -60,7 +61,7 @@ class Engine:
         with ExitStack() as stack:
             self.checkpoint = stack.enter_context(open_checkpoint(Path(path)))
             self.config: ModelConfig = self.checkpoint.config
-            self.backend = backend or open_cpu(self.choices)
+            self.backend = backend or open_backend(self.choices)
             stack.callback(self.backend.close)
             self._build(stack)
             self._closing = stack.pop_all()
@@ -93,6 +94,12 @@ class Engine:
             self.prefetcher,
         )
         self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype)
+        if hasattr(self.backend, "slots") and self.store and self.source:
+            # Last, because experts get what the rest has left of the device's memory.
+            used = self.plan.dense + self.plan.kv
+            self.decoder.source = place_experts(
+                self.backend, self.store, self.source, config, choices, used, stack
+            )
         self._tokens = EngineStats()
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None

@@ -21,9 +21,12 @@ from tiered.trace import DECODE, PREFILL, TraceWriter
 class ExpertSource(Protocol):
     """Where the decoder gets experts from: a tier, or the whole model mapped into memory."""
 
-    def fetch(self, layer: int, experts: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+    def fetch(
+        self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None
+    ) -> Iterator[tuple[Any, np.ndarray]]:
         """Yield, as they become ready, positions in `experts` and the addresses of their gate,
-        up and down (int64 [count, 3]); these stay valid until the next is asked for."""
+        up and down (int64 [count, 3]); these stay valid until the next is asked for. `counts`:
+        rows of activations of each, for those who decide where it runs."""
 
 
 class LookAhead(Protocol):
@@ -101,7 +104,8 @@ class Decoder:
         jobs = group_by_expert(routing)
         out = b.pair_outputs(routing.experts.size)  # [num_tokens * top_k, hidden_size]
         guessed = False
-        for ready, addresses in self.source.fetch(index, jobs.experts):  # type: ignore[union-attr]
+        assert self.source is not None
+        for ready, addresses in self.source.fetch(index, jobs.experts, np.diff(jobs.starts)):
             clock.lap("waiting")
             if not guessed:  # only now: the loads that this layer waits for are queued already
                 self.guess(h, index)

@@ -26,7 +26,9 @@ class MappedExperts:
             for layer in store.checkpoint.config.sparse_layers
         }
 
-    def fetch(self, layer: int, experts: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+    def fetch(
+        self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None
+    ) -> Iterator[tuple[Any, np.ndarray]]:
         self.hits += len(experts)
         if self.journal is not None:
             keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
@@ -43,7 +45,9 @@ class TieredExperts:
             layer: store.layout(layer).offsets for layer in store.checkpoint.config.sparse_layers
         }
 
-    def fetch(self, layer: int, experts: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+    def fetch(
+        self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None
+    ) -> Iterator[tuple[Any, np.ndarray]]:
         offsets = self._offsets[layer]
         keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
         with self.tier.fetch(keys) as groups:

@@ -54,13 +54,17 @@ engine_options = several(
     option("--kv-dtype", type=click.Choice(["f16", "int8", "f32"]), default="f16",
            help="Precision of the KV cache."),
     option("--readers", type=click.IntRange(1), default=4, help="Threads that read from disk."),
+    option("--device", default="cpu", metavar="NAME",
+           help="cpu; auto, cuda or cuda:N for a GPU (experimental: not yet run on a real card); "
+           "sim for a GPU's arithmetic on the CPU."),
+    option("--vram", metavar="SIZE", help="What may be used of the GPU's memory, as 16G."),
     option("--isa", default="auto", metavar="NAME", help="Force the kernels of a processor family "
            "that this machine can run."),
 )  # fmt: skip
 
 ENGINE_CHOICES = (
     "ram", "expert_ram", "threads", "policy", "look_ahead", "quantize", "context", "kv_dtype",
-    "readers", "isa",
+    "readers", "device", "vram", "isa",
 )  # fmt: skip
 
 sampling_options = several(

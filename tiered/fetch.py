@@ -45,12 +45,12 @@ class Fetch:
     __slots__ = ("_current", "_keys", "_next", "_pieces", "_pins", "_tier")
 
     def __init__(self, tier: Tier, keys: Sequence[ExpertKey]) -> None:
+        self._pins: Pins | None = None
         self._tier = tier
         self._keys = keys
         self._current: Piece | None = None
         self._next: Piece | None = None
         self._pieces: list[list[int]] = []  # those not begun, last first
-        self._pins: Pins | None = None
         with tier.lock:
             if tier.residency.fits(keys):
                 self._current = self._open(range(len(keys)), keys)
@@ -100,7 +100,7 @@ class Fetch:
 
     def __del__(self) -> None:
         """Release the pins of a fetch that was abandoned; the collector may hold the lock."""
-        pins = getattr(self, "_pins", None)
+        pins = self._pins
         if pins is not None:
             pins.keys, pins.in_pieces = (), False
             if self._tier.lock.acquire(blocking=False):
@@ -144,7 +144,7 @@ class Fetch:
         slots, missing = tier.residency.lookup(keys, also)
         piece, places, loads = Piece(keys), tier.places, tier.loads
         if not missing and not loads:
-            piece.ready = [(i, places[slot]) for i, slot in zip(positions, slots, strict=True)]
+            piece.ready = list(zip(positions, map(places.__getitem__, slots), strict=True))
             return piece
         for index in missing:
             load = tier.start(keys[index], slots[index], demand=True)

@@ -8,6 +8,7 @@ its share, lends room to the others.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from tiered.experts import ExpertKey
@@ -22,26 +23,24 @@ class Policy:
         self._excess = [-share if nbytes else -2 * share for nbytes in space.blob_bytes]
         self._age = 1 / patience
         self._time = [0.0] * space.num_layers  # batches of the layer, as uses
-        self._uses: dict[ExpertKey, int] = {}
-        self._ranks: dict[ExpertKey, tuple[float, int]] = {}  # and order of use among equals
-        self._num_touches = 0
+        self._uses: defaultdict[ExpertKey, int] = defaultdict(int)
+        self._ranks: dict[ExpertKey, tuple[float, int]] = {}  # uses and time; order among equals
+        self._num_ranked = 0
         self._rankings = [Ranking(self._ranks) for _ in space.blob_bytes]
         self._kept: list[dict[ExpertKey, None]] = [{} for _ in space.blob_bytes]
 
     def batch(self, keys: Sequence[ExpertKey]) -> None:
         """A layer demands these: they take the place of its batch before."""
         layer = keys[0][0]
-        kept, ranking = self._kept[layer], self._rankings[layer]
-        for key in kept.keys() - keys:
+        kept, wanted = self._kept[layer], set(keys)
+        for key in [key for key in kept if key not in wanted]:
             del kept[key]
-            ranking.add(key)
+            self._rank(key)
         self._time[layer] += self._age
 
     def touch(self, key: ExpertKey) -> None:
         layer = key[0]
-        self._uses[key] = uses = self._uses.get(key, 0) + 1
-        self._num_touches += 1
-        self._ranks[key] = uses + self._time[layer], self._num_touches
+        self._uses[key] += 1
         kept = self._kept[layer]
         if key not in kept:
             kept[key] = None
@@ -51,10 +50,8 @@ class Policy:
                 self._excess[layer] += self._blob_bytes[layer]
 
     def insert(self, key: ExpertKey) -> None:
-        layer = key[0]
-        self._ranks[key] = self._uses.get(key, 0) + self._time[layer], self._num_touches
-        self._rankings[layer].add(key)
-        self._excess[layer] += self._blob_bytes[layer]
+        self._rank(key)
+        self._excess[key[0]] += self._blob_bytes[key[0]]
 
     def forget(self, key: ExpertKey) -> None:
         layer = key[0]
@@ -69,7 +66,7 @@ class Policy:
         if victim is None:  # a long prompt, or less room than one batch per layer
             for layer in self._greediest():
                 kept = filter(evictable, self._kept[layer])
-                victim = min(kept, key=self._ranks.__getitem__, default=None)
+                victim = min(kept, key=self._uses.__getitem__, default=None)
                 if victim is not None:
                     break
         return victim
@@ -84,6 +81,12 @@ class Policy:
     def surplus(self, layer: int, excess: int, evictable: Evictable) -> ExpertKey | None:
         """The published way of counting exceeds budgets that cannot hold a batch per layer."""
         return self._beyond_the_kept(evictable) if excess > 0 else None
+
+    def _rank(self, key: ExpertKey) -> None:
+        """From now on it competes with the others of its layer."""
+        self._num_ranked += 1
+        self._ranks[key] = self._uses[key] + self._time[key[0]], self._num_ranked
+        self._rankings[key[0]].add(key)
 
     def _beyond_the_kept(self, evictable: Evictable) -> ExpertKey | None:
         first = self._excess.index(max(self._excess))

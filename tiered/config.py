@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-DEFAULT_POLICY = "layer_lfu"
+DEFAULT_POLICY = "keep_last"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -110,5 +111,16 @@ class Checkpoint:
                 raise ValueError(f"{self.path} is closed")
             if file not in self._maps:
                 with file.open("rb") as opened:
-                    self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+                    mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+                _prefer_huge_pages(mapped)
+                self._maps[file] = mapped
             return self._maps[file]
+
+
+def _prefer_huge_pages(mapped: mmap.mmap) -> None:
+    """Where the file system can, what is read from now on is cached and mapped 2 MiB at a time:
+    fewer faults, and weights that are read through fewer page table entries."""
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None:
+        with suppress(OSError):  # a kernel without them: small pages will do
+            mapped.madvise(advice)

@@ -1,8 +1,9 @@
 """The chooser: on which side each missed expert runs, without regret.
 
-The cost model proposes; measurement disposes. Normally misses are split so that both sides end
-together. But a model can be wrong, so static plans are tried now and then, and whichever took the
-least time per token is used.
+Normally a layer's misses are split so that both sides end together. The static plans that other
+programs follow run beside it in the shadow: their own bookkeeping, over the same routing, with the
+costs that were measured here. A plan whose shadow is faster is used; what it really takes corrects
+its shadow, so that a mistaken model is found out.
 """
 
 from __future__ import annotations
@@ -11,113 +12,129 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from tiered.costs import Costs, Miss
-from tiered.strategies import STATIC, STRATEGIES, Strategy
+from tiered.experts import ExpertKey
+from tiered.machine import Machine, Rates
+from tiered.simulation import Simulation
+from tiered.sizes import ModelSizes
+from tiered.strategies import DYNAMIC, STATIC, Budgets, Strategy
+from tiered.synthetic import Routed
 
-HOPELESS = 2.0  # times the balanced estimate: such a plan is not tried
-CLOSE = 1.1  # times the best plan's measured time: such a plan is tried more often
+MISTAKEN = 1.25  # times its shadow: then plans that were not tried are taken at their word
+
+
+class Shadow:
+    """A plan that is followed in bookkeeping only."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.simulation = simulation
+        self.seconds = 0.0  # per token, averaged over the latest
+        self._tokens = 0
+
+    def token(self, routed: Routed, rates: Rates, memory: int) -> None:
+        self.simulation.machine.rates = rates
+        seconds = self.simulation.token(routed, 0)
+        self._tokens = min(self._tokens + 1, memory)
+        self.seconds += (seconds - self.seconds) / self._tokens
 
 
 class Chooser:
-    """Call `place` for each layer and `token_done` after each token; `plan` is what to follow.
+    """Call `place` for each layer with experts, `layer_done` after it, and `token_done` at the end.
 
-    Each plan is first tried for `trial` tokens, then the best is used. Every `period` tokens
-    another one is tried again, less and less often while that changes nothing. A plan replaces the
-    one in use if its time is shorter by `margin`. A trial that goes badly ends at once.
+    `plan` is what to follow, and `target` (if it is a fixed plan) which experts should be on the
+    GPU. Every `period` tokens the fastest plan is chosen; another one must be faster by `margin`.
     """
 
     def __init__(
         self,
         costs: Costs,
-        plans: Sequence[Strategy] = (STRATEGIES["tiered"], *STATIC),
+        model: ModelSizes,
+        budgets: Budgets,
+        plans: Sequence[Strategy] = (*DYNAMIC, *STATIC),
         *,
-        period: int = 96,
-        trial: int = 12,
-        settle: int = 4,
+        policy: str,
+        period: int = 24,
+        memory: int = 96,
         margin: float = 0.01,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self.costs = costs
-        self.plan = self._best = plans[0]
+        self.plan = plans[0]
+        self.target: list[ExpertKey] = []
         self.num_switches = 0
-        self._plans = list(plans)
-        self._period, self._trial, self._settle = period, trial, settle
-        self._margin, self._clock = margin, clock
-        self._seconds: dict[Strategy, float] = {}  # per token, as measured
-        self._shadow = dict.fromkeys(plans, 0.0)  # what each would take by the cost model
-        self._untried = list(plans[1:])
-        self._num_tried = dict.fromkeys(plans, 0)
-        self._window: list[float] = []  # seconds of the tokens since the plan changed
-        self._patience = 1
+        self.shadows = {
+            plan: Shadow(
+                Simulation(
+                    model, Machine(Rates.learnt(costs, 1e12)), budgets, plan,
+                    policy=policy, look_ahead=0, costs=costs,
+                )
+            )
+            for plan in plans
+        }  # fmt: skip
+        self._correction: dict[Strategy, float] = {}  # measured / shadow
+        self._period, self._memory, self._margin = period, memory, margin
+        self._dense = sum(model.attention) + sum(model.shared) + model.head
+        self._clock = clock
         self._start: float | None = None
+        self._experts = 0.0  # seconds of this token's experts
+        self._rest = 0.0  # seconds of a token beside its experts
+        self._measured = self._shadowed = 0.0  # of the plan in use, since the last decision
+        self._tokens = 0
+
+    def warm(self, tokens: Sequence[Routed]) -> None:
+        """Fill the shadows' tiers as the real ones were filled."""
+        for shadow in self.shadows.values():
+            shadow.simulation.warm(tokens)
 
     def place(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:
         """How many of the misses to copy: the first ones. See Costs.layer_seconds."""
         if self._start is None:
             self._start = self._clock()
-        num = len(misses)
-        if not num:
-            return 0
-        ends = [self.costs.layer_seconds(hits, misses, n, wait) for n in range(num + 1)]
-        best = ends.index(min(ends))
-        for plan in self._plans:
-            self._shadow[plan] += ends[best if plan.share is None else round(plan.share * num)]
-        return best if self.plan.share is None else round(self.plan.share * num)
+        if self.plan.share is not None:
+            return round(self.plan.share * len(misses))
+        return self.costs.balance(hits, misses, wait)
 
-    def token_done(self) -> None:
-        """A token is finished: measure it, and decide about the next."""
+    def layer_done(self, seconds: float) -> None:
+        """A layer's experts took so long, from the router's choice to the sum."""
+        self._experts += seconds
+
+    def token_done(self, routed: Routed) -> None:
+        """A token is finished, with these experts by layer."""
         if self._start is None:
             return
         now = self._clock()
-        self._window.append(now - self._start)
-        self._start = now
-        if self.plan != self._best:
-            self._judge_trial()
-        elif len(self._window) >= self._settle + self._trial:
-            self._seconds[self.plan] = self._mean()
-            if self._untried or len(self._window) >= self._period * self._patience:
-                self._follow(self._next())
+        seconds, self._start = now - self._start, now
+        rest = max(1e-9, seconds - self._experts)
+        self._rest += (rest - self._rest) * (0.1 if self._rest else 1.0)
+        self._experts = 0.0
+        rates = Rates.learnt(self.costs, self._dense / self._rest)
+        for shadow in self.shadows.values():
+            shadow.token(routed, rates, self._memory)
+        self._tokens += 1
+        if self._tokens > self._period // 3:  # a plan that has just begun still changes the tiers
+            self._measured += seconds
+            self._shadowed += self.shadows[self.plan].seconds
+        if self._tokens >= self._period:
+            self._decide()
 
-    def _mean(self) -> float:
-        measured = self._window[self._settle :][-4 * self._trial :]
-        return sum(measured) / len(measured)
-
-    def _judge_trial(self) -> None:
-        measured = self._window[self._settle :]
-        reference = self._seconds[self._best]
-        lost = sum(self._window) - len(self._window) * reference
-        gives_up = lost > 0.25 * self._trial * reference
-        if len(measured) < self._trial and not gives_up:
-            return
-        seconds = self._mean() if measured else max(self._window)
-        before = self._seconds.get(self.plan, seconds)
-        self._seconds[self.plan] = seconds if gives_up else 0.5 * (before + seconds)
-        self._num_tried[self.plan] += 1
-        if self._seconds[self.plan] < reference * (1 - self._margin):
-            self._best = self.plan
+    def _decide(self) -> None:
+        now = self._measured / self._shadowed
+        before = self._correction.get(self.plan, now)
+        self._correction[self.plan] = 0.5 * (before + now)
+        usual = min(self._correction.values())
+        if usual > MISTAKEN:  # something is not in the model: others may be free of it
+            usual = 1.0
+        scores = {
+            plan: shadow.seconds * self._correction.get(plan, usual)
+            for plan, shadow in self.shadows.items()
+        }
+        best = min(scores, key=scores.__getitem__)
+        if scores[best] < scores[self.plan] * (1 - self._margin):
+            self.plan = best
+            fixed = best.cached and best.keep == "never"
+            self.target = self.shadows[best].simulation.on_gpu() if fixed else []
             self.num_switches += 1
-            self._patience = 1
-        elif not self._untried:
-            self._patience = min(2 * self._patience, 16)
-        self._follow(self._best)
-
-    def _next(self) -> Strategy:
-        """The plan to try now: one that was not tried yet, or one that was close."""
-        limit = HOPELESS * min(self._shadow.values())
-        while self._untried:
-            plan = self._untried.pop(0)
-            if self._shadow[plan] <= limit:
-                return plan
-        close = CLOSE * self._seconds[self._best]
-        others = [
-            plan
-            for plan in self._plans
-            if plan != self._best
-            and self._shadow[plan] <= limit
-            and self._seconds.get(plan, 0.0) <= close
-        ]
-        return min(others, key=self._num_tried.__getitem__, default=self._best)
-
-    def _follow(self, plan: Strategy) -> None:
-        self.plan = plan
-        self._window = []
-        self._shadow = dict.fromkeys(self._plans, 0.0)
+        for plan, value in self._correction.items():  # what was found out long ago may have changed
+            if plan != self.plan:
+                self._correction[plan] = value + 0.02 * (usual - value)
+        self._measured = self._shadowed = 0.0
+        self._tokens = 0

@@ -60,9 +60,18 @@ class Costs:
     reads into RAM. `slowdown` is how much longer the CPU takes while copies run.
     """
 
-    def __init__(self, gpu: Line, cpu: Line, link: Line, disk: Line, slowdown: float = 1.0) -> None:
+    def __init__(
+        self,
+        gpu: Line,
+        cpu: Line,
+        link: Line,
+        disk: Line,
+        slowdown: float = 1.0,
+        sync: float = 1e-5,
+    ) -> None:
         self.gpu, self.cpu, self.link, self.disk = gpu, cpu, link, disk
         self.slowdown = slowdown
+        self.sync = sync  # seconds until the host knows what the GPU's router chose
 
     @classmethod
     def unknown(cls, nbytes: float) -> Costs:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tiered.config import DEFAULT_POLICY
 from tiered.hardware import Hardware
-from tiered.machine import Machine
+from tiered.machine import Machine, Rates
 from tiered.memory import format_bytes
 from tiered.prompt import prompt_seconds
 from tiered.simulation import Simulation
@@ -122,7 +122,8 @@ def forecast(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
-    machine = Machine(hardware if layout.on_gpu else without_gpu(hardware))
+    hardware = hardware if layout.on_gpu else without_gpu(hardware)
+    machine = Machine(Rates.of(hardware))
     simulation = Simulation(
         sizes, machine, layout.budgets, STRATEGIES[strategy],
         policy=policy, look_ahead=look_ahead, accuracy=accuracy, mapped=mapped,
@@ -144,7 +145,7 @@ def forecast(
     count, ram = len(tokens), simulation.ram
     return Forecast(
         tok_s=count / seconds,
-        time_to_first_token=prompt_seconds(sizes, machine.hardware, layout, prompt_tokens),
+        time_to_first_token=prompt_seconds(sizes, hardware, layout, prompt_tokens),
         terms={name: total / count for name, total in simulation.terms.items()},
         vram_hit_pct=100 * simulation.hits / max(1, simulation.demands),
         ram_hit_pct=100 * ram.stats.hit_rate if ram else 100.0,

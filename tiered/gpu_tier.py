@@ -25,6 +25,7 @@ class GpuTier:
         self.residency = residency
         self.admission = admission
         self.strategy = strategy
+        self.target: frozenset[ExpertKey] = frozenset()  # what a fixed strategy is to have there
         self._arrival: dict[ExpertKey, float] = {}  # of experts on their way
 
     def __contains__(self, key: ExpertKey) -> bool:
@@ -62,7 +63,10 @@ class GpuTier:
         Nothing of the same layer is evicted for them. `below` is the RAM tier; None: all is there.
         """
         tier = self.residency
-        if tier is None or self.strategy.keep == "never":
+        if tier is None:
+            return
+        if self.strategy.keep == "never":
+            self._approach(tier, layer, [*copied, *computed], machine)
             return
         for key in copied:
             self._admit(tier, key, layer, below, is_there=True)
@@ -72,6 +76,27 @@ class GpuTier:
             if self._admit(tier, key, layer, below, is_there=False):
                 nbytes = tier.space.blob_bytes[key.layer]
                 self._arrival[key] = machine.copy(nbytes, machine.now)
+
+    def _approach(
+        self,
+        tier: Residency,
+        layer: Sequence[ExpertKey],
+        missed: Sequence[ExpertKey],
+        machine: Machine,
+    ) -> None:
+        """Copy what should be there, as soon as it is missed."""
+        for key in missed:
+            if machine.link_free > machine.now:
+                return
+            if key not in self.target or key in tier:
+                continue
+            stay = {*self.target, *(other for other in layer if other in tier)}
+            victim = would_evict(tier, key, lambda other, stay=stay: other not in stay)  # type: ignore[misc]
+            if victim is not None and tier.fits(
+                [*(other for other in layer if other in tier), key]
+            ):
+                tier.lookup([key], stay)
+                self._arrival[key] = machine.copy(tier.space.blob_bytes[key.layer], machine.now)
 
     def _admit(
         self,

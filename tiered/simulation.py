@@ -6,20 +6,23 @@ is what `Machine` says. All results are simulated, never measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from random import Random
+from typing import TYPE_CHECKING
 
 from tiered import policies
 from tiered.admission import Admission
-from tiered.chooser import Chooser
 from tiered.config import DEFAULT_POLICY
-from tiered.costs import Miss
+from tiered.costs import Costs, Miss
 from tiered.experts import ExpertKey
 from tiered.gpu_tier import GpuTier, fill
 from tiered.machine import Machine
 from tiered.residency import Residency, TierStats
 from tiered.sizes import ModelSizes
 from tiered.strategies import STRATEGIES, Budgets, Strategy
+
+if TYPE_CHECKING:
+    from tiered.chooser import Chooser
 
 TERMS = (
     "attention", "router", "shared", "gpu_experts", "cpu_experts", "link_wait", "disk_wait", "head",
@@ -40,13 +43,16 @@ class Simulation:
         look_ahead: int = 1,
         accuracy: float = 0.85,
         chooser: Chooser | None = None,
+        costs: Costs | None = None,
         mapped: bool = True,
         seed: int = 0,
     ) -> None:
         self.sizes, self.machine, self.strategy, self.chooser = sizes, machine, strategy, chooser
-        self.costs = chooser.costs if chooser else machine.costs(max(sizes.experts))
+        if costs is None:
+            costs = chooser.costs if chooser else machine.rates.costs(max(sizes.experts))
+        self.costs = costs
         self._look_ahead, self._accuracy, self._random = look_ahead, accuracy, Random(seed)
-        self._has_gpu = machine.hardware.gpu is not None
+        self._has_gpu = machine.rates.has_gpu
         vram = budgets.vram if self._has_gpu and strategy.cached else 0
         all_there = mapped and budgets.ram >= sizes.all_experts
         self.ram = None if all_there else self._tier(budgets.ram, policy)
@@ -68,6 +74,7 @@ class Simulation:
         self.terms = dict.fromkeys(TERMS, 0.0)  # seconds
         self.hits = self.demands = 0  # on the GPU
         self.machine.copied = self.machine.read_bytes = 0
+        self._moved = 0, 0  # bytes copied and read when that was last looked at
         for tier in (self.gpu.residency, self.ram):
             if tier is not None:
                 tier.stats = TierStats()
@@ -80,18 +87,34 @@ class Simulation:
             for layer, experts in enumerate(token):
                 self.admission.touch([ExpertKey(layer, expert) for expert in experts])
             self.admission.token_done(1.0)
+        ranked = self.admission.popularity.ranked(self._keys())
+        if self.chooser:  # filling is the first measurement
+            m, nbytes = self.machine, max(self.sizes.experts)
+            for count in (1, 2, 4):
+                self.costs.link.observe(nbytes, m.copy_seconds(nbytes))
+                self.costs.disk.observe(count * nbytes, m.read_seconds(count * nbytes))
+        if self.gpu.residency is not None:
+            fill(self.gpu.residency, ranked)
+        if self.ram is not None and fill_ram:  # what the GPU has is of no use here
+            fill(self.ram, sorted(ranked, key=self.gpu.__contains__))
+
+    def _keys(self) -> list[ExpertKey]:
+        """All experts, so that the first ones are spread over layers and ids."""
         num = self.sizes.num_experts
-        keys = [
+        return [
             ExpertKey(layer, (expert + layer) % num)
             for expert in range(num)
             for layer, nbytes in enumerate(self.sizes.experts)
             if nbytes
         ]
-        ranked = self.admission.popularity.ranked(keys)
-        if self.gpu.residency is not None:
-            fill(self.gpu.residency, ranked)
-        if self.ram is not None and fill_ram:  # what the GPU has is of no use here
-            fill(self.ram, sorted(ranked, key=self.gpu.__contains__))
+
+    def on_gpu(self) -> list[ExpertKey]:
+        return [key for key in self._keys() if key in self.gpu]
+
+    def follow(self, plan: Strategy, target: Collection[ExpertKey] = ()) -> None:
+        """Use another strategy from now on. `target`: what a fixed one should have on the GPU."""
+        self.strategy = self.gpu.strategy = plan
+        self.gpu.target = frozenset(target)
 
     def prefill(self, layers: Sequence[Sequence[int]]) -> None:
         """The distinct experts of a prompt, by layer, as the RAM tier sees them. Not timed."""
@@ -104,12 +127,13 @@ class Simulation:
     def token(self, routed: Sequence[Sequence[int]], context: int) -> float:
         """The seconds that this token takes, after `context` others."""
         m, sizes, begin = self.machine, self.sizes, self.machine.now
+        rates = m.rates
         kv = sizes.kv_per_token * context / sizes.num_layers
         for layer, experts in enumerate(routed):
             self._spend("attention", m.dense_seconds(sizes.attention[layer] + kv))
             if sizes.shared[layer]:
                 self._spend("shared", m.dense_seconds(sizes.shared[layer]))
-            self._spend("router", m.launch if self._has_gpu else m.overhead)
+            self._spend("router", rates.launch if self._has_gpu else rates.overhead)
             if sizes.experts[layer]:
                 keys = [ExpertKey(layer, expert) for expert in experts]
                 self.admission.touch(keys)
@@ -118,8 +142,8 @@ class Simulation:
         self._spend("head", m.head_seconds(sizes.head))
         self.admission.token_done(m.now - begin)
         if self.chooser:
-            self.chooser.token_done()
-            self.gpu.strategy = self.chooser.plan
+            self.chooser.token_done(routed)
+            self.follow(self.chooser.plan, self.chooser.target)
         return m.now - begin
 
     def _spend(self, term: str, seconds: float) -> None:
@@ -128,12 +152,12 @@ class Simulation:
 
     def _experts(self, keys: list[ExpertKey]) -> None:
         m, start, nbytes = self.machine, self.machine.now, self.sizes.experts[keys[0].layer]
-        patience = m.sync + self.costs.cpu(nbytes)
+        patience = m.rates.sync + self.costs.cpu(nbytes)
         hits, awaited = self.gpu.split(keys, start, patience)
         missed = [key for key in keys if key not in hits and key not in awaited]
         self.hits += len(hits)
         self.demands += len(keys)
-        flag = start + (m.sync if missed else 0.0)  # from then the host knows what is missing
+        flag = start + (m.rates.sync if missed else 0.0)  # from then the host knows what is missing
         ready = dict(zip(missed, self._fetch(missed, flag), strict=True))
         missed.sort(key=ready.__getitem__)
         wait = max(0.0, m.link_free - flag)
@@ -148,8 +172,8 @@ class Simulation:
             busy += m.gpu_seconds(nbytes)
         copying = max(0.0, m.link_free - flag)
         cpu, cpu_busy = m.cpu_run([(ready[key], nbytes) for key in rest], flag)
-        m.now = max(gpu, cpu if rest else 0.0) + m.launch
-        self.terms["router"] += m.launch
+        m.now = max(gpu, cpu if rest else 0.0) + m.rates.launch
+        self.terms["router"] += m.rates.launch
         if rest and cpu >= gpu:
             self.terms["router"] += flag - start
             self.terms["cpu_experts"] += cpu_busy
@@ -157,10 +181,11 @@ class Simulation:
         else:
             self.terms["gpu_experts"] += busy
             self.terms["link_wait"] += gpu - start - busy
-        if self.chooser:
-            self._observe(nbytes, len(hits), len(copied), len(rest), cpu_busy, copying)
         self.admission.copying(bool(copied))
         self.gpu.keep(keys, copied, rest, m, self.ram)
+        if self.chooser:
+            self.chooser.layer_done(m.now - start)
+            self._observe(nbytes, len(hits), bool(missed), len(rest), cpu_busy, copying)
 
     def _fetch(self, keys: list[ExpertKey], flag: float) -> list[float]:
         """When each of these experts is in RAM."""
@@ -187,16 +212,22 @@ class Simulation:
         return self.costs.balance(hit_bytes, misses, wait)
 
     def _observe(
-        self, nbytes: int, hits: int, copied: int, rest: int, cpu_busy: float, copying: float
+        self, nbytes: int, hits: int, asked: bool, rest: int, cpu_busy: float, copying: float
     ) -> None:
         """What a live engine would learn from its own clocks."""
         m, costs = self.machine, self.costs
         if hits:
             costs.gpu.observe(nbytes * hits, m.gpu_seconds(nbytes * hits))
-        if copied:
-            costs.link.observe(nbytes, m.copy_end(nbytes, m.link_free) - m.link_free)
         if rest and cpu_busy:
             costs.observe_cpu(nbytes * rest, cpu_busy, min(1.0, copying / cpu_busy))
+        if asked:
+            costs.sync += 0.1 * (m.rates.sync - costs.sync)
+        copied, read = self._moved
+        if m.copied > copied:
+            costs.link.observe(nbytes, m.copy_seconds(nbytes))
+        if m.read_bytes > read:
+            costs.disk.observe(m.read_bytes - read, m.read_seconds(m.read_bytes - read))
+        self._moved = m.copied, m.read_bytes
 
     def _guess(self, layer: int, routed: Sequence[Sequence[int]]) -> None:
         """Read what later layers are likely to want, as long as the disk has nothing else to do."""

@@ -23,13 +23,17 @@ STRATEGIES = {
     "tiered": Strategy(None, promote=True),  # whatever ends soonest
 }
 
+DYNAMIC = (
+    STRATEGIES["tiered"],
+    Strategy(None, keep="recent"),
+    Strategy(0.0, keep="popular", promote=True),
+)
 # What other programs do all the time: the plans that a dynamic choice must not lose to.
 STATIC = (
-    Strategy(0.0, keep="popular", promote=True),
     STRATEGIES["fixed"],
+    STRATEGIES["copy"],
+    Strategy(0.5, keep="always"),
     Strategy(0.5, keep="never"),
-    Strategy(0.5, keep="recent"),
-    Strategy(1.0, keep="recent"),
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from tiered.config import DEFAULT_POLICY
 from tiered.forecast import forecast, share_out
 from tiered.hardware import GB, Hardware
 from tiered.sizes import ModelSizes
@@ -22,7 +23,7 @@ class Point:
     vram: int = 0
     ram: int = 0  # of the machine; live: for experts
     strategy: str = "tiered"
-    policy: str = "layer_lfu"
+    policy: str = DEFAULT_POLICY
     look_ahead: int = 1
     top_k: int = 0
     context: int = 1024

@@ -1,0 +1,225 @@
+"""What things cost is learnt; and choosing by it never loses much to a plan that stays the same."""
+
+from dataclasses import replace
+from itertools import pairwise
+from math import exp, log
+from random import Random
+
+import pytest
+
+from tiered import hardware, sizes
+from tiered.admission import Admission
+from tiered.chooser import Chooser
+from tiered.costs import Costs, Line, Miss
+from tiered.experts import ExpertKey
+from tiered.machine import Machine, Rates
+from tiered.policies import Space
+from tiered.shapes import Shape
+from tiered.simulation import Simulation
+from tiered.strategies import DYNAMIC, STATIC, STRATEGIES, Budgets
+from tiered.synthetic import locality_of, routing
+
+POLICY = "layer_lfu"
+WARM, TIMED = 120, 200  # tokens
+SHAPES = [  # experts, top_k, hidden_size, expert_size, layers
+    (8, 2, 1024, 3584, 6),
+    (16, 2, 1024, 1024, 6),
+    (32, 4, 512, 512, 4),
+]
+
+
+def model_of(num_experts, top_k, hidden_size, expert_size, num_layers):
+    shape = Shape(
+        "random", "random", num_layers=num_layers, hidden_size=hidden_size, vocab_size=2000,
+        context_length=4096, num_heads=hidden_size // 128, num_kv_heads=2, head_dim=128,
+        num_experts=num_experts, top_k=top_k, expert_size=expert_size,
+    )  # fmt: skip
+    return sizes.of_shape(shape)
+
+
+def random_hardware(random):
+    """Anything between a slow old machine and a server, good and bad in any combination."""
+
+    def between(low, high):
+        return exp(random.uniform(log(low), log(high)))
+
+    gpu = hardware.Gpu(
+        vram=1 << 34, bandwidth=between(150, 2500), link=between(2, 60), compute=30.0,
+        efficiency=random.uniform(0.5, 0.95), copy_latency=between(3, 60),
+        launch=between(0.5, 5), sync=between(4, 40),
+    )  # fmt: skip
+    host = hardware.Host(
+        ram=1 << 36, bandwidth=between(15, 250), cores=8, compute=300.0,
+        efficiency=random.uniform(0.4, 0.95), wake=between(5, 80),
+    )  # fmt: skip
+    disk = hardware.Disk(between(0.5, 10), between(20, 300))
+    return hardware.Hardware("random", "random", host, disk, gpu)
+
+
+def seconds(model, machine, budgets, tokens, strategy, dynamic=False):
+    """What `TIMED` tokens take on a simulated machine. The dynamic choice knows nothing of it."""
+    clock = Machine(Rates.of(machine))
+    chooser = None
+    if dynamic:
+        costs = Costs.unknown(max(model.experts))
+        chooser = Chooser(costs, model, budgets, policy=POLICY, clock=lambda: clock.now)
+        chooser.warm(tokens[:WARM])
+    simulation = Simulation(
+        model, clock, budgets, strategy, policy=POLICY, chooser=chooser, look_ahead=0
+    )
+    simulation.warm(tokens[:WARM])
+    for token in tokens[:WARM]:
+        simulation.token(token, 500)
+    start = clock.now
+    for token in tokens[WARM:]:
+        simulation.token(token, 500)
+    return clock.now - start
+
+
+def regret(seed, holds_all):
+    """How much slower the dynamic choice was than the best static plan."""
+    random = Random(seed)
+    model = model_of(*random.choice(SHAPES))
+    machine = random_hardware(random)
+    vram = int(model.all_experts * random.uniform(0.1, 0.9))
+    ram = model.all_experts if holds_all else int(model.all_experts * random.uniform(0.3, 0.9))
+    locality = locality_of(model.num_experts, random.choice(["weak", "typical", "strong"]))
+    tokens = routing(model.num_layers, model.num_experts, model.top_k, WARM + TIMED, locality, seed)
+    budgets = Budgets(vram, ram)
+    plans = [*STATIC, STRATEGIES["on-demand"], STRATEGIES["cpu"]]
+    best = min(seconds(model, machine, budgets, tokens, plan) for plan in plans)
+    return seconds(model, machine, budgets, tokens, DYNAMIC[0], dynamic=True) / best - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(50))
+def test_no_regret(seed):
+    """Never more than 3 % slower than the best static plan, on any hardware."""
+    assert regret(seed, holds_all=True) <= 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_little_regret_with_a_disk(seed):
+    """With experts on disk, what a plan left in RAM lingers: switching itself costs something."""
+    assert regret(seed, holds_all=False) <= 0.12
+
+
+def test_a_line_finds_both_of_its_numbers_whatever_it_started_from():
+    line = Line(1e-3, 1e-7, 1000)
+    for n in (1, 5, 2, 8, 3) * 100:
+        line.observe(n * 1000, 5e-5 + n * 1000 / 20e9)
+    assert line(10_000) == pytest.approx(5e-5 + 10_000 / 20e9, rel=0.02)
+
+
+def test_a_line_of_one_size_gets_the_time_of_that_size_right():
+    line = Line(1e-5, 1e-9, 1000)
+    for _ in range(300):
+        line.observe(5000, 4e-4)
+    assert line(5000) == pytest.approx(4e-4, rel=0.01)
+    assert line.per_byte > 0 and line.fixed >= 0
+
+
+def test_a_line_follows_a_machine_that_changes():
+    line = Line(0.0, 1 / 10e9, 1000)
+    for bandwidth in (10e9, 3e9):
+        for n in (1, 4, 2) * 100:
+            line.observe(n * 1e6, n * 1e6 / bandwidth)
+    assert line(1e6) == pytest.approx(1e6 / 3e9, rel=0.05)
+
+
+def test_slowing_down_while_copies_run_is_learnt():
+    costs = Costs.unknown(1e6)
+    for n in (1, 2, 3) * 60:
+        costs.observe_cpu(n * 1e6, n * 1e6 / 40e9, overlap=0.0)
+    for n in (1, 2, 3) * 60:
+        costs.observe_cpu(n * 1e6, n * 1e6 / 25e9, overlap=1.0)
+    assert costs.slowdown == pytest.approx(1.6, rel=0.1)
+    assert costs.cpu_seconds(1e6, copying=0.0) == pytest.approx(1e6 / 40e9, rel=0.1)
+    assert costs.cpu_seconds(1e6, copying=1.0) == pytest.approx(1e6 / 25e9, rel=0.1)
+
+
+def costs_of(cpu, link):
+    """GB/s, and nothing else takes time."""
+    free = Line(0.0, 1e-15, 1e6)
+    return Costs(free, Line(0.0, 1e-9 / cpu, 1e6), Line(0.0, 1e-9 / link, 1e6), free)
+
+
+def test_misses_are_split_so_that_both_sides_end_together():
+    misses = [Miss(1e6)] * 8
+    assert costs_of(cpu=30, link=10).balance(0, misses) == 2  # 6/30 = 2/10
+    assert costs_of(cpu=10, link=10).balance(0, misses) == 4
+    assert costs_of(cpu=100, link=1).balance(0, misses) == 0
+    assert costs_of(cpu=1, link=100).balance(0, misses) == 8
+
+
+def test_a_busy_link_and_a_slow_disk_count():
+    costs = costs_of(cpu=10, link=10)
+    assert costs.balance(0, [Miss(1e6)] * 8, wait=1.0) == 0
+    late = [Miss(1e6), Miss(1e6, ready=1.0)]
+    assert costs.layer_seconds(0, late, 0) == pytest.approx(1.0 + 1e-4, rel=1e-3)
+
+
+def test_copying_is_avoided_where_it_slows_the_processor_down():
+    costs = costs_of(cpu=30, link=10)
+    costs.slowdown = 4.0
+    assert costs.balance(0, [Miss(1e6)] * 4) == 0
+
+
+def test_admission_follows_the_rule_that_hits_more():
+    space = Space(8, (1,))  # one layer, 8 slots
+    costs = costs_of(cpu=10, link=10)
+    popular, recent = Admission(space, costs), Admission(space, costs)
+    random = Random(0)
+    for token in range(600):
+        hot = random.randrange(8) if random.random() < 0.5 else random.randrange(8, 64)
+        popular.touch([ExpertKey(0, hot)])
+        recent.touch([ExpertKey(0, token // 4 % 32)])  # each four times in a row, then for long not
+        popular.token_done(1.0)
+        recent.token_done(1.0)
+    assert not popular.recent_wins and recent.recent_wins
+    assert popular.worth(ExpertKey(0, 1), ExpertKey(0, 60), is_there=False)
+    assert not popular.worth(ExpertKey(0, 60), ExpertKey(0, 1), is_there=False)
+
+
+def test_a_mistaken_model_is_found_out():
+    """Copies that take much longer than was measured: a plan that waits for them is given up."""
+    model = model_of(16, 2, 1024, 1024, 3)
+    machine = random_hardware(Random(3))
+    machine = replace(
+        machine,
+        gpu=replace(machine.gpu, link=40.0, copy_latency=5.0),
+        host=replace(machine.host, bandwidth=30.0),
+    )
+
+    class Stalling(Machine):
+        def copy(self, nbytes, start):
+            super().copy(nbytes, start)
+            self.link_free += 1e-3
+            return self.link_free
+
+    clock = Stalling(Rates.of(machine))
+    budgets = Budgets(model.all_experts // 4, model.all_experts)
+    chooser = Chooser(
+        Costs.unknown(max(model.experts)), model, budgets, policy=POLICY, clock=lambda: clock.now
+    )
+    simulation = Simulation(
+        model, clock, budgets, DYNAMIC[0], policy=POLICY, chooser=chooser, look_ahead=0
+    )
+    tokens = routing(3, 16, 2, 400, locality_of(16))
+    times = [simulation.token(token, 500) for token in tokens]
+    assert sum(times[-50:]) / 50 < 0.7 * sum(times[5:20]) / 15
+    assert chooser.num_switches > 0
+
+
+def test_the_clock_of_a_machine_never_runs_backwards():
+    model = model_of(16, 2, 1024, 1024, 3)
+    clock = Machine(Rates.of(random_hardware(Random(1))))
+    budgets = Budgets(model.all_experts // 3, model.all_experts // 2)
+    simulation = Simulation(model, clock, budgets, policy=POLICY)
+    ends = [clock.now]
+    for token in routing(3, 16, 2, 50, locality_of(16)):
+        simulation.token(token, 100)
+        ends.append(clock.now)
+    assert all(a < b for a, b in pairwise(ends))
+    assert sum(simulation.terms.values()) == pytest.approx(clock.now)

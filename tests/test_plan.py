@@ -1,0 +1,108 @@
+"""`tiered plan`: from a name or headers to an answer."""
+
+import json
+
+import pytest
+
+from tiered import cli, hardware, shapes, sizes
+from tiered.demo import random_tiny_model
+from tiered.hardware import GB
+from tiered.plan import make_plan
+
+
+@pytest.fixture
+def tiered(capsys):
+    """Run a command: (exit status, standard output, standard error)."""
+
+    def run(*arguments):
+        status = 0
+        try:
+            cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def planned(tiered, *arguments):
+    status, out, err = tiered("plan", *arguments, "--json")
+    assert status == 0, err
+    return json.loads(out)
+
+
+def test_a_known_model_on_a_described_machine(tiered):
+    got = planned(tiered, "mixtral-8x7b", "--gpu", "rtx4060ti-16gb", "--ram", "32G")
+    assert got["simulated"] is True and got["forecast"]["simulated"] is True
+    assert got["runs"] and got["verdict"].startswith("fits")
+    assert 8 < got["tok_s_low"] <= got["tok_s"] <= got["tok_s_high"] < 40
+    assert 0 < got["forecast"]["time_to_first_token"] < 60
+    (step,) = got["steps"]  # RAM holds everything already
+    assert step["memory"] == "vram" and step["tok_s"] > got["tok_s"]
+
+
+def test_the_text_says_that_it_is_simulated(tiered):
+    status, out, _ = tiered("plan", "olmoe-1b-7b", "--gpu", "rtx4060-laptop")
+    assert status == 0
+    assert "simulated, not measured" in out and "fits on the GPU" in out and "tokens/s" in out
+
+
+def test_too_large_for_ram_reads_from_disk_or_names_what_it_needs(tiered):
+    got = planned(tiered, "mixtral-8x7b", "--gpu", "laptop")
+    assert "read from disk" in got["verdict"] and got["forecast"]["read_bytes_per_token"] > 0
+    got = planned(tiered, "mixtral-8x7b", "--gpu", "laptop", "--ram", "1G")
+    assert not got["runs"] and "needs" in got["verdict"] and "tok_s" not in got
+    assert got["steps"][0]["memory"] == "ram"
+    status, out, _ = tiered("plan", "mixtral-8x7b", "--gpu", "laptop", "--ram", "1G")
+    assert status == 0 and "does not run" in out
+
+
+def test_a_file_is_planned_from_its_headers(tiered, tmp_path):
+    path = random_tiny_model(tmp_path)
+    got = planned(tiered, path, "--gpu", "laptop", "--context", "64")
+    assert got["verdict"] == "fits in RAM" and got["forecast"]["ram_hit_pct"] == 100
+
+
+def test_this_machine_is_measured(tiered, tmp_path):
+    pytest.importorskip("numba")
+    got = planned(tiered, random_tiny_model(tmp_path), "--threads", "1", "--context", "64")
+    host = got["hardware"]["host"]
+    assert got["hardware"]["gpu"] is None and host["cores"] == 1
+    assert 0.1 < host["bandwidth"] < 1000 and got["hardware"]["disk"]["bandwidth"] > 0
+    assert got["simulated"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mixtral-9x9b", "--gpu", "laptop"), "mixtral-8x7b"),
+        (("mixtral-8x7b", "--gpu", "rtx1"), "rtx4090"),
+        (("mixtral-8x7b", "--gpu", "laptop", "--vram", "8G"), "has no GPU"),
+        (("mixtral-8x7b", "--vram", "8G"), "--vram needs --gpu"),
+        (("mixtral-8x7b", "--gpu", "laptop", "--ram", "lots"), "is no size"),
+        (("mixtral-8x7b", "--gpu", "laptop", "--policy", "best"), "unknown policy"),
+    ],
+)
+def test_mistakes_get_one_line(tiered, arguments, message):
+    status, out, err = tiered("plan", *arguments)
+    assert status != 0 and out == "" and message in err
+    assert "Traceback" not in err
+
+
+def test_more_of_any_memory_is_never_slower():
+    model = sizes.of_shape(shapes.find("qwen3-30b-a3b"))
+    small = hardware.find("rtx4060-laptop").with_sizes(ram=8 << 30)
+    plan = make_plan(model, small, context=2048)
+    assert {step.memory for step in plan.steps} == {"ram", "vram"}
+    assert all(step.tok_s >= 0.98 * plan.typical.tok_s for step in plan.steps)
+
+
+def test_no_forecast_is_faster_than_the_memory_that_holds_the_model():
+    for name in ("olmoe-1b-7b", "mixtral-8x7b"):
+        model = sizes.of_shape(shapes.find(name))
+        machine = hardware.find("h100")
+        plan = make_plan(model, machine)
+        nbytes = model.active_experts + sum(model.attention) + model.head
+        assert plan.verdict == "fits on the GPU"
+        assert plan.high < machine.gpu.bandwidth * GB / nbytes

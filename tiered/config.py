@@ -99,8 +99,8 @@ class EngineConfig:
     prefill_chunk: int = 512  # tokens computed at once
     readers: int = 4  # threads that read experts from disk
     isa: str = "auto"  # see `tiered info`
-    # cpu, auto, cuda, cuda:1, ..., or sim: a GPU's arithmetic on the CPU. A GPU has to be asked for:
-    # its code is tested without one and has not run on a real card yet.
+    # cpu, auto, cuda, cuda:1, ..., or sim: a GPU's arithmetic on the CPU. A GPU has to be asked
+    # for: its code is tested without one and has not run on a real card yet.
     device: str = "cpu"
     vram: int | str | None = None  # what may be used of the GPU's memory; None: what is free
 

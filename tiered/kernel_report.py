@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from time import perf_counter
@@ -44,7 +45,7 @@ def peer_rates(shape: tuple[int, int]) -> list[dict[str, Any]]:
             np.ones(shape, np.float32)
             for _ in range(max(1, (256 << 20) // (4 * shape[0] * shape[1])))
         ]
-        seconds = best_seconds([lambda w=w, x=x: x @ w.T for w in weights])
+        seconds = best_seconds([partial(np.matmul, x, w.T) for w in weights])
         rows.append(rate("numpy f32", shape, num_rows, 4, seconds / len(weights)))
         if find_spec("torch") is None:
             continue
@@ -53,7 +54,7 @@ def peer_rates(shape: tuple[int, int]) -> list[dict[str, Any]]:
             tensor = torch.from_numpy(x).to(dtype)
             many = [torch.from_numpy(w).to(dtype) for w in weights]
             with torch.inference_mode():
-                seconds = best_seconds([lambda w=w, t=tensor: t @ w.T for w in many])
+                seconds = best_seconds([partial(torch.matmul, tensor, w.T) for w in many])
             name = f"torch {str(dtype).removeprefix('torch.')}"
             rows.append(rate(name, shape, num_rows, nbytes, seconds / len(many)))
     return rows

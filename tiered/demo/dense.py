@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from typing import NamedTuple
 
 import numpy as np
@@ -10,31 +11,39 @@ import numpy as np
 from tiered.checkpoint import Checkpoint
 from tiered.config import ModelConfig
 
-ATTENTION = ("q", "k", "v", "o")
-
 
 class DenseLayer(NamedTuple):
-    """Weights of a layer and what its feed-forward got for every token of the texts."""
+    """Weights of a layer and what its feed-forward got for every token of the texts. The arrays
+    are good until the next layer is asked for."""
 
     weights: dict[str, np.ndarray]  # float32, canonical names without "layers.N."
     inputs: np.ndarray  # float32 [num_texts, length, hidden_size], normalized
     activations: np.ndarray  # float32 [num_texts, length, ffn_size]: silu(gate) * up
 
 
-def run_dense(checkpoint: Checkpoint, texts: np.ndarray) -> Iterator[DenseLayer]:
-    """Each layer in turn. `texts` are token ids, int [num_texts, length]."""
+def run_dense(checkpoint: Checkpoint, texts: np.ndarray, pool: Executor) -> Iterator[DenseLayer]:
+    """Each layer in turn, the texts side by side. `texts` are token ids, int [num_texts, length].
+
+    The same bits come out whatever the number of threads, if BLAS itself uses one.
+    """
     config = checkpoint.config
     cos, sin = rotation(config, texts.shape[1])
     x = checkpoint.float32("embed")[texts]  # [num_texts, length, hidden_size]
+    inputs = np.empty_like(x)
+    activations = np.empty((*texts.shape, config.ffn_size), np.float32)
     for index in range(config.num_layers):
         weights = layer_weights(checkpoint, index)
-        h = rms_norm(x, weights["attention_norm"], config.norm_eps)
-        for text in range(len(x)):  # one at a time: scores are [num_heads, length, length]
-            x[text] += attention(h[text], weights, config, cos, sin)
-        h = rms_norm(x, weights["ffn_norm"], config.norm_eps)
-        activations = silu(h @ weights["ffn.gate"].T) * (h @ weights["ffn.up"].T)
-        yield DenseLayer(weights, h, activations)
-        x += activations @ weights["ffn.down"].T
+
+        def forward(text: int, weights: dict[str, np.ndarray] = weights) -> None:
+            h = rms_norm(x[text], weights["attention_norm"], config.norm_eps)
+            x[text] += attention(h, weights, config, cos, sin)
+            h = rms_norm(x[text], weights["ffn_norm"], config.norm_eps)
+            inputs[text] = h
+            activations[text] = silu(h @ weights["ffn.gate"].T) * (h @ weights["ffn.up"].T)
+            x[text] += activations[text] @ weights["ffn.down"].T
+
+        list(pool.map(forward, range(len(texts))))
+        yield DenseLayer(weights, inputs, activations)
 
 
 def layer_weights(checkpoint: Checkpoint, index: int) -> dict[str, np.ndarray]:

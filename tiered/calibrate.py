@@ -34,7 +34,7 @@ def calibrate(engine: Engine, model: ModelSizes, context: int) -> Hardware:
     """
     from cpu_kernels.bandwidth import read_bandwidth
 
-    threads = engine.backend.num_threads  # type: ignore[attr-defined]
+    threads = engine.backend.num_threads
     bandwidth = read_bandwidth(threads)
     touch_all(engine)
     text = engine.kv.open()

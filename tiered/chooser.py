@@ -30,7 +30,7 @@ class Shadow:
         self.seconds = 0.0  # per token, averaged over the latest
         self._tokens = 0
 
-    def token(self, routed: Routed, rates: Rates, memory: int) -> None:
+    def token(self, routed: Sequence[Sequence[int]], rates: Rates, memory: int) -> None:
         self.simulation.machine.rates = rates
         seconds = self.simulation.token(routed, 0)
         self._tokens = min(self._tokens + 1, memory)
@@ -97,7 +97,7 @@ class Chooser:
         """A layer's experts took so long, from the router's choice to the sum."""
         self._experts += seconds
 
-    def token_done(self, routed: Routed) -> None:
+    def token_done(self, routed: Sequence[Sequence[int]]) -> None:
         """A token is finished, with these experts by layer."""
         if self._start is None:
             return

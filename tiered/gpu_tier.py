@@ -35,19 +35,18 @@ class GpuTier:
         self, keys: Sequence[ExpertKey], now: float, patience: float
     ) -> tuple[set[ExpertKey], dict[ExpertKey, float]]:
         """What is there, and what arrives within `patience` seconds (and when)."""
+        hits: set[ExpertKey] = set()
+        awaited: dict[ExpertKey, float] = {}
         if self.residency is None:
-            return set(), {}
-        resident = [key for key in keys if key in self.residency]
-        self.residency.lookup(resident)
-        hits, awaited = set(resident), {}
-        for key in resident:
-            arrival = self._arrival.get(key, 0.0)
-            if arrival > now:
-                hits.discard(key)
-                if arrival <= now + patience:
+            return hits, awaited
+        for key in keys:
+            if key in self.residency:
+                arrival = self._arrival.get(key, 0.0)
+                if arrival <= now:
+                    hits.add(key)
+                    self._arrival.pop(key, None)
+                elif arrival <= now + patience:
                     awaited[key] = arrival
-            elif arrival:
-                del self._arrival[key]
         return hits, awaited
 
     def keep(
@@ -60,70 +59,52 @@ class GpuTier:
     ) -> None:
         """Give slots to experts that were copied; copy what the CPU computed and is worth it.
 
-        Nothing of the same layer is evicted for them. `below` is the RAM tier; None: all is there.
+        `layer`: what a layer asked for; none of it is evicted. `below` is the RAM tier; None: all
+        is there.
         """
-        tier = self.residency
+        tier, keep = self.residency, self.strategy.keep
         if tier is None:
             return
-        if self.strategy.keep == "never":
-            self._approach(tier, layer, [*copied, *computed], machine)
-            return
-        for key in copied:
-            self._admit(tier, key, layer, below, is_there=True)
-        for key in computed if self.strategy.promote else ():
+        batch = [key for key in layer if key in tier]
+        for key in copied if keep != "never" else ():
+            if self._is_worth_it(tier, key, batch, below, is_there=True):
+                batch.append(key)
+        if batch:
+            tier.lookup(batch)
+        wanted = computed if self.strategy.promote else ()
+        for key in [*copied, *computed] if keep == "never" and self.target else wanted:
             if machine.link_free > machine.now:  # the link has better things to do
                 return
-            if self._admit(tier, key, layer, below, is_there=False):
+            if keep == "never":
+                stay = {*self.target, *batch}
+                victim = would_evict(tier, key, lambda other, stay=stay: other not in stay)  # type: ignore[misc]
+                worth = key in self.target and key not in tier and victim is not None
+            else:
+                stay = set(batch)
+                worth = self._is_worth_it(tier, key, batch, below, is_there=False)
+            if worth and tier.guess([key], 1, stay):
                 nbytes = tier.space.blob_bytes[key.layer]
                 self._arrival[key] = machine.copy(nbytes, machine.now)
 
-    def _approach(
-        self,
-        tier: Residency,
-        layer: Sequence[ExpertKey],
-        missed: Sequence[ExpertKey],
-        machine: Machine,
-    ) -> None:
-        """Copy what should be there, as soon as it is missed."""
-        for key in missed:
-            if machine.link_free > machine.now:
-                return
-            if key not in self.target or key in tier:
-                continue
-            stay = {*self.target, *(other for other in layer if other in tier)}
-            victim = would_evict(tier, key, lambda other, stay=stay: other not in stay)  # type: ignore[misc]
-            if victim is not None and tier.fits(
-                [*(other for other in layer if other in tier), key]
-            ):
-                tier.lookup([key], stay)
-                self._arrival[key] = machine.copy(tier.space.blob_bytes[key.layer], machine.now)
-
-    def _admit(
+    def _is_worth_it(
         self,
         tier: Residency,
         key: ExpertKey,
-        layer: Sequence[ExpertKey],
+        batch: Sequence[ExpertKey],
         below: Residency | None,
         is_there: bool,
     ) -> bool:
-        others = [other for other in layer if other in tier]
-        if key in tier or not tier.fits([*others, key]):
+        if key in tier or not tier.fits([*batch, key]):
             return False
         has_room = tier.used + tier.space.blob_bytes[key.layer] <= tier.space.capacity
-        if not has_room and self.strategy.keep != "always":
-            victim = would_evict(tier, key, lambda other: other not in layer)
-            if victim is None:
-                return False
-            stays = below is None or victim in below
-            if not stays:
-                worth = self.admission.worth_a_read(key, victim)
-            else:
-                recent = self.strategy.keep == "recent"
-                worth = recent or self.admission.worth(key, victim, is_there)
-            if not worth:
-                return False
-        tier.lookup([key], others)
-        return True
+        if has_room or self.strategy.keep == "always":
+            return True
+        victim = would_evict(tier, key, lambda other: other not in batch)
+        if victim is None:
+            return False
+        if below is not None and victim not in below:
+            return self.admission.worth_a_read(key, victim)
+        return self.strategy.keep == "recent" or self.admission.worth(key, victim, is_there)
 
 
 def would_evict(tier: Residency, key: ExpertKey, evictable: Evictable) -> ExpertKey | None:

@@ -83,12 +83,10 @@ def command(
     """
     described = describe(model, quant, "f16")
     file = ResultFile(out, sweeps.COLUMNS, sweeps.NUM_KEYS)
-    if live:
-        wanted = _live_points(described, axes)
-        machines = {"this machine": None}
-    else:
-        wanted = _points(axes)
+    machines: dict[str, Hardware | None] = {"this machine": None}
+    if not live:
         machines = {name: hardware.find(name) for name in _split(gpu)}
+    wanted = _live_points(described, axes) if live else _points(axes)
     routing = "the model's own" if live else trace.name if trace else f"synthetic, {locality}"
     work = [
         (machine, point, sweeps.key(described.name, name, routing, point))

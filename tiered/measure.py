@@ -103,7 +103,7 @@ class ExpertBench:
         return 2 * num_tokens * min(top_k, self.num_experts) * values / seconds
 
     def _time(self, num_tokens: int, count: int, num_experts: int | None = None) -> float:
-        """Seconds of one call for `count` experts per token: undisturbed ones, of random experts."""
+        """Seconds of one undisturbed call for `count` random experts per token."""
         rng, b = np.random.default_rng(1), self.backend
         limit = num_experts or self.num_experts
         count = min(count, limit)

@@ -32,6 +32,7 @@ def main(
     folder: Path, vram: Sequence[int] = VRAM, cards: Sequence[str] = CARDS, num_tokens: int = 192
 ) -> list[dict[str, str]]:
     """All rows of the sweep, also those that an earlier run wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
     model = sizes.of_shape(shapes.find("mixtral-8x7b"), "q4_0")
     made = routing(model.num_layers, model.num_experts, model.top_k, num_tokens, ROUTING, SEED)
     name = f"synthetic, popularity {ROUTING.popularity}, repeat {ROUTING.repeat}, seed {SEED}"
@@ -48,9 +49,13 @@ def main(
             rows.append(results.find(key))
             row = rows[-1]
             print(f"{card:16s} {point.vram >> 30:3d} GiB {float(row['tok_s']):6.1f} tokens/s")
+    roofs = {
+        f"the GPU memory of {card}": sweep.roofs(model, hardware.find(card))["GPU memory"]
+        for card in cards
+    }
     try:
         plot_sweep(
-            rows, folder / "mixtral-8x7b-16gb.png", {}, "Mixtral 8x7B, 4 bits, 32 GiB of RAM",
+            rows, folder / "mixtral-8x7b-16gb.png", roofs, "Mixtral 8x7B, 4 bits, 32 GiB of RAM",
             "SIMULATED, not measured; synthetic routing",
         )  # fmt: skip
     except RuntimeError as error:

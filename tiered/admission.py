@@ -72,7 +72,6 @@ class Admission:
     ) -> None:
         self.popularity = Popularity(memory)
         self._latest = Popularity(memory / 16)
-        self.recent_wins = self.recent_hits = True  # copies counted, and hits alone
         self._costs = costs
         self._nbytes = max(space.blob_bytes)
         self._lead = lead  # of all demands, by which the other rule must be better: hysteresis
@@ -81,6 +80,9 @@ class Admission:
         self._room = {
             layer: room for layer in sparse[::SAMPLED] if (room := share // space.blob_bytes[layer])
         }
+        # Which rule is used: copies counted, and by hits alone. Less than a slot per layer is too
+        # little for what was used last.
+        self.recent_wins = self.recent_hits = bool(self._room)
         self._recent, self._popular = Shadow(), Shadow()
         self._demands = 0.0
         self._wanted = 0.0  # share of layers that copy on demand

@@ -188,10 +188,16 @@ def _plot(
 ) -> None:
     from tiered.plot import plot_sweep
 
-    one = machines[0] if len(machines) == 1 and machines[0] is not None else None
-    where = one.label if one else f"{len(machines)} machines"
+    described = [machine for machine in machines if machine is not None]
+    where = described[0].label if len(described) == 1 else f"{len(described)} machines"
+    roofs: dict[str, float] = {}
+    if len(described) == 1:
+        roofs = sweeps.roofs(model, described[0])
+    for machine in described[1:] and described:
+        fastest, roof = next(iter(sweeps.roofs(model, machine).items()))
+        roofs[f"the {fastest} of {machine.name}"] = roof
     plot_sweep(
-        rows, path, sweeps.roofs(model, one) if one else {}, model.name,
+        rows, path, roofs, model.name,
         "measured on this machine" if live else f"SIMULATED, not measured: {where}",
     )  # fmt: skip
     notes.print(f"wrote {path}", style="dim")

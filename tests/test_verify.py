@@ -1,0 +1,46 @@
+"""`tiered verify`: the forecast's counts are the engine's counts; times are only reported."""
+
+import json
+
+import pytest
+from test_plan import tiered  # noqa: F401
+
+pytest.importorskip("numba")
+
+from tiered.demo import random_tiny_model
+from tiered.verify import verify
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return random_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def test_hit_rates_are_forecast_exactly(model):
+    found = verify(model, (1.0, 0.6, 0.4), prompt_tokens=8, num_tokens=8, threads=1)
+    assert [one.share for one in found.comparisons] == [1.0, 0.6, 0.4]
+    for one in found.comparisons:
+        assert one.forecast_hit_pct == pytest.approx(one.measured_hit_pct)
+        assert one.forecast_tok_s > 0 and one.measured_tok_s > 0
+        assert sum(one.forecast_terms.values()) == pytest.approx(1e3 / one.forecast_tok_s)
+    assert found.comparisons[2].measured_hit_pct < 100
+    assert found.worst_error_pct == max(abs(one.error_pct) for one in found.comparisons)
+
+
+def test_the_command_prints_both_side_by_side(tiered, model):  # noqa: F811
+    sizes = ("--prompt-tokens", 8, "--tokens", 6, "--threads", 1, "--shares", "100,50%")
+    status, out, err = tiered("verify", model, *sizes)
+    assert status == 0, err
+    for word in ("forecast", "measured", "error", "hit rate", "waiting", "50% of the experts"):
+        assert word in out
+    status, out, _ = tiered("verify", model, *sizes, "--json")
+    got = json.loads(out)
+    assert status == 0 and len(got["comparisons"]) == 2 and "error_pct" in got["comparisons"][0]
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"), [("half", "numbers"), ("0", "above 0"), ("120", "at most 100")]
+)
+def test_mistakes_get_one_line(tiered, model, shares, message):  # noqa: F811
+    status, _, err = tiered("verify", model, "--shares", shares)
+    assert status != 0 and message in err and "Traceback" not in err

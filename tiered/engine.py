@@ -94,7 +94,8 @@ class Engine:
             self.prefetcher,
         )
         self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype)
-        if hasattr(self.backend, "slots") and self.store and self.source:
+        on_gpu = choices.device != "cpu" and hasattr(self.backend, "slots")
+        if on_gpu and self.store and self.source:
             # Last, because experts get what the rest has left of the device's memory.
             used = self.plan.dense + self.plan.kv
             self.decoder.source = place_experts(

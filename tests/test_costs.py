@@ -101,8 +101,8 @@ def test_no_regret(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_little_regret_with_a_disk(seed):
-    """With experts on disk, what a plan left in RAM lingers: switching itself costs something."""
-    assert regret(seed, holds_all=False) <= 0.12
+    """With experts on disk, what a plan left in RAM lingers, so that switching costs something."""
+    assert regret(seed, holds_all=False) <= 0.05
 
 
 def test_a_line_finds_both_of_its_numbers_whatever_it_started_from():

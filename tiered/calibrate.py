@@ -7,8 +7,9 @@ is how often experts are missed, what the disk does, and how all of it overlaps.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import cycle
 from mmap import mmap
 from random import Random
 from time import perf_counter
@@ -42,6 +43,8 @@ def calibrate(engine: Engine, model: ModelSizes, context: int) -> Hardware:
         prompt = [Random(i).randrange(engine.config.vocab_size) for i in range(context)]
         engine.decoder.forward(engine.kv.batch([(text, prompt)]), engine.kv.pages, np.array([0]))
         few, all_ = (_parts(engine, text, count) for count in (1, engine.config.top_k))
+        disk = read_speed(engine)
+        disk = replace(disk, busy_efficiency=_busy_share(engine, text, disk))
     finally:
         engine.kv.close(text)
     blobs = sum(model.experts)
@@ -59,8 +62,6 @@ def calibrate(engine: Engine, model: ModelSizes, context: int) -> Hardware:
         wake=fixed / sparse * 1e6,
         overhead=all_["router"] / model.num_layers * 1e6,
     )  # fmt: skip
-    assert engine.store is not None
-    disk = read_speed(engine.store, engine.config.sparse_layers, engine.choices.readers)
     return Hardware("this machine", f"this machine, {threads} threads", host, disk)
 
 
@@ -128,29 +129,67 @@ def _token(engine: Engine, text: Text, count: int, random: np.random.Generator) 
     return spent
 
 
-def read_speed(store: ExpertStore, layers: Sequence[int], readers: int) -> Disk:
-    """Experts read as a tier reads them: one at a time for the latency, then by all its threads."""
-    random, config = Random(0), store.checkpoint.config
-    keys = [
-        ExpertKey(random.choice(list(layers)), random.randrange(config.num_experts))
-        for _ in range(READS)
-    ]
-    room = aligned(max(store.blob_bytes), BLOCK) + BLOCK
-    slots = [np.frombuffer(mmap(-1, room), np.uint8) for _ in range(readers)]
+class Reads:
+    """Random experts, read as a tier reads them: by so many threads at once."""
 
-    def read(worker: int) -> None:
-        for key in keys[worker::readers]:
-            store.read_into(key, slots[worker])
+    def __init__(self, store: ExpertStore, layers: list[int], readers: int) -> None:
+        random, config = Random(0), store.checkpoint.config
+        self.keys = [
+            ExpertKey(random.choice(layers), random.randrange(config.num_experts))
+            for _ in range(READS)
+        ]
+        self.store, self.readers = store, readers
+        room = aligned(max(store.blob_bytes), BLOCK) + BLOCK
+        self.slots = [np.frombuffer(mmap(-1, room), np.uint8) for _ in range(readers)]
+        self.done = [0] * readers  # bytes
+        self.stopped = False
 
+    def run(self, worker: int, repeat: bool = False) -> None:
+        for key in cycle(self.keys[worker :: self.readers]):
+            if self.stopped:
+                return
+            self.store.read_into(key, self.slots[worker])
+            self.done[worker] += self.store.blob_bytes[key.layer]
+            if not repeat and key is self.keys[worker :: self.readers][-1]:
+                return
+
+
+def _reads(engine: Engine) -> Reads:
+    assert engine.store is not None
+    return Reads(engine.store, engine.config.sparse_layers, engine.choices.readers)
+
+
+def read_speed(engine: Engine) -> Disk:
+    """Experts read one at a time for the latency, then by all of a tier's threads."""
+    reads = _reads(engine)
     start = perf_counter()
-    for key in keys[:8]:
-        store.read_into(key, slots[0])
+    for key in reads.keys[:8]:
+        reads.store.read_into(key, reads.slots[0])
     alone = (perf_counter() - start) / 8
     start = perf_counter()
-    with ThreadPoolExecutor(readers) as pool:
-        for future in [pool.submit(read, worker) for worker in range(readers)]:
+    with ThreadPoolExecutor(reads.readers) as pool:
+        for future in [pool.submit(reads.run, worker) for worker in range(reads.readers)]:
             future.result()
-    seconds = perf_counter() - start
-    nbytes = sum(store.blob_bytes[key.layer] for key in keys)
-    each = nbytes / READS
-    return Disk(nbytes / seconds / GB, max(0.0, alone - each * seconds / nbytes) * 1e6)
+    rate = sum(reads.done) / (perf_counter() - start)
+    each = sum(reads.done) / READS
+    return Disk(rate / GB, max(0.0, alone - each / rate) * 1e6)
+
+
+def _busy_share(engine: Engine, text: Text, disk: Disk) -> float:
+    """The share of the disk's speed that is left while this model's tokens are computed."""
+    reads, length = _reads(engine), len(text.tokens)
+    random = np.random.default_rng(0)
+    with ThreadPoolExecutor(reads.readers) as pool:
+        futures = [pool.submit(reads.run, worker, True) for worker in range(reads.readers)]
+        start = perf_counter()
+        try:
+            for _ in range(REPEATS // 2):
+                _token(engine, text, engine.config.top_k, random)
+                engine.kv.truncate(text, length)
+        finally:
+            seconds = perf_counter() - start
+            rate = sum(reads.done) / seconds
+            reads.stopped = True
+        for future in futures:
+            future.result()
+    return min(1.0, max(0.05, rate / (disk.bandwidth * GB)))

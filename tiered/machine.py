@@ -26,6 +26,7 @@ class Rates:
     disk: float
     disk_latency: float
     wake: float
+    disk_busy: float = 1.0  # share of reading that goes on while the processor computes
     overhead: float = 0.0  # of control, for each layer without a GPU
     gpu: float = 0.0
     link: float = 0.0
@@ -46,6 +47,7 @@ class Rates:
             "cpu": cpu,
             "disk": disk.bandwidth * GB,
             "disk_latency": disk.latency * MICRO,
+            "disk_busy": disk.busy_efficiency,
             "wake": host.wake * MICRO,
             "overhead": host.overhead * MICRO,
         }
@@ -135,15 +137,20 @@ class Machine:
     def cpu_run(self, work: Sequence[tuple[float, int]], start: float) -> tuple[float, float]:
         """Compute (ready time, bytes) in this order, in groups of what is ready.
 
-        Returns when it is done, and how long it was busy.
+        Returns when it is done, and how long it was busy. What is still being read is read more
+        slowly while the processor computes.
         """
-        end, busy, at = start, 0.0, 0
+        end, busy, at, late = start, 0.0, 0, 0.0
         while at < len(work):
-            begin = max(end, work[at][0])
+            begin = max(end, work[at][0] + late)
             nbytes = 0
-            while at < len(work) and work[at][0] <= begin:
+            while at < len(work) and work[at][0] + late <= begin:
                 nbytes += work[at][1]
                 at += 1
             end = self.cpu_end(nbytes, begin + self.rates.wake)
             busy += end - begin
+            if at < len(work) and self.rates.disk_busy < 1:
+                share, left = self.rates.disk_busy, work[-1][0] + late - begin
+                late += (1 - share) * min(left / share, end - begin)
+        self.disk_free += late
         return end, busy

@@ -52,6 +52,7 @@ class Host:
 class Disk:
     bandwidth: float  # GB/s of parallel direct reads
     latency: float = 100.0  # µs
+    busy_efficiency: float = 1.0  # of the bandwidth, reached while all cores compute
 
 
 @dataclass(frozen=True)

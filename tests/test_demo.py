@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 import zipfile
 
@@ -113,6 +114,17 @@ def test_the_slower_of_two_builds_gives_way(tmp_path):
         (slower / "from").write_text("slower")
     assert (tmp_path / "model" / "from").read_text() == "quicker"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_goes(tmp_path):
+    for name, age in ((".model-old", 7200), (".model-new", 60)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+        made = (tmp_path / name).stat().st_mtime - age
+        os.utime(tmp_path / name, (made, made))
+    with build.new_folder(tmp_path / "model"):
+        pass
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".model-new", "model"]
 
 
 def test_uncut_experts_are_the_dense_model(tmp_path):

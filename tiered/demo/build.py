@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ NUM_EXPERTS, TOP_K, EXPERT_SIZE = 8, 2, 1152
 NUM_TEXTS, TEXT_LENGTH = 24, 256  # what is read to build it: some 6,000 tokens
 NAME = "smollm2-135m-8x1152-v1"  # another recipe must have another name
 ONE_BLAS_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+LEFTOVER_AGE = 3600  # seconds
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
 
@@ -68,6 +70,7 @@ def demo_model(progress: Progress = silent, cache: Path | None = None) -> Path:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write to, which gets its name when all went well, and goes if not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         yield unfinished
@@ -78,6 +81,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 raise  # otherwise another process was quicker, and its folder is as good
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Unfinished folders of processes that were killed; not those of one that may still run."""
+    for left in folder.parent.glob(f".{folder.name}-*"):
+        if time.time() - left.stat().st_mtime > LEFTOVER_AGE:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def build_apart(

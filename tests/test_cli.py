@@ -5,29 +5,13 @@ import sys
 
 import pytest
 
-from tiered import cli, commands
+from tiered import commands
 from tiered.demo import random_tiny_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(random_tiny_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def tiered(capsys):
-    """Run a command: (exit status, standard output, standard error)."""
-
-    def run(*arguments):
-        status = 0
-        try:
-            cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 def test_help_names_every_command_and_every_option_has_a_twin(tiered):

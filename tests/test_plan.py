@@ -4,26 +4,10 @@ import json
 
 import pytest
 
-from tiered import cli, hardware, shapes, sizes
+from tiered import hardware, shapes, sizes
 from tiered.demo import random_tiny_model
 from tiered.hardware import GB
 from tiered.plan import make_plan
-
-
-@pytest.fixture
-def tiered(capsys):
-    """Run a command: (exit status, standard output, standard error)."""
-
-    def run(*arguments):
-        status = 0
-        try:
-            cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 def planned(tiered, *arguments):

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from test_plan import tiered  # noqa: F401
 
 from tiered import hardware, shapes, sizes, sweep
 from tiered.demo import random_tiny_model
@@ -20,7 +19,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_a_grid_in_csv_json_and_a_table(tiered, tmp_path):  # noqa: F811
+def test_a_grid_in_csv_json_and_a_table(tiered, tmp_path):
     out = tmp_path / "sweep.csv"
     status, text, err = tiered("sweep", *GRID, "--out", out, "--json")
     assert status == 0, err
@@ -34,7 +33,7 @@ def test_a_grid_in_csv_json_and_a_table(tiered, tmp_path):  # noqa: F811
     assert status == 0 and "simulated, not measured" in text and "layer_lfu" in text
 
 
-def test_what_is_done_is_not_done_again(tiered, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_done_is_not_done_again(tiered, tmp_path, monkeypatch):
     out = tmp_path / "sweep.csv"
     assert tiered("sweep", *GRID, "--out", out)[0] == 0
     lines = out.read_text().splitlines(keepends=True)
@@ -52,7 +51,7 @@ def test_what_is_done_is_not_done_again(tiered, tmp_path, monkeypatch):  # noqa:
     assert out.read_text() == "".join(lines)
 
 
-def test_a_file_of_another_sweep_is_refused(tiered, tmp_path):  # noqa: F811
+def test_a_file_of_another_sweep_is_refused(tiered, tmp_path):
     out = tmp_path / "other.csv"
     out.write_text("a,b\n1,2\n")
     status, _, err = tiered("sweep", *GRID, "--out", out)
@@ -60,7 +59,7 @@ def test_a_file_of_another_sweep_is_refused(tiered, tmp_path):  # noqa: F811
     assert out.read_text() == "a,b\n1,2\n"
 
 
-def test_points_that_do_not_run_say_why(tiered):  # noqa: F811
+def test_points_that_do_not_run_say_why(tiered):
     status, text, _ = tiered(
         "sweep", "mixtral-8x7b", "--gpu", "laptop", "--ram", "1G,64G", "--json"
     )
@@ -79,12 +78,12 @@ def test_points_that_do_not_run_say_why(tiered):  # noqa: F811
         (("--top-k", "99"), "experts"),
     ],
 )
-def test_mistakes_get_one_line(tiered, arguments, message):  # noqa: F811
+def test_mistakes_get_one_line(tiered, arguments, message):
     status, _, err = tiered("sweep", "olmoe-1b-7b", "--gpu", "laptop", *arguments)
     assert status != 0 and message in err and "Traceback" not in err
 
 
-def test_live_and_from_a_trace_of_the_same_model(tiered, tmp_path):  # noqa: F811
+def test_live_and_from_a_trace_of_the_same_model(tiered, tmp_path):
     pytest.importorskip("numba")
     from tiered import Engine
 
@@ -110,7 +109,7 @@ def test_live_and_from_a_trace_of_the_same_model(tiered, tmp_path):  # noqa: F81
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_the_picture(tiered, tmp_path, suffix):  # noqa: F811
+def test_the_picture(tiered, tmp_path, suffix):
     pytest.importorskip("matplotlib")
     path = tmp_path / f"sweep{suffix}"
     status, _, err = tiered("sweep", *GRID, "--plot", path)
@@ -120,7 +119,7 @@ def test_the_picture(tiered, tmp_path, suffix):  # noqa: F811
         assert "SIMULATED" in path.read_text()
 
 
-def test_without_matplotlib_it_says_what_to_install(tiered, tmp_path, monkeypatch):  # noqa: F811
+def test_without_matplotlib_it_says_what_to_install(tiered, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     status, _, err = tiered("sweep", *GRID, "--plot", tmp_path / "sweep.png")
     assert status == 1 and "tiered[plot]" in err

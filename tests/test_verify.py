@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from test_plan import tiered  # noqa: F401
 
 pytest.importorskip("numba")
 
@@ -27,7 +26,7 @@ def test_hit_rates_are_forecast_exactly(model):
     assert found.worst_error_pct == max(abs(one.error_pct) for one in found.comparisons)
 
 
-def test_the_command_prints_both_side_by_side(tiered, model):  # noqa: F811
+def test_the_command_prints_both_side_by_side(tiered, model):
     sizes = ("--prompt-tokens", 8, "--tokens", 6, "--threads", 1, "--shares", "100,50%")
     status, out, err = tiered("verify", model, *sizes)
     assert status == 0, err
@@ -41,6 +40,6 @@ def test_the_command_prints_both_side_by_side(tiered, model):  # noqa: F811
 @pytest.mark.parametrize(
     ("shares", "message"), [("half", "numbers"), ("0", "above 0"), ("120", "at most 100")]
 )
-def test_mistakes_get_one_line(tiered, model, shares, message):  # noqa: F811
+def test_mistakes_get_one_line(tiered, model, shares, message):
     status, _, err = tiered("verify", model, "--shares", shares)
     assert status != 0 and message in err and "Traceback" not in err

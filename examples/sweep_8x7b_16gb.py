@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tiered import hardware, shapes, sizes, sweep
-from tiered.plot import plot_sweep
-from tiered.results import ResultFile
-from tiered.synthetic import Locality, routing
+from tiered.measuring import sweep
+from tiered.measuring.plot import plot_sweep
+from tiered.measuring.results import ResultFile
+from tiered.planning import hardware, shapes, sizes
+from tiered.planning.synthetic import Locality, routing
 
 CARDS = "rtx3060-12gb", "rtx4060ti-16gb", "rtx5080-16gb"
 VRAM = tuple(gib << 30 for gib in (4, 6, 8, 10, 12, 14, 16, 20, 24, 28))

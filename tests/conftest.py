@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import threading
 
 import pytest
 
@@ -23,3 +24,22 @@ def tiered(capsys):
         return status, out, err
 
     return run
+
+
+OURS = ("tiered-", "cpu_kernels-")
+
+
+def our_threads():
+    """The threads that Tiered has started, over all engines that live."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith(OURS)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_thread_is_left():
+    """Whatever a module of tests opens, it closes: a thread that stays is an engine that leaks."""
+    before = our_threads()
+    yield
+    left = our_threads() - before
+    for thread in left:
+        thread.join(2)
+    assert not [thread.name for thread in left if thread.is_alive()]

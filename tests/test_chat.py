@@ -3,8 +3,8 @@ import logging
 import pytest
 from vocabularies import byte_level_metadata, sentencepiece_metadata, train_byte_level
 
-from tiered.chat import MAX_TEMPLATE, ChatTemplate
-from tiered.tokenizer import load_tokenizer
+from tiered.text.chat import MAX_TEMPLATE, ChatTemplate
+from tiered.text.tokenizer import load_tokenizer
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHATML = (

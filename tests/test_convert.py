@@ -10,13 +10,13 @@ import pytest
 import tiny
 from mmap_ninja import numpy as mmap_ninja_numpy
 
-from tiered.config_json import config_from_json, config_to_json
-from tiered.convert import convert
-from tiered.dense import dense_matrix
+from tiered.checkpoints.config_json import config_from_json, config_to_json
+from tiered.checkpoints.facts import Facts
 from tiered.experts import ExpertKey
-from tiered.facts import Facts
 from tiered.formats import CheckpointError, open_checkpoint
 from tiered.store import ExpertStore
+from tiered.weights.convert import convert
+from tiered.weights.dense import dense_matrix
 
 MIXED = dict(format="q4_k", formats={"blk.1.ffn_down": "q6_k"})
 
@@ -70,7 +70,7 @@ def test_the_same_bytes_reach_the_arithmetic(tmp_path, model_type, kind, quantiz
 @pytest.mark.parametrize("kind", ["gguf", "bf16"])
 def test_a_store_stands_on_its_own(tmp_path, kind):
     pytest.importorskip("tokenizers")
-    from tiered.tokenizer import load_tokenizer
+    from tiered.text.tokenizer import load_tokenizer
 
     model = source(tmp_path, "olmoe", kind)
     path = convert(model, tmp_path / "store")

@@ -7,17 +7,17 @@ from random import Random
 
 import pytest
 
-from tiered import hardware, sizes
-from tiered.admission import Admission
-from tiered.chooser import Chooser
-from tiered.costs import Costs, Line, Miss
 from tiered.experts import ExpertKey
-from tiered.machine import Machine, Rates
+from tiered.planning import hardware, sizes
+from tiered.planning.admission import Admission
+from tiered.planning.chooser import Chooser
+from tiered.planning.costs import Costs, Line, Miss
+from tiered.planning.machine import Machine, Rates
+from tiered.planning.shapes import Shape
+from tiered.planning.simulation import Simulation
+from tiered.planning.strategies import DYNAMIC, STATIC, STRATEGIES, Budgets
+from tiered.planning.synthetic import locality_of, routing
 from tiered.policies import Space
-from tiered.shapes import Shape
-from tiered.simulation import Simulation
-from tiered.strategies import DYNAMIC, STATIC, STRATEGIES, Budgets
-from tiered.synthetic import locality_of, routing
 
 POLICY = "layer_lfu"
 WARM, TIMED = 120, 200  # tokens

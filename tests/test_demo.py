@@ -8,13 +8,13 @@ import pytest
 from tiny import gguf_checkpoint
 
 from tiered import Engine
-from tiered.chat import ChatTemplate
 from tiered.demo import DownloadError, build, demo_model, download, random_tiny_model, texts
 from tiered.demo.dense import DenseLayer
 from tiered.demo.upcycle import spherical_kmeans, top_two_weights, upcycle
 from tiered.formats import open_checkpoint
-from tiered.sampling import log_softmax
-from tiered.tokenizer import load_tokenizer
+from tiered.text.chat import ChatTemplate
+from tiered.text.sampling import log_softmax
+from tiered.text.tokenizer import load_tokenizer
 
 FAKE_PIP = """\
 #!{python}

@@ -9,10 +9,10 @@ import tiny
 from naive import NaiveBackend
 
 from tiered import Engine, policies
-from tiered.convert import convert
 from tiered.demo import random_tiny_model
-from tiered.replay import replay
-from tiered.trace import read_trace
+from tiered.tracing.replay import replay
+from tiered.tracing.trace import read_trace
+from tiered.weights.convert import convert
 
 PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
 NUM_TOKENS = 24

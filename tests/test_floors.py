@@ -1,7 +1,7 @@
 import pytest
 
 from tiered import policies
-from tiered.floors import check_budget
+from tiered.cache.floors import check_budget
 from tiered.policies import Space
 
 

@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import pytest
 
-from tiered import hardware, shapes, sizes
-from tiered.forecast import forecast, share_out
-from tiered.hardware import GB
-from tiered.prompt import distinct_experts, prompt_seconds
-from tiered.synthetic import Locality, locality_of, routing
+from tiered.planning import hardware, shapes, sizes
+from tiered.planning.forecast import forecast, share_out
+from tiered.planning.hardware import GB
+from tiered.planning.prompt import distinct_experts, prompt_seconds
+from tiered.planning.synthetic import Locality, locality_of, routing
 
 
 def card(vram, **changes):

@@ -11,9 +11,9 @@ import tiny
 from pack import pack
 
 from cpu_kernels.formats import FORMATS
-from tiered.dequantize import dequantize, is_finite
+from tiered.checkpoints.gguf_header import Metadata, read_header
 from tiered.formats import CheckpointError, open_checkpoint
-from tiered.gguf_header import Metadata, read_header
+from tiered.weights.dequantize import dequantize, is_finite
 
 MIXED = dict(format="q4_k", formats={"down": "q6_k", "attn_v": "q5_k", "token_embd": "q8_0"})
 

@@ -8,13 +8,13 @@ from cpu_kernels.backend import CpuBackend
 from tiered import Engine, policies
 from tiered.backend import AttentionWeights, Batch
 from tiered.config import ModelConfig, RopeConfig
-from tiered.costs import Costs
 from tiered.demo import random_tiny_model
 from tiered.experts import ExpertKey, expert_layout
-from tiered.placement import Fixed, PlacedExperts
+from tiered.gpu.placement import Fixed, PlacedExperts
+from tiered.gpu.uploads import MappedBlobs, Uploads
+from tiered.planning.costs import Costs
 from tiered.policies import Space
 from tiered.tier import Tier
-from tiered.uploads import MappedBlobs, Uploads
 
 torch = pytest.importorskip("torch")
 from gpu_backend.attention import BatchPlace, SequencePlace  # noqa: E402

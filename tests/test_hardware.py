@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiered import hardware, shapes, sizes
+from tiered.planning import hardware, shapes, sizes
 
 GOOD = """
 label = "a machine"

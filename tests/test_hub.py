@@ -9,9 +9,10 @@ from urllib.parse import unquote
 import pytest
 from click.testing import CliRunner
 
-from tiered import hub, pulled
 from tiered.commands import find
-from tiered.hub import Name, RemoteFile, choose_files
+from tiered.hub import download as hub
+from tiered.hub import pulled
+from tiered.hub.download import Name, RemoteFile, choose_files
 
 COMMIT = "c" * 40
 

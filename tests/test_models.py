@@ -5,8 +5,8 @@ import pytest
 import tiny
 
 from tiered import models
+from tiered.checkpoints.facts import Facts
 from tiered.config import RopeConfig
-from tiered.facts import Facts
 from tiered.formats import open_checkpoint
 
 FACTS = {

@@ -7,14 +7,14 @@ import pytest
 from fake_gpu import FakeGpu, FakeGpuBackend, VirtualClock
 
 from tiered import Engine, policies
-from tiered.admission import Admission
-from tiered.costs import Costs, Line, Miss
 from tiered.demo import random_tiny_model
 from tiered.experts import ExpertKey
-from tiered.placement import Balanced, Fixed, PlacedExperts
+from tiered.gpu.placement import Balanced, Fixed, PlacedExperts
+from tiered.gpu.uploads import Uploads
+from tiered.planning.admission import Admission
+from tiered.planning.costs import Costs, Line, Miss
 from tiered.policies import Space
 from tiered.tier import Tier
-from tiered.uploads import Uploads
 
 PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
 NUM_TOKENS = 16
@@ -40,6 +40,13 @@ class GpuEngine:
             experts = probe.plan.experts
         budget = int(experts * ram)
         self.engine = Engine(model, backend=self.backend, expert_ram=budget, look_ahead=0)
+        try:
+            self._place(num_slots, split, promote)
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def _place(self, num_slots, split, promote):
         store, config = self.engine.store, self.engine.config
         nbytes = max(store.blob_bytes)
         space = Space(num_slots * nbytes, tuple(nbytes for _ in store.blob_bytes))

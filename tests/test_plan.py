@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from tiered import hardware, shapes, sizes
 from tiered.demo import random_tiny_model
-from tiered.hardware import GB
-from tiered.plan import make_plan
+from tiered.planning import hardware, shapes, sizes
+from tiered.planning.hardware import GB
+from tiered.planning.plan import make_plan
 
 
 def planned(tiered, *arguments):

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiered import policies
+from tiered.cache.residency import Residency
 from tiered.experts import ExpertKey
 from tiered.policies import Space
-from tiered.residency import Residency
 
 NUM_LAYERS = 3
 LAYER = st.integers(0, NUM_LAYERS - 1)

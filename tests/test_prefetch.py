@@ -3,9 +3,9 @@ import pytest
 from faults import Blobs
 from test_tier import KEYS, check, fetch, make
 
+from tiered.cache.residency import TierStats
 from tiered.experts import Routing
 from tiered.prefetch import Prefetcher, accuracy, ranked
-from tiered.residency import TierStats
 
 
 def routing(*rows, weights=None):

@@ -9,10 +9,19 @@ from faults import Blobs
 from tiered import policies
 from tiered.experts import ExpertKey
 from tiered.policies import Space
-from tiered.replay import replay
 from tiered.slots import RamMemory
 from tiered.tier import Tier
-from tiered.trace import DECODE, PREFILL, Fetched, Pass, Trace, TraceInfo, TraceWriter, read_trace
+from tiered.tracing.replay import replay
+from tiered.tracing.trace import (
+    DECODE,
+    PREFILL,
+    Fetched,
+    Pass,
+    Trace,
+    TraceInfo,
+    TraceWriter,
+    read_trace,
+)
 
 DATA = Path(__file__).parent / "data"
 QWEN, GEMMA = "qwen3-30b-a3b", "gemma-4-26b-a4b"

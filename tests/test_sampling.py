@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiered.sampling import Sampler, SamplingParams, candidates, log_softmax, penalize
+from tiered.text.sampling import Sampler, SamplingParams, candidates, log_softmax, penalize
 
 
 def naive_distribution(logits, params):

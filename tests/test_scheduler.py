@@ -11,11 +11,11 @@ from serving import make_checkpoint
 
 from tiered.engine import Engine
 from tiered.kv_cache import PAGE_SIZE, KVCache
-from tiered.sampling import SamplingParams
 from tiered.serve.fair_queue import FairQueue
 from tiered.serve.prefix import PrefixCache
 from tiered.serve.request import Finish, Piece, PromptScores, Request
 from tiered.serve.scheduler import Busy, Scheduler
+from tiered.text.sampling import SamplingParams
 
 SLOW = pytest.mark.slow  # compiles kernels
 

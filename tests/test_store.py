@@ -10,14 +10,14 @@ import pytest
 import tiny
 from pack import pack
 
-from tiered.convert import convert
-from tiered.damage import find_damage
-from tiered.dense import dense_bytes, dense_matrix
-from tiered.dequantize import dequantize
+from tiered.checkpoints.damage import find_damage
 from tiered.experts import ExpertKey
 from tiered.formats import CheckpointError, open_checkpoint
 from tiered.reader import BLOCK, FileReader
 from tiered.store import PIECE, ExpertStore
+from tiered.weights.convert import convert
+from tiered.weights.dense import dense_bytes, dense_matrix
+from tiered.weights.dequantize import dequantize
 
 MIXED = dict(format="q4_k", formats={"blk.1.ffn_down": "q6_k"})
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tiered import hardware, shapes, sizes, sweep
 from tiered.demo import random_tiny_model
-from tiered.results import ResultFile
+from tiered.measuring import sweep
+from tiered.measuring.results import ResultFile
+from tiered.planning import hardware, shapes, sizes
 
 GRID = ("olmoe-1b-7b", "--gpu", "laptop", "--ram", "3G,6G", "--policy", "lru,layer_lfu")
 

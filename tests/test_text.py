@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiered.text import StopStrings
+from tiered.text.stop_strings import StopStrings
 
 
 def run(stop, pieces):

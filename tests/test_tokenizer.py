@@ -14,9 +14,9 @@ from vocabularies import (
     train_byte_level,
 )
 
-from tiered.gguf_header import Metadata, read_header
-from tiered.split_patterns import SPLITS
-from tiered.tokenizer import load_tokenizer
+from tiered.checkpoints.gguf_header import Metadata, read_header
+from tiered.text.split_patterns import SPLITS
+from tiered.text.tokenizer import load_tokenizer
 
 VOCABS = os.environ.get("TIERED_VOCABS", "")  # the folder `models` of llama.cpp's source
 LLAMA_CPP_VOCABS = (

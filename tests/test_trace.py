@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tiered.experts import ExpertKey, Routing
-from tiered.trace import (
+from tiered.tracing.trace import (
     DECODE,
     PREFILL,
     Dropped,

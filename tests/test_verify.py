@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("numba")
 
 from tiered.demo import random_tiny_model
-from tiered.verify import verify
+from tiered.measuring.verify import verify
 
 
 @pytest.fixture(scope="module")

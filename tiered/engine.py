@@ -14,29 +14,29 @@ import numpy as np
 import psutil
 
 from tiered import kv_cache, memory, policies
-from tiered.accelerator import place_experts
 from tiered.backend import Backend, open_backend
 from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
-from tiered.chat import ChatTemplate
+from tiered.checkpoints.damage import damaged, find_damage
 from tiered.config import EngineConfig, ModelConfig
-from tiered.damage import damaged, find_damage
-from tiered.dense import dense_bytes
 from tiered.formats import CheckpointError, open_checkpoint
 from tiered.governor import Governor
+from tiered.gpu.accelerator import place_experts
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
 from tiered.policies import Space
 from tiered.prefetch import Prefetcher
-from tiered.sampling import Sampler, SamplingParams
 from tiered.slots import RamMemory
 from tiered.source import MappedExperts, TieredExperts
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
-from tiered.text import StopStrings
+from tiered.text.chat import ChatTemplate
+from tiered.text.sampling import Sampler, SamplingParams
+from tiered.text.stop_strings import StopStrings
+from tiered.text.tokenizer import Tokenizer, load_tokenizer
 from tiered.tier import Tier
-from tiered.tokenizer import Tokenizer, load_tokenizer
-from tiered.trace import TraceInfo, TraceWriter
-from tiered.weights import WeightLoader
+from tiered.tracing.trace import TraceInfo, TraceWriter
+from tiered.weights.dense import dense_bytes
+from tiered.weights.loader import WeightLoader
 
 DEFAULT_CONTEXT = 4096  # tokens
 
@@ -319,7 +319,7 @@ class Engine:
 
     @contextmanager
     def record(self, path: str | os.PathLike[str]) -> Iterator[None]:
-        """Write a routing trace of what is generated within the block; see tiered.trace.
+        """Write a routing trace of what is generated within the block; see tiered.tracing.trace.
 
         A replay gives the same hits and misses if the tier was empty when it began: record from
         the first token on. Raises ValueError for a dense model.

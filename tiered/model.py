@@ -15,7 +15,7 @@ from tiered.backend import Array, Backend, Batch
 from tiered.clock import PartClock
 from tiered.config import ModelConfig
 from tiered.experts import Routing, group_by_expert
-from tiered.trace import DECODE, PREFILL, TraceWriter
+from tiered.tracing.trace import DECODE, PREFILL, TraceWriter
 
 
 class ExpertSource(Protocol):

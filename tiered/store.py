@@ -13,11 +13,11 @@ from types import TracebackType
 import numpy as np
 
 from cpu_kernels.formats import FORMATS
-from tiered.checkpoint import Checkpoint, CheckpointError, Tensor
-from tiered.dense import is_usable
+from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.experts import ExpertKey, ExpertLayout, TensorLayout, aligned, expert_layout
-from tiered.quantize import GROUP_SIZE, quantize_rows
 from tiered.reader import BLOCK, FileReader
+from tiered.weights.dense import is_usable
+from tiered.weights.quantize import GROUP_SIZE, quantize_rows
 
 PROJECTIONS = "gate", "up", "down"
 PIECE = 4 << 20  # bytes of a large expert that one thread reads at a time

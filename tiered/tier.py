@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tiered.cache.residency import Residency, TierStats
 from tiered.experts import ExpertKey
 from tiered.fetch import Fetch, Pins
 from tiered.loaders import Load, Loaders, State
 from tiered.policies import Policy
-from tiered.residency import Residency, TierStats
 from tiered.slots import Memory
 
 

@@ -36,7 +36,7 @@ def command(
         return
     if model is None:
         raise click.UsageError("give a MODEL, or --kernels")
-    from tiered.bench import bench_model
+    from tiered.measuring.bench import bench_model
 
     choices["context"] = choices["context"] or prefill + decode
     with open_engine(model, choices) as engine, notes.status("measuring"):
@@ -63,7 +63,7 @@ def command(
 
 def bench_kernels(threads: int | None, as_json: bool) -> None:
     """Every number format at two expert shapes, beside memory and the libraries that are here."""
-    from tiered.kernel_report import kernel_report
+    from tiered.measuring.kernel_report import kernel_report
 
     with steps_progress() as bar:
         task = bar.add_task("compiling", total=None)

@@ -27,7 +27,7 @@ def command(source: Path, destination: Path, quantize: str, as_json: bool) -> No
     A store has each expert's matrices side by side and quantized once. It opens only when it is
     complete: an interrupted conversion leaves nothing that could be mistaken for a model.
     """
-    from tiered.convert import convert
+    from tiered.weights.convert import convert
 
     with bytes_progress() as bar:
         task = bar.add_task("converting", total=None)

@@ -71,9 +71,9 @@ def describe_machine() -> dict[str, Any]:
 def describe_model(path: Path, context: int, quantize: str) -> dict[str, Any]:
     """The facts of a model, and what fits where on this machine."""
     from tiered import budget, kv_cache
-    from tiered.dense import dense_bytes
     from tiered.formats import open_checkpoint
     from tiered.store import ExpertStore
+    from tiered.weights.dense import dense_bytes
 
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config

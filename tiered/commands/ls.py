@@ -14,7 +14,7 @@ from tiered.memory import format_bytes
 @opt.json_option
 def command(as_json: bool) -> None:
     """List the models of the hub that are on this machine."""
-    from tiered.pulled import pulled
+    from tiered.hub.pulled import pulled
 
     models = pulled()
     if as_json:

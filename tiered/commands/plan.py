@@ -8,14 +8,14 @@ from typing import Any
 import click
 from rich.table import Table
 
-from tiered import hardware, shapes, sizes
 from tiered.commands import options as opt
 from tiered.commands.output import notes, print_json, results
 from tiered.config import DEFAULT_POLICY
-from tiered.hardware import Hardware
 from tiered.memory import default_limit, format_bytes, parse_bytes
-from tiered.plan import Plan, make_plan
-from tiered.sizes import RECIPES, ModelSizes
+from tiered.planning import hardware, shapes, sizes
+from tiered.planning.hardware import Hardware
+from tiered.planning.plan import Plan, make_plan
+from tiered.planning.sizes import RECIPES, ModelSizes
 
 TERMS = {
     "attention": "attention and other dense weights",
@@ -116,7 +116,7 @@ def measured(path: Path, model: ModelSizes, quant: str, threads: int | None) -> 
     """This machine, with experts like the model's."""
     from tiered.experts import expert_layout
     from tiered.formats import open_checkpoint
-    from tiered.measure import measure_machine
+    from tiered.measuring.measure import measure_machine
     from tiered.store import ExpertStore
 
     file: Path | None = None

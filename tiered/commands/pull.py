@@ -19,7 +19,7 @@ def command(model: str, dry_run: bool, as_json: bool) -> None:
     It goes into the hub's own cache (HF_HOME), is checked, and goes on where it was interrupted.
     HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean elsewhere.
     """
-    from tiered.hub import Name, list_remote, pull
+    from tiered.hub.download import Name, list_remote, pull
 
     name = Name.parse(model)
     listing = list_remote(name)

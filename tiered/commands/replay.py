@@ -40,8 +40,8 @@ def command(trace: Path, policy: str, expert_ram: str, counting: str | None, as_
     TRACE is a file of `tiered trace`, or a CSV trace. With --json, one policy and one budget give
     one object, several a list under "results".
     """
-    from tiered.replay import replay
-    from tiered.trace import read_trace
+    from tiered.tracing.replay import replay
+    from tiered.tracing.trace import read_trace
 
     recorded = read_trace(trace)
     rows = [

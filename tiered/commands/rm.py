@@ -14,8 +14,8 @@ from tiered.memory import format_bytes
 @opt.option("--yes", "-y", is_flag=True, help="Do not ask.")
 def command(models: tuple[str, ...], yes: bool) -> None:
     """Delete MODELS, named as `tiered ls` lists them, from this machine."""
-    from tiered.hub import Name
-    from tiered.pulled import matches, pulled, remove
+    from tiered.hub.download import Name
+    from tiered.hub.pulled import matches, pulled, remove
 
     for text in models:
         name = Name.parse(text)

@@ -82,8 +82,8 @@ def command(
         raise click.UsageError(
             f'{error}; pip install "tiered[serve]" brings what a server needs'
         ) from None
+    from tiered.hub.pulled import find_model
     from tiered.memory import parse_bytes
-    from tiered.pulled import find_model
     from tiered.serve.running import announced
     from tiered.serve.scheduler import Scheduler
     from tiered.serve.service import Limits, Service

@@ -8,17 +8,17 @@ from typing import Any
 import click
 from rich.table import Table
 
-from tiered import hardware
-from tiered import sweep as sweeps
 from tiered.commands import options as opt
 from tiered.commands.output import notes, print_json, results, steps_progress
 from tiered.commands.plan import describe, number
 from tiered.config import DEFAULT_POLICY
-from tiered.hardware import Hardware
+from tiered.measuring import sweep as sweeps
+from tiered.measuring.results import ResultFile
 from tiered.memory import format_bytes, parse_bytes
-from tiered.results import ResultFile
-from tiered.sizes import RECIPES, ModelSizes
-from tiered.strategies import STRATEGIES
+from tiered.planning import hardware
+from tiered.planning.hardware import Hardware
+from tiered.planning.sizes import RECIPES, ModelSizes
+from tiered.planning.strategies import STRATEGIES
 
 
 @click.command("sweep")
@@ -155,8 +155,8 @@ def _live_points(model: ModelSizes, axes: dict[str, Any]) -> list[sweeps.Point]:
 def _simulation(model: ModelSizes, trace: Path | None, locality: str) -> Any:
     if trace is None:
         return lambda machine, point: sweeps.simulate(model, machine, point, locality=locality)
-    from tiered.tokens import tokens_of
-    from tiered.trace import read_trace
+    from tiered.planning.tokens import tokens_of
+    from tiered.tracing.trace import read_trace
 
     recorded = read_trace(trace)
     if len(recorded.info.blob_bytes) != model.num_layers:
@@ -186,7 +186,7 @@ def _prompt(path: Path) -> list[int]:
 def _plot(
     rows: list[dict[str, str]], path: Path, model: ModelSizes, machines: list[Any], live: bool
 ) -> None:
-    from tiered.plot import plot_sweep
+    from tiered.measuring.plot import plot_sweep
 
     described = [machine for machine in machines if machine is not None]
     where = described[0].label if len(described) == 1 else f"{len(described)} machines"

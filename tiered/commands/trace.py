@@ -30,8 +30,8 @@ def command(
 ) -> None:
     """Record which experts MODEL uses while it continues PROMPT, for `tiered replay` and `sweep`.
 
-    The file's format is described in tiered/trace.py. Continues past an end-of-text token, so that
-    traces have the length that was asked for.
+    The file's format is described in tiered/tracing/trace.py. Continues past an end-of-text token,
+    so that traces have the length that was asked for.
     """
     with open_engine(model, choices) as engine:
         ids = engine.tokenizer.encode(prompt)

@@ -15,7 +15,7 @@ from tiered.config import DEFAULT_POLICY
 from tiered.memory import format_bytes
 
 if TYPE_CHECKING:
-    from tiered.verify import Comparison
+    from tiered.measuring.verify import Comparison
 
 
 @click.command("verify")
@@ -49,7 +49,7 @@ def command(model: Path, shares: str, as_json: bool, **choices: Any) -> None:
     if not all(0 < share <= 1 for share in budgets):
         raise click.UsageError("--shares lie above 0 and are at most 100")
     with notes.status("opening the model") as status:
-        from tiered.verify import verify  # imports numba
+        from tiered.measuring.verify import verify  # imports numba
 
         found = verify(model, budgets, progress=status.update, **choices)
     if as_json:

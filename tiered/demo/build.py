@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tiered.checkpoint import Checkpoint
+from tiered.checkpoints.checkpoint import Checkpoint
 from tiered.demo.checkpoint_writer import SafetensorsWriter, mixtral_config, mixtral_shapes
 from tiered.demo.dense import DenseLayer, run_dense
 from tiered.demo.download import download, extract
 from tiered.demo.texts import calibration_texts
 from tiered.demo.upcycle import SparseLayer, upcycle
-from tiered.tokenizer import load_tokenizer
+from tiered.text.tokenizer import load_tokenizer
 
 NUM_EXPERTS, TOP_K, EXPERT_SIZE = 8, 2, 1152
 NUM_TEXTS, TEXT_LENGTH = 24, 256  # what is read to build it: some 6,000 tokens

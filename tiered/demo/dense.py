@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tiered.checkpoint import Checkpoint
+from tiered.checkpoints.checkpoint import Checkpoint
 from tiered.config import ModelConfig
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tiered.demo.checkpoint_writer import SafetensorsWriter, mixtral_config, mixtral_shapes
-from tiered.pieces import BYTE_LETTERS
+from tiered.text.pieces import BYTE_LETTERS
 
 WORDS = "the of and to in is that it was for on are as with his they at be this have from or one"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tiered.chat import ChatTemplate
 from tiered.demo import prose
-from tiered.tokenizer import Tokenizer
+from tiered.text.chat import ChatTemplate
+from tiered.text.tokenizer import Tokenizer
 
 SOURCES = ("argparse", "ast", "csv", "datetime", "heapq", "json.decoder", "pathlib", "random")
 DOCUMENTED = (

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
-from tiered.checkpoint import Checkpoint, CheckpointError, Tensor
+from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 
 __all__ = ["Checkpoint", "CheckpointError", "Tensor", "names", "open_checkpoint"]
 

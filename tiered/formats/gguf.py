@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tiered import models
-from tiered.checkpoint import Checkpoint, CheckpointError, Tensor
+from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
+from tiered.checkpoints.gguf_header import MAGIC, Metadata, read_header
+from tiered.checkpoints.tensor_names import GGUF, canonical_tensors, check_tensors
 from tiered.config import ModelConfig
-from tiered.gguf_header import MAGIC, Metadata, read_header
-from tiered.tensor_names import GGUF, canonical_tensors, check_tensors
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.DOTALL)
 

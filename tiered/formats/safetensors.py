@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tiered import models
-from tiered.checkpoint import Checkpoint, CheckpointError, Tensor
-from tiered.facts import Facts
-from tiered.json_file import parse_json, read_json
-from tiered.tensor_names import canonical_tensors, check_tensors
+from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
+from tiered.checkpoints.facts import Facts
+from tiered.checkpoints.json_file import parse_json, read_json
+from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit

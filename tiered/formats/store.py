@@ -1,4 +1,4 @@
-"""tiered's own store: experts side by side, as `tiered convert` (tiered.convert) writes it.
+"""tiered's own store: experts side by side, as `tiered convert` (tiered.weights.convert) writes it.
 
 A folder with `manifest.json`, one `experts-<n>` array per blob size (uint8 [num_experts, stride],
 readable with mmap_ninja.numpy), `dense.bin` and `tokenizer/`. The manifest is written last: a
@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tiered.checkpoint import Checkpoint, CheckpointError, Tensor
+from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
+from tiered.checkpoints.config_json import config_from_json
+from tiered.checkpoints.facts import Facts
+from tiered.checkpoints.json_file import read_json
+from tiered.checkpoints.tensor_names import check_tensors
 from tiered.config import ModelConfig
-from tiered.config_json import config_from_json
-from tiered.dense import matrix_bytes
 from tiered.experts import expert_layout
-from tiered.facts import Facts
-from tiered.json_file import read_json
 from tiered.models import read_config
-from tiered.tensor_names import check_tensors
+from tiered.weights.dense import matrix_bytes
 
 MANIFEST = "manifest.json"
 DENSE = "dense.bin"

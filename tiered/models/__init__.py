@@ -1,7 +1,7 @@
 """Architectures: one file each, named after config.json's `model_type`.
 
 A file has `GGUF_ARCHITECTURE` and `HAS_EXPERTS` (together they name it in GGUF), `HF_NAMES` (its
-tensor names, see tiered.tensor_names), `from_hf(facts)` and `from_gguf(facts)`.
+tensor names, see tiered.checkpoints.tensor_names), `from_hf(facts)` and `from_gguf(facts)`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, Protocol, cast
 
-from tiered.checkpoint import CheckpointError
+from tiered.checkpoints.checkpoint import CheckpointError
+from tiered.checkpoints.facts import Facts
+from tiered.checkpoints.rope import rope_from_gguf, rope_from_hf
 from tiered.config import ModelConfig
-from tiered.facts import Facts
-from tiered.rope import rope_from_gguf, rope_from_hf
 
 
 class Architecture(Protocol):

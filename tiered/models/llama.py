@@ -1,9 +1,9 @@
 """Llama: every layer is dense."""
 
+from tiered.checkpoints.facts import Facts
+from tiered.checkpoints.tensor_names import HF_BASE, HF_DENSE
 from tiered.config import ModelConfig
-from tiered.facts import Facts
 from tiered.models import gguf_common, hf_common
-from tiered.tensor_names import HF_BASE, HF_DENSE
 
 GGUF_ARCHITECTURE = "llama"
 HAS_EXPERTS = False

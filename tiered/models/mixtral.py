@@ -1,9 +1,9 @@
 """Mixtral: Llama's attention, and experts in every layer (GGUF calls it llama, too)."""
 
+from tiered.checkpoints.facts import Facts
+from tiered.checkpoints.tensor_names import HF_BASE, HF_EXPERTS
 from tiered.config import ModelConfig
-from tiered.facts import Facts
 from tiered.models import gguf_common, gguf_experts, hf_common, hf_experts
-from tiered.tensor_names import HF_BASE, HF_EXPERTS
 
 GGUF_ARCHITECTURE = "llama"
 HAS_EXPERTS = True

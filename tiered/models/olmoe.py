@@ -1,9 +1,9 @@
 """OLMoE: queries and keys are normalized over all heads together, and may be clipped."""
 
+from tiered.checkpoints.facts import Facts
+from tiered.checkpoints.tensor_names import HF_BASE, HF_EXPERTS
 from tiered.config import ModelConfig
-from tiered.facts import Facts
 from tiered.models import gguf_common, gguf_experts, hf_common, hf_experts
-from tiered.tensor_names import HF_BASE, HF_EXPERTS
 
 GGUF_ARCHITECTURE = "olmoe"
 HAS_EXPERTS = True

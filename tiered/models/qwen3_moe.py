@@ -1,9 +1,9 @@
 """Qwen3-MoE: queries and keys are normalized head by head."""
 
+from tiered.checkpoints.facts import Facts
+from tiered.checkpoints.tensor_names import HF_BASE, HF_DENSE, HF_EXPERTS
 from tiered.config import ModelConfig
-from tiered.facts import Facts
 from tiered.models import gguf_common, gguf_experts, hf_common, hf_dense_layers, hf_experts
-from tiered.tensor_names import HF_BASE, HF_DENSE, HF_EXPERTS
 
 GGUF_ARCHITECTURE = "qwen3moe"
 HAS_EXPERTS = True

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable
 
+from tiered.cache.ranking import Ranking
 from tiered.experts import ExpertKey
 from tiered.policies import Evictable, Space
-from tiered.ranking import Ranking
 
 NEVER = float("inf")
 

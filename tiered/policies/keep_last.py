@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from tiered.cache.ranking import Ranking
 from tiered.experts import ExpertKey
 from tiered.policies import Evictable, Space
-from tiered.ranking import Ranking
 
 
 class Policy:

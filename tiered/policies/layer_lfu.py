@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tiered.cache.shares import Shares
 from tiered.policies import Space, lfu
-from tiered.shares import Shares
 
 
 class Policy(Shares):

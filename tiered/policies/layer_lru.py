@@ -5,8 +5,8 @@ Unlike one LRU over all layers it hits below one token cycle: no layer pushes ou
 
 from __future__ import annotations
 
+from tiered.cache.shares import Shares
 from tiered.policies import Space, lru
-from tiered.shares import Shares
 
 
 class Policy(Shares):

@@ -5,9 +5,9 @@ Uses are counted for ever: an expert that comes back has not lost them.
 
 from __future__ import annotations
 
+from tiered.cache.ranking import Ranking
 from tiered.experts import ExpertKey
 from tiered.policies import Evictable, Space
-from tiered.ranking import Ranking
 
 
 class Policy:

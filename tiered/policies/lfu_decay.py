@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from math import log2
 
+from tiered.cache.ranking import Ranking
 from tiered.experts import ExpertKey
 from tiered.policies import Evictable, Space
-from tiered.ranking import Ranking
 
 
 class Policy:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 
 from tiered.kv_cache import Sequence
-from tiered.sampling import Sampler
 from tiered.serve.request import Choice, Event, Finish, Piece, PromptScores, Request
-from tiered.text import StopStrings
-from tiered.tokenizer import TextStream, Tokenizer
+from tiered.text.sampling import Sampler
+from tiered.text.stop_strings import StopStrings
+from tiered.text.tokenizer import TextStream, Tokenizer
 
 
 class Job:

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from tiered.sampling import SamplingParams
+from tiered.text.sampling import SamplingParams
 
 
 class Constraint(Protocol):

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tiered.chat import ChatTemplate
 from tiered.engine import Engine
-from tiered.sampling import SamplingParams
 from tiered.serve.errors import ApiError
 from tiered.serve.fields import MISSING, Fields
 from tiered.serve.live import Live
@@ -19,6 +17,8 @@ from tiered.serve.request import Constraint, Request
 from tiered.serve.scheduler import Scheduler
 from tiered.serve.structured import Grammars
 from tiered.serve.tool_formats import ToolFormat, find_format
+from tiered.text.chat import ChatTemplate
+from tiered.text.sampling import SamplingParams
 
 
 @dataclass(frozen=True)

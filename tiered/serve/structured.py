@@ -13,7 +13,7 @@ from tiered.serve.errors import ApiError
 from tiered.serve.parts import END_THINK
 from tiered.serve.request import Constraint
 from tiered.serve.tool_formats import ToolFormat
-from tiered.tokenizer import Tokenizer
+from tiered.text.tokenizer import Tokenizer
 
 COMPACT = {"whitespace_flexible": False}  # small models lose themselves in blank lines
 

@@ -1,0 +1,126 @@
+"""An open checkpoint: the model's facts, and where each of its tensors lies on disk."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tiered.config import ModelConfig
+
+
+class CheckpointError(ValueError):
+    """The files of a model are damaged, incomplete or of a kind that is not supported."""
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: `nbytes` at `offset` of `file`, rows of `format` blocks.
+
+    `shape` is [out_features, in_features] or [size]; `format` is a name of cpu_kernels.formats.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+class Checkpoint:
+    """A model on disk. Opening reads headers only; files are memory-mapped when first used.
+
+    Tensors have the canonical names of tensor_names.py. `metadata` is what the file itself
+    says (config.json or GGUF keys). `tokenizer_source` is a folder with tokenizer.json, or a
+    mapping with GGUF's `tokenizer.*` keys whose long arrays are read when asked for.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        tokenizer_source: Path | Mapping[str, Any],
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.tensors = tensors
+        self.metadata = metadata
+        self.tokenizer_source = tokenizer_source
+        self._lock = threading.Lock()
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._closed = False
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.path}: {self.config.model_type}, {len(self.tensors)} tensors>"
+
+    def data(self, name: str) -> np.ndarray:
+        """The tensor's bytes, uint8 [nbytes]: a view of the memory map, nothing is read yet."""
+        return self.view(self.tensors[name])
+
+    def view(self, tensor: Tensor) -> np.ndarray:
+        data = np.frombuffer(self._map(tensor.file), np.uint8)
+        if tensor.offset + tensor.nbytes > len(data):
+            raise OSError(f"{tensor.file}: the file became shorter while it was open")
+        return data[tensor.offset : tensor.offset + tensor.nbytes]
+
+    def float32(self, name: str) -> np.ndarray:
+        """A copy of the tensor as float32, whatever its format: for norms, biases and routers."""
+        from tiered.weights.dequantize import dequantize
+
+        tensor = self.tensors[name]
+        return dequantize(self.data(name), tensor.format, tensor.shape)
+
+    def advise(self, tensor: Tensor) -> None:
+        """Ask the system to read the tensor ahead, where it can be asked."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            size = tensor.offset + tensor.nbytes - start
+            self._map(tensor.file).madvise(mmap.MADV_WILLNEED, start, size)
+
+    def verify(self) -> None:
+        """Compare the files with their recorded checksums, if the format has any."""
+
+    def close(self) -> None:
+        """Give the memory maps up; each goes when the last array that views it does."""
+        with self._lock:
+            self._closed = True
+            self._maps.clear()
+
+    def _map(self, file: Path) -> mmap.mmap:
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"{self.path} is closed")
+            if file not in self._maps:
+                with file.open("rb") as opened:
+                    mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+                _prefer_huge_pages(mapped)
+                self._maps[file] = mapped
+            return self._maps[file]
+
+
+def _prefer_huge_pages(mapped: mmap.mmap) -> None:
+    """Where the file system can, what is read from now on is cached and mapped 2 MiB at a time:
+    fewer faults, and weights that are read through fewer page table entries."""
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None:
+        with suppress(OSError):  # a kernel without them: small pages will do
+            mapped.madvise(advice)

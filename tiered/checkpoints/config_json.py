@@ -1,0 +1,40 @@
+"""ModelConfig as JSON and back, field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any
+
+from tiered.checkpoints.facts import Facts
+from tiered.config import ModelConfig, RopeConfig
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """An object for json.dumps; floats survive exactly."""
+    return {**asdict(config), "dense_layers": sorted(config.dense_layers)}
+
+
+def config_from_json(facts: Facts) -> ModelConfig:
+    """What `config_to_json` wrote; raises CheckpointError for anything else."""
+    return ModelConfig(**_fields(ModelConfig, facts))
+
+
+def _fields(kind: type, facts: Facts) -> dict[str, Any]:
+    return {field.name: _READERS[str(field.type)](facts, field.name) for field in fields(kind)}
+
+
+def _rope(facts: Facts, name: str) -> RopeConfig:
+    return RopeConfig(**_fields(RopeConfig, Facts(facts.mapping(name), facts.source)))
+
+
+_READERS: dict[str, Callable[[Facts, str], Any]] = {
+    "int": Facts.integer,
+    "float": Facts.number,
+    "str": Facts.text,
+    "bool": Facts.flag,
+    "tuple[int, ...]": Facts.integers,
+    "tuple[float, ...]": Facts.numbers,
+    "frozenset[int]": lambda facts, name: frozenset(facts.integers(name)),
+    "RopeConfig": _rope,
+}

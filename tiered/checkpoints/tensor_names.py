@@ -1,0 +1,195 @@
+"""Tensor names: from Hugging Face's and GGUF's to the canonical ones, and their shapes.
+
+Tables map a stored name to a canonical one; `{}` stands for a number (layer, then expert). A
+canonical name with `experts.*` is a 3-D tensor [num_experts, rows, columns] that is cut into its
+experts, and `gate|up` says that the rows of each are those two matrices, one after the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from cpu_kernels.formats import FORMATS
+from tiered.checkpoints.checkpoint import CheckpointError, Tensor
+from tiered.config import ModelConfig
+
+Names = Mapping[str, str]
+
+PROJECTIONS = "gate", "up", "down"
+
+
+def _layers(prefix: str, names: Names) -> dict[str, str]:
+    return {f"{prefix}.{{}}.{old}": f"layers.{{}}.{new}" for old, new in names.items()}
+
+
+HF_BASE: Names = {
+    "model.embed_tokens.weight": "embed",
+    "model.norm.weight": "norm",
+    "lm_head.weight": "head",
+} | _layers(
+    "model.layers",
+    {
+        "input_layernorm.weight": "attention_norm",
+        "post_attention_layernorm.weight": "ffn_norm",
+        "self_attn.q_proj.weight": "q",
+        "self_attn.k_proj.weight": "k",
+        "self_attn.v_proj.weight": "v",
+        "self_attn.o_proj.weight": "o",
+        "self_attn.q_proj.bias": "q_bias",
+        "self_attn.k_proj.bias": "k_bias",
+        "self_attn.v_proj.bias": "v_bias",
+        "self_attn.o_proj.bias": "o_bias",
+        "self_attn.q_norm.weight": "q_norm",
+        "self_attn.k_norm.weight": "k_norm",
+    },
+)
+HF_DENSE: Names = _layers(
+    "model.layers",
+    {f"mlp.{name}_proj.weight": f"ffn.{name}" for name in PROJECTIONS},
+)
+HF_EXPERTS: Names = _layers(
+    "model.layers",
+    {"mlp.gate.weight": "router"}
+    | {f"mlp.experts.{{}}.{name}_proj.weight": f"experts.{{}}.{name}" for name in PROJECTIONS}
+    | {
+        "mlp.experts.gate_up_proj": "experts.*.gate|up",
+        "mlp.experts.down_proj": "experts.*.down",
+    },
+)
+HF_SHARED: Names = _layers(
+    "model.layers",
+    {"mlp.shared_expert_gate.weight": "shared.scale"}
+    | {f"mlp.shared_expert.{name}_proj.weight": f"shared.{name}" for name in PROJECTIONS},
+)
+
+GGUF: Names = {
+    "token_embd.weight": "embed",
+    "output_norm.weight": "norm",
+    "output.weight": "head",
+    "rope_freqs.weight": "rope_factors",
+} | _layers(
+    "blk",
+    {
+        "attn_norm.weight": "attention_norm",
+        "attn_q.weight": "q",
+        "attn_k.weight": "k",
+        "attn_v.weight": "v",
+        "attn_output.weight": "o",
+        "attn_q.bias": "q_bias",
+        "attn_k.bias": "k_bias",
+        "attn_v.bias": "v_bias",
+        "attn_output.bias": "o_bias",
+        "attn_q_norm.weight": "q_norm",
+        "attn_k_norm.weight": "k_norm",
+        "ffn_norm.weight": "ffn_norm",
+        "ffn_gate_inp.weight": "router",
+        "ffn_gate_up_exps.weight": "experts.*.gate|up",
+        "ffn_gate_inp_shexp.weight": "shared.scale",
+    }
+    | {f"ffn_{name}.weight": f"ffn.{name}" for name in PROJECTIONS}
+    | {f"ffn_{name}.{{}}.weight": f"experts.{{}}.{name}" for name in PROJECTIONS}
+    | {f"ffn_{name}_exps.weight": f"experts.*.{name}" for name in PROJECTIONS}
+    | {f"ffn_{name}_shexp.weight": f"shared.{name}" for name in PROJECTIONS},
+)
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def canonical_tensors(stored: Iterable[Tensor], names: Names) -> dict[str, Tensor]:
+    """The tensors that `names` knows, under their canonical names; others are left out."""
+    tensors: dict[str, Tensor] = {}
+    for tensor in stored:
+        pattern = names.get(_NUMBER.sub("{}", tensor.name))
+        if pattern is None:
+            continue
+        if tensor.format not in FORMATS:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name!r} has type {tensor.format.upper()}, "
+                f"which is not supported (supported: {', '.join(FORMATS).upper()})"
+            )
+        name = pattern.format(*_NUMBER.findall(tensor.name))
+        if name.endswith(".shared.scale"):
+            tensor = tensor._replace(shape=(1, tensor.shape[-1]))
+        for part in _experts(tensor, name) if "*" in name else [tensor._replace(name=name)]:
+            if part.name in tensors:
+                raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} is there twice")
+            tensors[part.name] = part
+    return tensors
+
+
+def _experts(tensor: Tensor, name: str) -> Iterator[Tensor]:
+    """The matrices of a fused tensor, expert by expert."""
+    prefix, projections = name.rsplit(".", 1)
+    parts = projections.split("|")
+    if len(tensor.shape) != 3 or tensor.shape[1] % len(parts):
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}, but must be "
+            f"[experts, rows, columns] with rows for {' and '.join(parts)}"
+        )
+    num_experts, num_rows, num_columns = tensor.shape
+    shape = (num_rows // len(parts), num_columns)
+    nbytes = shape[0] * FORMATS[tensor.format].row_bytes(num_columns)
+    offset = tensor.offset
+    for expert in range(num_experts):
+        for part in parts:
+            full_name = f"{prefix.replace('*', str(expert))}.{part}"
+            yield Tensor(full_name, tensor.format, shape, tensor.file, offset, nbytes)
+            offset += nbytes
+
+
+Expected = tuple[str, tuple[int, ...], bool]  # canonical name, shape, whether it must be there
+
+
+def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
+    """All tensors of a model; lazily, since a damaged file may claim any number of layers."""
+    hidden = config.hidden_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    yield "embed", (config.vocab_size, hidden), True
+    yield "norm", (hidden,), True
+    yield "head", (config.vocab_size, hidden), False
+    for index in range(config.num_layers):
+        layer = f"layers.{index}"
+        yield f"{layer}.attention_norm", (hidden,), True
+        for name, size in ("q", q_size), ("k", kv_size), ("v", kv_size):
+            yield f"{layer}.{name}", (size, hidden), True
+            yield f"{layer}.{name}_bias", (size,), False
+        yield f"{layer}.o", (hidden, q_size), True
+        yield f"{layer}.o_bias", (hidden,), False
+        if config.qk_norm:
+            full = config.qk_norm == "full"
+            yield f"{layer}.q_norm", (q_size if full else config.head_dim,), True
+            yield f"{layer}.k_norm", (kv_size if full else config.head_dim,), True
+        yield f"{layer}.ffn_norm", (hidden,), True
+        if not config.is_sparse(index):
+            yield from _feed_forward(f"{layer}.ffn", hidden, config.ffn_size)
+            continue
+        yield f"{layer}.router", (config.num_experts, hidden), True
+        for expert in range(config.num_experts):
+            yield from _feed_forward(f"{layer}.experts.{expert}", hidden, config.expert_size)
+        if config.shared_expert_size:
+            yield from _feed_forward(f"{layer}.shared", hidden, config.shared_expert_size)
+            yield f"{layer}.shared.scale", (1, hidden), False
+
+
+def _feed_forward(prefix: str, hidden: int, size: int) -> Iterator[Expected]:
+    yield f"{prefix}.gate", (size, hidden), True
+    yield f"{prefix}.up", (size, hidden), True
+    yield f"{prefix}.down", (hidden, size), True
+
+
+def check_tensors(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Every tensor the model needs is there and has the shape that its configuration says."""
+    for name, shape, required in expected_tensors(config):
+        tensor = tensors.get(name)
+        if tensor is None and required:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is missing; the file is incomplete or its "
+                f"{config.model_type} variant is not supported"
+            )
+        if tensor is not None and tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} has shape {list(tensor.shape)}, but the "
+                f"model's configuration says {list(shape)}"
+            )

@@ -1,0 +1,1 @@
+"""The tier above RAM: experts in the memory of a GPU."""

@@ -1,0 +1,194 @@
+"""Placement: on a machine with a GPU, each expert of a layer runs where its blob lies.
+
+Devices are data: `[cpu]` has one source of experts, whose addresses are in RAM; `[gpu, cpu]` has
+`PlacedExperts`, which hands out slots of the GPU's memory and addresses in RAM in an order that
+keeps both busy. No other part of the control asks where an expert runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from tiered.experts import ExpertKey
+from tiered.model import ExpertSource
+from tiered.planning.admission import Admission
+from tiered.planning.costs import Costs, Miss
+from tiered.planning.gpu_tier import would_evict
+from tiered.store import ExpertStore
+from tiered.tier import Tier
+
+Group = tuple[Any, np.ndarray]  # positions in a layer's experts; addresses int64 [count, 3]
+
+
+class Split(Protocol):
+    """Decides how many of a layer's misses are copied: a chooser, or one of those below."""
+
+    def place(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:
+        """The first so many misses. `hits`: bytes that are resident; `wait`: until the link is
+        free, in seconds."""
+
+
+class Balanced:
+    """Copies so many misses that both sides end together: m * P / (P + C), with measured rates."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+
+    def place(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:
+        seconds = self._costs.layer_seconds
+        ends = [seconds(hits, misses, num, wait) for num in range(len(misses) + 1)]
+        return ends.index(min(ends))
+
+
+class Fixed:
+    """Copies a fixed share of the misses: 1 is a GPU alone, 0 leaves every miss to the CPU."""
+
+    def __init__(self, share: float) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must lie in 0 ... 1, not {share}")
+        self._share = share
+
+    def place(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:
+        return round(self._share * len(misses))
+
+
+class PlacedExperts:
+    """Where a decoder's experts come from, on a GPU with a CPU beside it.
+
+    `vram` is the tier of the GPU's memory; `below` the CPU's source (a RAM tier, or the memory
+    map). `few_rows`: the CPU takes an expert only with so many rows of activations at most,
+    because for those its kernels compute what the GPU's compute; so where an expert runs depends
+    on what is resident only if that cannot change a result. `admission`: misses that the CPU
+    computed are copied afterwards, if they are worth it and the link is idle; None: never.
+    """
+
+    def __init__(
+        self,
+        vram: Tier,
+        below: ExpertSource,
+        store: ExpertStore,
+        split: Split,
+        costs: Costs,
+        *,
+        few_rows: int,
+        admission: Admission | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.vram = vram
+        self.below = below
+        self.split = split
+        self.costs = costs
+        self.few_rows = few_rows
+        self.admission = admission
+        self.hits = self.copies = self.computed_in_ram = 0  # experts, each once per layer
+        self._clock = clock
+        sparse = store.checkpoint.config.sparse_layers
+        self._offsets = {layer: store.layout(layer).offsets for layer in sparse}
+        self._nbytes = {layer: store.layout(layer).nbytes for layer in sparse}
+
+    def fetch(
+        self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None
+    ) -> Iterator[Group]:
+        """See ExpertSource. `counts`: rows of activations of each expert; None: one each.
+
+        First what is resident, so that the GPU has something to do; then what the CPU computes
+        meanwhile; then what has been copied meanwhile.
+        """
+        keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
+        if self.admission is not None:
+            self.admission.touch(keys)
+        hits, awaited, misses = self._look_up(keys)
+        copied = self._num_copied(keys, hits, awaited, misses, counts)
+        here, there = [*hits, *awaited, *misses[:copied]], misses[copied:]
+        self.hits += len(hits) + len(awaited)
+        self.copies += copied
+        self.computed_in_ram += len(there)
+        with self.vram.fetch([keys[i] for i in here]) as groups:
+            if hits:
+                yield self._places(layer, here, next(groups))
+            if there:
+                yield from self._compute_in_ram(layer, experts, there, copied > 0)
+            for group in groups:
+                yield self._places(layer, here, group)
+        self._promote([keys[i] for i in there])
+
+    def _look_up(self, keys: Sequence[ExpertKey]) -> tuple[list[int], list[int], list[int]]:
+        """Positions of what is on the GPU, on its way there, and neither."""
+        places: tuple[list[int], list[int], list[int]] = [], [], []
+        with self.vram.lock:
+            under_way = {load.key for load in self.vram.loads.values()}
+            for position, key in enumerate(keys):
+                kind = 2 if key not in self.vram else 1 if key in under_way else 0
+                places[kind].append(position)
+        return places
+
+    def _num_copied(
+        self,
+        keys: Sequence[ExpertKey],
+        hits: list[int],
+        awaited: list[int],
+        misses: list[int],
+        counts: np.ndarray | None,
+    ) -> int:
+        """How many of the misses are copied. Sorts `misses`: those that must be come first."""
+        if not misses:
+            return 0
+        must = 0
+        if counts is not None:
+            misses.sort(key=lambda i: counts[i] <= self.few_rows)
+            must = sum(int(counts[i]) > self.few_rows for i in misses)
+        nbytes = float(self._nbytes[keys[0].layer])
+        wait = len(awaited) * self.costs.link(nbytes)
+        free = [Miss(nbytes)] * (len(misses) - must)
+        chosen = must + self.split.place(nbytes * (len(hits) + must), free, wait)
+        # The GPU alone can take more than fits, piece by piece; otherwise a piece would have to
+        # wait for the CPU.
+        while must < chosen < len(misses) and not self.vram.residency.fits(
+            [keys[i] for i in (*hits, *awaited, *misses[:chosen])]
+        ):
+            chosen -= 1
+        return chosen
+
+    def _places(self, layer: int, here: list[int], group: list[tuple[int, Any]]) -> Group:
+        ready, places = zip(*group, strict=True)
+        addresses = np.array(places, np.int64)[:, None] + self._offsets[layer]
+        return [here[i] for i in ready], addresses
+
+    def _compute_in_ram(
+        self, layer: int, experts: np.ndarray, there: list[int], copying: bool
+    ) -> Iterator[Group]:
+        """The consumer computes a group before it asks for the next: that is what is timed."""
+        for ready, addresses in self.below.fetch(layer, experts[there]):
+            begin = self._clock()
+            yield [there[i] for i in ready], addresses
+            seconds = self._clock() - begin
+            nbytes = float(self._nbytes[layer] * len(ready))
+            self.costs.observe_cpu(nbytes, seconds, float(copying))
+
+    def _promote(self, computed: Sequence[ExpertKey]) -> None:
+        """Start copying one expert that the CPU had to compute, if nothing else is under way."""
+        admission, tier = self.admission, self.vram
+        if admission is None or not computed or tier.loads:
+            return
+        for key in admission.popularity.ranked(computed):
+            with tier.lock:
+                residency = tier.residency
+                has_room = residency.used + residency.space.blob_bytes[key.layer] <= (
+                    residency.space.capacity
+                )
+                victim = None if has_room else would_evict(residency, key, self._evictable(key))
+                worth = has_room or (
+                    victim is not None and admission.worth(key, victim, is_there=False)
+                )
+            if worth:
+                tier.prefetch([key], 1)
+                return
+
+    def _evictable(self, key: ExpertKey) -> Callable[[ExpertKey], bool]:
+        """What this layer has just used stays."""
+        pinned = self.vram.pinned_keys()
+        return lambda other: other.layer != key.layer and other not in pinned

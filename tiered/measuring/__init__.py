@@ -1,0 +1,1 @@
+"""Measurements: of this machine, of the kernels, of a model on both."""

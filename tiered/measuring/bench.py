@@ -1,0 +1,72 @@
+"""Speed of a whole model, beside what this machine's memory could give."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from tiered.engine import Engine
+from tiered.version import __version__
+from tiered.weights.dense import dense_bytes, dense_format, matrix_bytes
+
+
+def weights_per_token(engine: Engine) -> int:
+    """Bytes of weights that one decoded token reads: dense ones and top_k experts a layer."""
+    config, store = engine.config, engine.store
+    dense = dense_bytes(engine.checkpoint, engine.choices.quantize)
+    if "head" in engine.checkpoint.tensors:  # else the embedding is the head, and is read whole
+        embedding = engine.checkpoint.tensors["embed"]
+        dense -= matrix_bytes(dense_format(embedding, engine.choices.quantize), embedding.shape)
+    return dense + (config.top_k * sum(store.blob_bytes) if store else 0)
+
+
+def bench_model(engine: Engine, prefill: int, decode: int, runs: int = 1) -> dict[str, Any]:
+    """Prefill and decode speed on seeded random tokens, after a short warm-up.
+
+    Decoding is fed random tokens, too: a model with random weights would soon repeat itself, and
+    need the same few experts again and again.
+    """
+    from cpu_kernels.bandwidth import read_bandwidth
+
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, engine.config.vocab_size, prefill).tolist()
+    answer = rng.integers(0, engine.config.vocab_size, decode - 1).tolist()
+    engine.score_tokens(prompt[:16], answer[:1])
+    before = engine.stats
+    prefill_rates, decode_rates, first_token = [], [], []
+    for _ in range(runs):
+        earlier = engine.stats
+        engine.score_tokens(prompt, answer)
+        run = engine.stats - earlier
+        prefill_rates.append(run.prefill_tok_s)
+        decode_rates.append(run.decode_tok_s)
+        first_token.append(run.prefill_seconds)
+    stats = engine.stats - before
+    threads = engine.backend.num_threads
+    bandwidth = read_bandwidth(threads)
+    per_token = weights_per_token(engine)
+    decode_tok_s = median(decode_rates)
+    return {
+        "tiered": __version__,
+        "model": str(engine.checkpoint.path),
+        "threads": threads,
+        "isa": engine.backend.isa,
+        "prefill": prefill,
+        "decode": decode,
+        "runs": runs,
+        "prefill_tok_s": median(prefill_rates),
+        "decode_tok_s": decode_tok_s,
+        "time_to_first_token": median(first_token),
+        "weights_gb_per_token": per_token / 1e9,
+        "decode_gb_s": per_token * decode_tok_s / 1e9,
+        "bandwidth_gb_s": bandwidth / 1e9,
+        "of_bandwidth": per_token * decode_tok_s / bandwidth,
+        "hit_rate": stats.hit_rate,
+        "misses": stats.misses,
+        "bytes_per_token": stats.bytes_read / (stats.new_tokens or 1),
+        "seconds": stats.parts,
+        "expert_slots_bytes": engine.plan.slots,
+        "mapped": engine.plan.mapped,
+    }

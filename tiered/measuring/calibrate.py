@@ -1,0 +1,195 @@
+"""Calibrate: the costs of one model's operations on this machine, each measured by itself.
+
+An open engine's own operations run on random tokens and random experts. What a forecast then adds
+is how often experts are missed, what the disk does, and how all of it overlaps.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import cycle
+from mmap import mmap
+from random import Random
+from time import perf_counter
+
+import numpy as np
+
+from tiered.engine import Engine
+from tiered.experts import ExpertKey, Routing, aligned, group_by_expert
+from tiered.kv_cache import Sequence as Text
+from tiered.planning.hardware import GB, Disk, Hardware, Host
+from tiered.planning.sizes import ModelSizes
+from tiered.reader import BLOCK
+from tiered.store import ExpertStore
+
+REPEATS = 12  # tokens timed for each number of experts; the median counts
+READS = 48  # experts read to measure the disk
+
+
+def calibrate(engine: Engine, model: ModelSizes, context: int) -> Hardware:
+    """This machine as this model sees it, after `context` tokens. The engine must hold all experts.
+
+    Efficiencies are relative to the bandwidth of plain reads; above 1 for what stays in caches.
+    """
+    from cpu_kernels.bandwidth import read_bandwidth
+
+    threads = engine.backend.num_threads
+    bandwidth = read_bandwidth(threads)
+    touch_all(engine)
+    text = engine.kv.open()
+    try:
+        prompt = [Random(i).randrange(engine.config.vocab_size) for i in range(context)]
+        engine.decoder.forward(engine.kv.batch([(text, prompt)]), engine.kv.pages, np.array([0]))
+        few, all_ = (_parts(engine, text, count) for count in (1, engine.config.top_k))
+        disk = read_speed(engine)
+        disk = replace(disk, busy_efficiency=_busy_share(engine, text, disk))
+    finally:
+        engine.kv.close(text)
+    blobs = sum(model.experts)
+    top_k, sparse = engine.config.top_k, len(engine.config.sparse_layers)
+    per_byte = max(0.5 * all_["experts"] / (top_k * blobs), 1e-15)
+    if top_k > 1:
+        per_byte = max(per_byte, (all_["experts"] - few["experts"]) / ((top_k - 1) * blobs))
+    fixed = max(0.0, all_["experts"] - per_byte * top_k * blobs)  # combining, starting, Python
+    dense = sum(model.attention) + sum(model.shared) + model.kv_per_token * context
+    host = Host(
+        ram=engine.plan.limit, bandwidth=bandwidth / GB, cores=threads, compute=1.0,
+        efficiency=1 / per_byte / bandwidth,
+        attention_efficiency=dense / (all_["attention"] + all_["shared"]) / bandwidth,
+        head_efficiency=model.head / all_["head"] / bandwidth,
+        wake=fixed / sparse * 1e6,
+        overhead=all_["router"] / model.num_layers * 1e6,
+    )  # fmt: skip
+    return Hardware("this machine", f"this machine, {threads} threads", host, disk)
+
+
+def touch_all(engine: Engine) -> None:
+    """Bring all experts into memory, so that nothing is read while operations are timed."""
+    source = engine.source
+    assert source is not None
+    for layer in engine.config.sparse_layers:
+        for _, addresses in source.fetch(layer, np.arange(engine.config.num_experts)):
+            del addresses
+    if engine.plan.mapped:
+        for tensor in engine.checkpoint.tensors.values():
+            engine.checkpoint.view(tensor)[::4096].max(initial=0)
+
+
+def _parts(engine: Engine, text: Text, count: int) -> dict[str, float]:
+    """Median seconds of a token's parts, with `count` random experts in each layer."""
+    random = np.random.default_rng(count)
+    times: defaultdict[str, list[float]] = defaultdict(list)
+    length = len(text.tokens)
+    for _ in range(REPEATS):
+        for name, seconds in _token(engine, text, count, random).items():
+            times[name].append(seconds)
+        engine.kv.truncate(text, length)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def _token(engine: Engine, text: Text, count: int, random: np.random.Generator) -> dict[str, float]:
+    """What Decoder.forward does, with experts that the router did not choose."""
+    b, decoder, config = engine.backend, engine.decoder, engine.config
+    batch = engine.kv.batch([(text, [int(random.integers(config.vocab_size))])])
+    spent = dict.fromkeys(("attention", "router", "experts", "shared", "head"), 0.0)
+    last = perf_counter()
+
+    def lap(part: str) -> None:
+        nonlocal last
+        now = perf_counter()
+        spent[part] += now - last
+        last = now
+
+    x = b.embed(decoder.embedding, batch.tokens)
+    for index, layer in enumerate(decoder.layers):
+        b.attention(x, layer.attention, engine.kv.pages, index, batch)
+        lap("attention")
+        if layer.experts is None:
+            b.feed_forward(x, None, layer.feed_forward)
+            lap("shared")
+            continue
+        h, routing = b.route(x, layer.router)
+        lap("router")
+        chosen = random.permutation(config.num_experts)[:count].astype(np.int32)
+        routing = Routing(chosen[None], routing.weights[:, :count])
+        last = perf_counter()  # choosing is not part of it
+        jobs = group_by_expert(routing)
+        out = b.pair_outputs(routing.experts.size)
+        for ready, addresses in decoder.source.fetch(index, jobs.experts):  # type: ignore[union-attr]
+            b.experts(h, layer.experts, addresses, jobs.take(ready), out)
+        b.combine(x, out, np.ascontiguousarray(routing.weights))
+        lap("experts")
+        if layer.shared is not None:
+            b.feed_forward(x, h, layer.shared)
+            lap("shared")
+    b.head(x, np.array([0]), decoder.output)
+    lap("head")
+    return spent
+
+
+class Reads:
+    """Random experts, read as a tier reads them: by so many threads at once."""
+
+    def __init__(self, store: ExpertStore, layers: list[int], readers: int) -> None:
+        random, config = Random(0), store.checkpoint.config
+        self.keys = [
+            ExpertKey(random.choice(layers), random.randrange(config.num_experts))
+            for _ in range(READS)
+        ]
+        self.store, self.readers = store, readers
+        room = aligned(max(store.blob_bytes), BLOCK) + BLOCK
+        self.slots = [np.frombuffer(mmap(-1, room), np.uint8) for _ in range(readers)]
+        self.done = [0] * readers  # bytes
+        self.stopped = False
+
+    def run(self, worker: int, repeat: bool = False) -> None:
+        for key in cycle(self.keys[worker :: self.readers]):
+            if self.stopped:
+                return
+            self.store.read_into(key, self.slots[worker])
+            self.done[worker] += self.store.blob_bytes[key.layer]
+            if not repeat and key is self.keys[worker :: self.readers][-1]:
+                return
+
+
+def _reads(engine: Engine) -> Reads:
+    assert engine.store is not None
+    return Reads(engine.store, engine.config.sparse_layers, engine.choices.readers)
+
+
+def read_speed(engine: Engine) -> Disk:
+    """Experts read one at a time for the latency, then by all of a tier's threads."""
+    reads = _reads(engine)
+    start = perf_counter()
+    for key in reads.keys[:8]:
+        reads.store.read_into(key, reads.slots[0])
+    alone = (perf_counter() - start) / 8
+    start = perf_counter()
+    with ThreadPoolExecutor(reads.readers) as pool:
+        for future in [pool.submit(reads.run, worker) for worker in range(reads.readers)]:
+            future.result()
+    rate = sum(reads.done) / (perf_counter() - start)
+    each = sum(reads.done) / READS
+    return Disk(rate / GB, max(0.0, alone - each / rate) * 1e6)
+
+
+def _busy_share(engine: Engine, text: Text, disk: Disk) -> float:
+    """The share of the disk's speed that is left while this model's tokens are computed."""
+    reads, length = _reads(engine), len(text.tokens)
+    random = np.random.default_rng(0)
+    with ThreadPoolExecutor(reads.readers) as pool:
+        futures = [pool.submit(reads.run, worker, True) for worker in range(reads.readers)]
+        start = perf_counter()
+        try:
+            for _ in range(REPEATS // 2):
+                _token(engine, text, engine.config.top_k, random)
+                engine.kv.truncate(text, length)
+        finally:
+            seconds = perf_counter() - start
+            rate = sum(reads.done) / seconds
+            reads.stopped = True
+        for future in futures:
+            future.result()
+    return min(1.0, max(0.05, rate / (disk.bandwidth * GB)))

@@ -1,0 +1,140 @@
+"""The chooser: on which side each missed expert runs, without regret.
+
+Normally a layer's misses are split so that both sides end together. The static plans that other
+programs follow run beside it in the shadow: their own bookkeeping, over the same routing, with the
+costs that were measured here. A plan whose shadow is faster is used; what it really takes corrects
+its shadow, so that a mistaken model is found out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+from tiered.experts import ExpertKey
+from tiered.planning.costs import Costs, Miss
+from tiered.planning.machine import Machine, Rates
+from tiered.planning.simulation import Simulation
+from tiered.planning.sizes import ModelSizes
+from tiered.planning.strategies import DYNAMIC, STATIC, Budgets, Strategy
+from tiered.planning.synthetic import Routed
+
+MISTAKEN = 1.25  # times its shadow: then plans that were not tried are taken at their word
+
+
+class Shadow:
+    """A plan that is followed in bookkeeping only."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.simulation = simulation
+        self.seconds = 0.0  # per token, averaged over the latest
+        self._tokens = 0
+
+    def token(self, routed: Sequence[Sequence[int]], rates: Rates, memory: int) -> None:
+        self.simulation.machine.rates = rates
+        seconds = self.simulation.token(routed, 0)
+        self._tokens = min(self._tokens + 1, memory)
+        self.seconds += (seconds - self.seconds) / self._tokens
+
+
+class Chooser:
+    """Call `place` for each layer with experts, `layer_done` after it, and `token_done` at the end.
+
+    `plan` is what to follow, and `target` (if it is a fixed plan) which experts should be on the
+    GPU. Every `period` tokens the fastest plan is chosen; another one must be faster by `margin`.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        model: ModelSizes,
+        budgets: Budgets,
+        plans: Sequence[Strategy] = (*DYNAMIC, *STATIC),
+        *,
+        policy: str,
+        period: int = 24,
+        memory: int = 96,
+        margin: float = 0.01,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        self.costs = costs
+        self.plan = plans[0]
+        self.target: list[ExpertKey] = []
+        self.num_switches = 0
+        self.shadows = {
+            plan: Shadow(
+                Simulation(
+                    model, Machine(Rates.learnt(costs, 1e12)), budgets, plan,
+                    policy=policy, look_ahead=0, costs=costs,
+                )
+            )
+            for plan in plans
+        }  # fmt: skip
+        self._correction: dict[Strategy, float] = {}  # measured / shadow
+        self._period, self._memory, self._margin = period, memory, margin
+        self._dense = sum(model.attention) + sum(model.shared) + model.head
+        self._clock = clock
+        self._start: float | None = None
+        self._experts = 0.0  # seconds of this token's experts
+        self._rest = 0.0  # seconds of a token beside its experts
+        self._measured = self._shadowed = 0.0  # of the plan in use, since the last decision
+        self._tokens = 0
+
+    def warm(self, tokens: Sequence[Routed]) -> None:
+        """Fill the shadows' tiers as the real ones were filled."""
+        for shadow in self.shadows.values():
+            shadow.simulation.warm(tokens)
+
+    def place(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:
+        """How many of the misses to copy: the first ones. See Costs.layer_seconds."""
+        if self._start is None:
+            self._start = self._clock()
+        if self.plan.share is not None:
+            return round(self.plan.share * len(misses))
+        return self.costs.balance(hits, misses, wait)
+
+    def layer_done(self, seconds: float) -> None:
+        """A layer's experts took so long, from the router's choice to the sum."""
+        self._experts += seconds
+
+    def token_done(self, routed: Sequence[Sequence[int]]) -> None:
+        """A token is finished, with these experts by layer."""
+        if self._start is None:
+            return
+        now = self._clock()
+        seconds, self._start = now - self._start, now
+        rest = max(1e-9, seconds - self._experts)
+        self._rest += (rest - self._rest) * (0.1 if self._rest else 1.0)
+        self._experts = 0.0
+        rates = Rates.learnt(self.costs, self._dense / self._rest)
+        for shadow in self.shadows.values():
+            shadow.token(routed, rates, self._memory)
+        self._tokens += 1
+        if self._tokens > self._period // 3:  # a plan that has just begun still changes the tiers
+            self._measured += seconds
+            self._shadowed += self.shadows[self.plan].seconds
+        if self._tokens >= self._period:
+            self._decide()
+
+    def _decide(self) -> None:
+        now = self._measured / self._shadowed
+        before = self._correction.get(self.plan, now)
+        self._correction[self.plan] = 0.5 * (before + now)
+        usual = min(self._correction.values())
+        if usual > MISTAKEN:  # something is not in the model: others may be free of it
+            usual = 1.0
+        scores = {
+            plan: shadow.seconds * self._correction.get(plan, usual)
+            for plan, shadow in self.shadows.items()
+        }
+        best = min(scores, key=scores.__getitem__)
+        if scores[best] < scores[self.plan] * (1 - self._margin):
+            self.plan = best
+            fixed = best.cached and best.keep == "never"
+            self.target = self.shadows[best].simulation.on_gpu() if fixed else []
+            self.num_switches += 1
+        for plan, value in self._correction.items():  # what was found out long ago may have changed
+            if plan != self.plan:
+                self._correction[plan] = value + 0.02 * (usual - value)
+        self._measured = self._shadowed = 0.0
+        self._tokens = 0

@@ -1,0 +1,264 @@
+"""Traces: what the router chose and what the tier did about it, recorded while a model runs.
+
+A trace file is a line `tiered-trace 1`, a line of JSON (`TraceInfo`), and records. A record is a
+letter and little-endian numbers; "keys" are (layer u16, expert u16) each, a "routing" is
+num_tokens u16, top_k u8, then experts u16 and weights f16, token by token.
+
+    P  a forward pass begins       phase u8 (0 prefill, 1 decode)
+    R  the router chose            layer u16, routing
+    G  a guess for a later layer   layer u16, distance u8, routing
+    F  a layer asked the tier      count u16, keys, then for each key u8: 1 if it was resident
+    A  look-ahead asked the tier   limit u32, count u16, keys, count u16, keys given up unread
+    D  a demanded read failed      1 key
+    C  the fetch ended early       u16: only so many keys were looked up (a batch in pieces)
+
+F, A, D and C in their order determine hits and misses: replaying them is exact. A record cut short
+by a crash ends the trace.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+
+from tiered.experts import ExpertKey, Routing
+
+MAGIC = b"tiered-trace 1\n"
+PREFILL, DECODE = 0, 1
+
+
+@dataclass(frozen=True)
+class TraceInfo:
+    """What a trace was recorded from. `blob_bytes` by layer, 0 for layers without experts."""
+
+    model: str
+    num_experts: int
+    top_k: int
+    blob_bytes: tuple[int, ...]
+    policy: str = ""  # of the tier that was there; "": none
+    capacity: int = 0  # bytes of that tier
+
+
+class Pass(NamedTuple):
+    phase: int
+
+
+class Routed(NamedTuple):
+    layer: int
+    routing: Routing
+
+
+class Guessed(NamedTuple):
+    layer: int
+    distance: int
+    routing: Routing
+
+
+class Fetched(NamedTuple):
+    keys: list[ExpertKey]
+    resident: list[bool]
+    num_asked: int | None = None  # it ended after so many keys; None: all
+
+
+class Prefetched(NamedTuple):
+    keys: list[ExpertKey]
+    limit: int
+    given_up: list[ExpertKey]
+
+
+class Dropped(NamedTuple):
+    key: ExpertKey
+
+
+Event = Pass | Routed | Guessed | Fetched | Prefetched | Dropped
+
+
+@dataclass
+class Trace:
+    info: TraceInfo
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def is_live(self) -> bool:
+        """Recorded from a tier of ours, so that its hits can be reproduced exactly."""
+        return self.info.capacity > 0
+
+    @property
+    def num_routed(self) -> int:
+        """Routed experts: tokens times layers times top_k."""
+        return sum(e.routing.experts.size for e in self.events if isinstance(e, Routed))
+
+
+class TraceWriter:
+    """Writes a trace: a tier's journal (`fetched`, `prefetched`, `dropped`, `cut_short`), and what
+    the decoder says (`begin`, `record`, `guess`)."""
+
+    def __init__(self, path: str | Path, info: TraceInfo) -> None:
+        self._file = Path(path).open("wb", buffering=1 << 16)  # noqa: SIM115
+        self._file.write(MAGIC + json.dumps(asdict(info)).encode() + b"\n")
+
+    def begin(self, phase: int) -> None:
+        """A forward pass begins: PREFILL or DECODE."""
+        self._file.write(b"P" + bytes([phase]))
+
+    def record(self, layer: int, positions: np.ndarray, routing: Routing) -> None:
+        """What a layer's router chose for the tokens at `positions`."""
+        self._file.write(b"R" + struct.pack("<H", layer) + _packed(routing))
+
+    def guess(self, layer: int, distance: int, routing: Routing) -> None:
+        """What `layer`'s router made of the hidden state `distance` layers before it."""
+        self._file.write(b"G" + struct.pack("<HB", layer, distance) + _packed(routing))
+
+    def fetched(self, keys: Sequence[ExpertKey], resident: Sequence[bool]) -> None:
+        self._file.write(b"F" + _packed_keys(keys) + bytes(resident))
+
+    def prefetched(
+        self, keys: Sequence[ExpertKey], limit: int, given_up: Sequence[ExpertKey]
+    ) -> None:
+        limit = min(limit, 0xFFFFFFFF)
+        self._file.write(
+            b"A" + struct.pack("<I", limit) + _packed_keys(keys) + _packed_keys(given_up)
+        )
+
+    def dropped(self, key: ExpertKey) -> None:
+        self._file.write(b"D" + struct.pack("<HH", *key))
+
+    def cut_short(self, num_asked: int) -> None:
+        self._file.write(b"C" + struct.pack("<H", num_asked))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_trace(path: str | Path) -> Trace:
+    """A trace file of ours, or one in the CSV form of BigMoeOnEdge (see trace_csv.py)."""
+    from tiered.tracing.trace_csv import is_csv, read_csv  # it builds on this module
+
+    path = Path(path)
+    if is_csv(path):
+        return read_csv(path)
+    data = path.read_bytes()
+    header, _, body = data.removeprefix(MAGIC).partition(b"\n")
+    if not data.startswith(MAGIC):
+        raise ValueError(f"{path} is no routing trace: it begins neither as ours nor as CSV do")
+    try:
+        fields = json.loads(header)
+        info = TraceInfo(**{**fields, "blob_bytes": tuple(fields["blob_bytes"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is a damaged trace: its second line is no header") from error
+    return Trace(info, _Reader(path, info, body).events())
+
+
+class KeyTable:
+    """One ExpertKey object per expert: equal keys of a trace are the same object, to be quick."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._keys = [[ExpertKey(la, e) for e in range(num_experts)] for la in range(num_layers)]
+
+    def __call__(self, layer: int, expert: int) -> ExpertKey:
+        return self._keys[layer][expert]
+
+
+class _Reader:
+    def __init__(self, path: Path, info: TraceInfo, data: bytes) -> None:
+        self._path = path
+        self._data = data
+        self._at = 0
+        self._key = KeyTable(len(info.blob_bytes), info.num_experts)
+
+    def events(self) -> list[Event]:
+        events: list[Event] = []
+        try:
+            while self._at < len(self._data):
+                event = self._event()
+                if isinstance(event, int):
+                    _cut_short(events, event)
+                else:
+                    events.append(event)
+        except struct.error:
+            pass  # cut short by a crash
+        except IndexError as error:
+            raise ValueError(f"{self._path} is damaged: it names an expert that is not") from error
+        return events
+
+    def _event(self) -> Event | int:
+        """An event; a number changes the latest Fetched."""
+        (letter,) = self._numbers("c")
+        if letter == b"F":
+            keys = self._keys()
+            return Fetched(keys, [flag != 0 for flag in self._numbers(f"{len(keys)}B")])
+        if letter == b"R":
+            return Routed(self._numbers("H")[0], self._routing())
+        if letter == b"G":
+            layer, distance = self._numbers("HB")
+            return Guessed(layer, distance, self._routing())
+        if letter == b"P":
+            return Pass(self._numbers("B")[0])
+        if letter == b"A":
+            (limit,) = self._numbers("I")
+            return Prefetched(self._keys(), limit, self._keys())
+        if letter == b"D":
+            return Dropped(self._key(*self._numbers("HH")))
+        if letter == b"C":
+            return int(self._numbers("H")[0])
+        raise ValueError(f"{self._path} is damaged: {letter!r} begins no record")
+
+    def _numbers(self, form: str) -> tuple:  # type: ignore[type-arg]
+        layout = struct.Struct("<" + form)
+        numbers = layout.unpack_from(self._data, self._at)
+        self._at += layout.size
+        return numbers
+
+    def _keys(self) -> list[ExpertKey]:
+        (count,) = self._numbers("H")
+        flat = self._numbers(f"{2 * count}H")
+        return [self._key(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)]
+
+    def _routing(self) -> Routing:
+        num_tokens, top_k = self._numbers("HB")
+        count = num_tokens * top_k
+        experts = np.array(self._numbers(f"{count}H"), np.int32).reshape(num_tokens, top_k)
+        weights = np.array(self._numbers(f"{count}e"), np.float32).reshape(num_tokens, top_k)
+        return Routing(experts, weights)
+
+
+def _cut_short(events: list[Event], num_asked: int) -> None:
+    for index in range(len(events) - 1, -1, -1):
+        event = events[index]
+        if isinstance(event, Fetched):
+            events[index] = event._replace(num_asked=num_asked)
+            return
+
+
+def _packed(routing: Routing) -> bytes:
+    num_tokens, top_k = routing.experts.shape
+    return b"".join(
+        (
+            struct.pack("<HB", num_tokens, top_k),
+            routing.experts.astype("<u2").tobytes(),
+            routing.weights.astype("<f2").tobytes(),
+        )
+    )
+
+
+def _packed_keys(keys: Sequence[ExpertKey]) -> bytes:
+    flat = [number for key in keys for number in key]
+    return struct.pack(f"<H{len(flat)}H", len(keys), *flat)

@@ -211,7 +211,7 @@ class ExpertLayer:
                 f"gate, up and down do not fit together: {layout.gate.shape}, "
                 f"{layout.up.shape}, {layout.down.shape}"
             )
-        self.workspace, self._version = workspace, 0
+        self.workspace = workspace
         self.record = Record(EXPERTS, hidden_size=self.hidden_size, expert_size=self.expert_size)
         for name in ("gate", "up", "down"):
             few, many = products_of(isa, getattr(layout, name).format, exact)
@@ -225,24 +225,29 @@ class ExpertLayer:
         num_jobs, num_pairs = len(jobs.starts) - 1, len(jobs.pairs)
         if num_jobs < 1:
             return
+        if addresses.shape != (num_jobs, 3) or addresses.dtype != np.int64:
+            raise ValueError(f"addresses must be int64 [{num_jobs}, 3]")
+        space = self.workspace
+        if not self.record.is_filled_for(h, out, num_jobs, num_pairs, space.version):
+            self._fill(h, out, num_jobs, num_pairs)
+        # Copied, because that is quicker than to ask for the address of a new array.
+        space.arrays["addresses"][:num_jobs] = addresses
+        space.arrays["starts"][: num_jobs + 1] = jobs.starts
+        space.arrays["pairs"][:num_pairs] = jobs.pairs
+        team.run(_experts.address, self.record.address)
+
+    def _fill(self, h: np.ndarray, out: np.ndarray, num_jobs: int, num_pairs: int) -> None:
         top_k, remainder = divmod(len(out), len(h))
         if h.dtype != np.float32 or out.dtype != np.float32 or remainder:
             raise ValueError("h and out must be float32, with top_k rows of out for each of h")
         if h.shape[1] != self.hidden_size or out.shape[1] != self.hidden_size:
             raise ValueError(f"h and out must have {self.hidden_size} columns")
-        if addresses.shape != (num_jobs, 3) or addresses.dtype != np.int64:
-            raise ValueError(f"addresses must be int64 [{num_jobs}, 3]")
         space = self.workspace
         space.reserve(len(h), self.hidden_size, num_pairs, self.expert_size, num_jobs)
-        if self._version != space.version:
-            self.record.set(**space.arrays)
-            self._version = space.version
-        # Copied, because that is quicker than to ask for the address of a new array.
-        space.arrays["addresses"][:num_jobs] = addresses
-        space.arrays["starts"][: num_jobs + 1] = jobs.starts
-        space.arrays["pairs"][:num_pairs] = jobs.pairs
-        self.record.set(h=h, out=out, num_rows=len(h), num_jobs=num_jobs, top_k=top_k)
-        team.run(_experts.address, self.record.address)
+        self.record.set(
+            **space.arrays, h=h, out=out, num_rows=len(h), num_jobs=num_jobs, top_k=top_k
+        )
+        self.record.filled_for = h, out, num_jobs, num_pairs, space.version
 
 
 class Combine:
@@ -254,15 +259,18 @@ class Combine:
 
     def run(self, team: Team, x: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
         num_rows, top_k = weights.shape
-        if x.shape[0] != num_rows or out.shape != (num_rows * top_k, x.shape[1]):
-            raise ValueError(
-                f"shapes do not fit: x {x.shape}, out {out.shape}, weights {weights.shape}"
-            )
-        if len(self._weights) < weights.size:
-            self._weights = np.zeros(2 * weights.size, np.float32)
+        if not self.record.is_filled_for(x, out, num_rows, top_k):
+            if x.shape[0] != num_rows or out.shape != (num_rows * top_k, x.shape[1]):
+                raise ValueError(
+                    f"shapes do not fit: x {x.shape}, out {out.shape}, weights {weights.shape}"
+                )
+            if len(self._weights) < weights.size:
+                self._weights = np.zeros(2 * weights.size, np.float32)
+            self.record.set(
+                x=x, out=out, weights=self._weights, num_rows=num_rows, top_k=top_k,
+                hidden_size=x.shape[1],
+            )  # fmt: skip
+            self.record.filled_for = x, out, num_rows, top_k
+        # Copied, because that is quicker than to ask for the address of a new array.
         self._weights[: weights.size] = weights.reshape(-1)
-        self.record.set(
-            x=x, out=out, weights=self._weights, num_rows=num_rows, top_k=top_k,
-            hidden_size=x.shape[1],
-        )  # fmt: skip
         team.run(_combine.address, self.record.address)

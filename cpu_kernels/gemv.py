@@ -24,7 +24,9 @@ from cpu_kernels.groups import (
 from cpu_kernels.isa import ISAS
 from cpu_kernels.simd import Emitter, Value, Variable, emitted, f16, f32, i16, i32
 
-PREFETCH_BYTES = 2048  # ahead of what is being multiplied
+# Ahead of what is being multiplied. Weights are read once per token: what they would push out of
+# the caches is the interpreter, whose turn comes between two layers.
+PREFETCH_BYTES = 4096
 LINE = 64
 
 
@@ -77,7 +79,7 @@ def dot(k: Emitter, isa: str, format: str, weights: Value, num_groups: Value, xs
     with k.loop(num_groups >> 3) as i:
         at = weights + i * nbytes
         for line in range(-(-nbytes // LINE)):
-            k.prefetch(at + (PREFETCH_BYTES + line * LINE))
+            k.prefetch(at + (PREFETCH_BYTES + line * LINE), keep=False)
         _multiply_chunk(k, isa, format, at, i * CHUNK_BYTES, rows)
     if not is_whole(format):
         rest, whole = num_groups & (GROUPS - 1), num_groups >> 3
@@ -120,7 +122,7 @@ def dot_floats(k, isa, format, weights, count, x):
     with k.loop(num_steps) as i:
         at = weights + i * (step * num_bytes)
         for line in range(0, step * num_bytes, LINE):
-            k.prefetch(at + (PREFETCH_BYTES + line))
+            k.prefetch(at + (PREFETCH_BYTES + line), keep=False)
         for part, variable in enumerate(sums):
             w = load_floats(k, format, at + part * lanes * num_bytes, lanes)
             values = k.load(x + i * (step * 4) + part * lanes * 4, f32(lanes))

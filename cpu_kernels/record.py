@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class Record:
         self._words = memoryview(array)  # written to in half the time of an array
         self._floats = memoryview(array.view(np.float32))
         self._kept: dict[str, np.ndarray] = {}
+        self.filled_for: tuple[Any, ...] = ()  # the arguments of the call that filled it
         self.set(**values)
 
     def set(self, **values: Any) -> None:
@@ -47,6 +49,15 @@ class Record:
                 self._floats[2 * index[name]] = value
             else:
                 words[index[name]] = value or 0
+
+    def is_filled_for(self, *arguments: Any) -> bool:
+        """Whether it was filled for these very objects: then nothing need be checked or set again.
+
+        A decoder's calls are mostly alike, and what Python does between two ops costs as much as
+        some of the ops do.
+        """
+        filled = self.filled_for
+        return len(filled) == len(arguments) and all(map(is_, filled, arguments))
 
 
 class Scratch:

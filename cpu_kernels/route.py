@@ -136,41 +136,50 @@ class Router:
     def __init__(self, team: Team) -> None:
         self._team = team
         self._scratch = Scratch()
-        self._chosen: dict[tuple[int, int], Routing] = {}  # of the latest shape
+        self._chosen: Routing | None = None  # where the op writes
 
     def route(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
         """h = norm(x), which stays until the next call, and the experts chosen for it."""
         h = self._scratch.floats("h", *x.shape)
-        layer.record.set(x=x, norm=layer.norm)
-        return h, self._run(h, layer, layer.record)
+        return h, self._run(x, h, layer, layer.record)
 
     def guess(self, h: np.ndarray, layer: RouterLayer) -> Routing:
         """The experts that the layer would choose for an `h` that another layer normed."""
-        return self._run(h, layer, layer.guess_record)
+        return self._run(None, h, layer, layer.guess_record)
 
-    def _run(self, h: np.ndarray, layer: RouterLayer, record: Record) -> Routing:
+    def _run(
+        self, x: np.ndarray | None, h: np.ndarray, layer: RouterLayer, record: Record
+    ) -> Routing:
+        chosen = self._chosen
+        if chosen is None or not record.is_filled_for(x, h, chosen):
+            chosen = self._fill(x, h, layer, record)
+        self._team.run(route.address, record.address)
+        # Copies, because look-ahead and traces keep them; quicker than the address of new arrays.
+        return Routing(chosen.experts.copy(), chosen.weights.copy())
+
+    def _fill(
+        self, x: np.ndarray | None, h: np.ndarray, layer: RouterLayer, record: Record
+    ) -> Routing:
+        """Fill `record` for such a call; returns where its results will be."""
         num_rows = len(h)
         if h.shape != (num_rows, layer.hidden_size) or h.dtype != np.float32:
             raise ValueError(
                 f"rows must be float32 [num_tokens, {layer.hidden_size}], not {h.dtype} {h.shape}"
             )
-        if not num_rows:
-            return Routing(
-                np.empty((0, layer.top_k), np.int32), np.empty((0, layer.top_k), np.float32)
-            )
-        room, shape = self._scratch.room, (num_rows, layer.top_k)
-        chosen = self._chosen.get(shape)
-        if chosen is None:
+        chosen, shape = self._chosen, (num_rows, layer.top_k)
+        if chosen is None or chosen.experts.shape != shape:
             chosen = Routing(np.empty(shape, np.int32), np.empty(shape, np.float32))
-            self._chosen = {shape: chosen}
+            self._chosen = chosen
+        room = self._scratch.room
         record.set(
             num_rows=num_rows,
+            x=x,
+            norm=None if x is None else layer.norm,
             h=h,
             prepared=room("prepared", prepared_bytes(num_rows, layer.hidden_size)),
             logits=room("logits", 4 * num_rows * layer.num_experts),
             experts=chosen.experts,
             weights=chosen.weights,
         )
-        self._team.run(route.address, record.address)
-        # Copies, because look-ahead and traces keep them; quicker than the address of new arrays.
-        return Routing(chosen.experts.copy(), chosen.weights.copy())
+        record.filled_for = x, h, chosen
+        return chosen

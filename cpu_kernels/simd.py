@@ -166,13 +166,14 @@ class Emitter:
         slot.align = 64
         return Value(self, self.builder.ptrtoint(slot, I64))
 
-    def prefetch(self, address: Value) -> None:
+    def prefetch(self, address: Value, keep: bool = True) -> None:
+        """`keep=False`: used once, so that it should not push anything out of the outer caches."""
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         name = "llvm.prefetch.p0"
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         pointer = self.builder.inttoptr(address.ir, byte)
-        self.builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # read, keep, data
+        self.builder.call(function, [pointer, I32(0), I32(3 if keep else 0), I32(1)])  # read, data
 
     # -- vectors --
 

@@ -191,7 +191,7 @@ def test_many_rows_go_to_the_gpu_whatever_the_split_says(model):
         experts = np.arange(3, dtype=np.int32)
         ready = [
             (sorted(positions), addresses[:, 0] >= 1 << 62)
-            for positions, addresses in gpu.source.fetch(0, experts, np.array([1, 9, 1]))
+            for positions, addresses in gpu.source.fetch(0, experts, np.array([0, 1, 10, 11]))
         ]
         assert sorted(p for positions, _ in ready for p in positions) == [0, 1, 2]
         on_gpu = {p for positions, here in ready for p in positions if here.all()}

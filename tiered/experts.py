@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -94,12 +95,19 @@ class ExpertJobs(NamedTuple):
         return ExpertJobs(self.experts[np.asarray(selected)], starts, np.concatenate(spans))
 
 
+@cache
+def _one_pair_each(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`starts` and `pairs` of so many experts with one pair each; shared, so read-only."""
+    starts = np.arange(count + 1, dtype=np.int32)
+    starts.flags.writeable = False
+    return starts, starts[:-1]
+
+
 def group_by_expert(routing: Routing) -> ExpertJobs:
     """Group a layer's (token, expert) pairs by expert, experts in ascending order."""
     flat = routing.experts.reshape(-1)
     if len(routing.experts) == 1:  # decode: each choice is an expert of its own
-        count = np.arange(len(flat) + 1, dtype=np.int32)
-        return ExpertJobs(flat, count, count[:-1])
+        return ExpertJobs(flat, *_one_pair_each(len(flat)))
     pairs = np.argsort(flat, kind="stable").astype(np.int32)
     experts, starts = np.unique(flat[pairs], return_index=True)
     return ExpertJobs(experts, np.append(starts, len(flat)).astype(np.int32), pairs)

@@ -22,11 +22,11 @@ class ExpertSource(Protocol):
     """Where the decoder gets experts from: a tier, or the whole model mapped into memory."""
 
     def fetch(
-        self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None
+        self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """Yield, as they become ready, positions in `experts` and the addresses of their gate,
-        up and down (int64 [count, 3]); these stay valid until the next is asked for. `counts`:
-        rows of activations of each, for those who decide where it runs."""
+        up and down (int64 [count, 3]); these stay valid until the next is asked for. `starts` (as
+        in ExpertJobs) says how many rows each has, for those who decide where it runs."""
 
 
 class LookAhead(Protocol):
@@ -105,7 +105,7 @@ class Decoder:
         out = b.pair_outputs(routing.experts.size)  # [num_tokens * top_k, hidden_size]
         guessed = False
         assert self.source is not None
-        for ready, addresses in self.source.fetch(index, jobs.experts, np.diff(jobs.starts)):
+        for ready, addresses in self.source.fetch(index, jobs.experts, jobs.starts):
             clock.lap("waiting")
             if not guessed:  # only now: the loads that this layer waits for are queued already
                 self.guess(h, index)

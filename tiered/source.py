@@ -27,7 +27,7 @@ class MappedExperts:
         }
 
     def fetch(
-        self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None
+        self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
     ) -> Iterator[tuple[Any, np.ndarray]]:
         self.hits += len(experts)
         if self.journal is not None:
@@ -46,7 +46,7 @@ class TieredExperts:
         }
 
     def fetch(
-        self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None
+        self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
     ) -> Iterator[tuple[Any, np.ndarray]]:
         offsets = self._offsets[layer]
         keys = [ExpertKey(layer, expert) for expert in experts.tolist()]

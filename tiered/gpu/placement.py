@@ -91,9 +91,9 @@ class PlacedExperts:
         self._nbytes = {layer: store.layout(layer).nbytes for layer in sparse}
 
     def fetch(
-        self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None
+        self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
     ) -> Iterator[Group]:
-        """See ExpertSource. `counts`: rows of activations of each expert; None: one each.
+        """See ExpertSource. Without `starts` each expert has one row of activations.
 
         First what is resident, so that the GPU has something to do; then what the CPU computes
         meanwhile; then what has been copied meanwhile.
@@ -102,7 +102,7 @@ class PlacedExperts:
         if self.admission is not None:
             self.admission.touch(keys)
         hits, awaited, misses = self._look_up(keys)
-        copied = self._num_copied(keys, hits, awaited, misses, counts)
+        copied = self._num_copied(keys, hits, awaited, misses, starts)
         here, there = [*hits, *awaited, *misses[:copied]], misses[copied:]
         self.hits += len(hits) + len(awaited)
         self.copies += copied
@@ -132,13 +132,14 @@ class PlacedExperts:
         hits: list[int],
         awaited: list[int],
         misses: list[int],
-        counts: np.ndarray | None,
+        starts: np.ndarray | None,
     ) -> int:
         """How many of the misses are copied. Sorts `misses`: those that must be come first."""
         if not misses:
             return 0
         must = 0
-        if counts is not None:
+        if starts is not None:
+            counts = np.diff(starts)
             misses.sort(key=lambda i: counts[i] <= self.few_rows)
             must = sum(int(counts[i]) > self.few_rows for i in misses)
         nbytes = float(self._nbytes[keys[0].layer])

@@ -36,7 +36,7 @@ class WatchedExperts:
         self.misses = np.zeros((num_layers, num_experts), np.int64)
 
     def fetch(
-        self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None
+        self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
     ) -> Iterator[tuple[Any, np.ndarray]]:
         if self.tier is None:
             self.hits[layer, experts] += 1
@@ -44,7 +44,7 @@ class WatchedExperts:
             there = [ExpertKey(layer, expert) in self.tier for expert in experts.tolist()]
             self.hits[layer, experts] += there
             self.misses[layer, experts] += np.logical_not(there)
-        return self.source.fetch(layer, experts, counts)
+        return self.source.fetch(layer, experts, starts)
 
 
 class Live:

@@ -1,15 +1,15 @@
-"""Keep what each layer used last; beyond that a layer keeps its most used experts.
+"""Keep what each layer used last; the rest of all layers competes for what is left.
 
 Nearly half of a token's experts are those of the token before, so a layer's latest batch stays.
-The rest competes within its layer by number of uses, where `patience` tokens of age weigh as much
-as one use. Layers have equal shares, and a tier that is not full, or a layer that needs less than
-its share, lends room to the others.
+Beyond that, experts leave in order of their number of uses, where `patience` tokens of age weigh as
+much as one use. But no layer is pushed below `floor` batches while another has more, or below an
+equal share if that is less: with so little room, counts say little and even shares do better.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tiered.cache.ranking import Ranking
 from tiered.experts import ExpertKey
@@ -17,16 +17,18 @@ from tiered.policies import Evictable, Space
 
 
 class Policy:
-    def __init__(self, space: Space, patience: float = 16.0) -> None:
-        share = space.capacity / space.num_sparse_layers
+    def __init__(self, space: Space, patience: float = 5.0, floor: int = 5) -> None:
         self._blob_bytes = space.blob_bytes
-        self._excess = [-share if nbytes else -2 * share for nbytes in space.blob_bytes]
+        self._share = space.capacity / space.num_sparse_layers
+        self._floor = floor
+        self._held = [0] * space.num_layers  # bytes
+        self._floors = [0.0] * space.num_layers  # bytes
         self._age = 1 / patience
         self._time = [0.0] * space.num_layers  # batches of the layer, as uses
         self._uses: defaultdict[ExpertKey, int] = defaultdict(int)
         self._ranks: dict[ExpertKey, tuple[float, int]] = {}  # uses and time; order among equals
         self._num_ranked = 0
-        self._rankings = [Ranking(self._ranks) for _ in space.blob_bytes]
+        self._ranking = Ranking(self._ranks)
         self._kept: list[dict[ExpertKey, None]] = [{} for _ in space.blob_bytes]
 
     def batch(self, keys: Sequence[ExpertKey]) -> None:
@@ -37,6 +39,8 @@ class Policy:
             del kept[key]
             self._rank(key)
         self._time[layer] += self._age
+        batch_bytes = len(keys) * self._blob_bytes[layer]
+        self._floors[layer] = min(self._floor * batch_bytes, self._share)
 
     def touch(self, key: ExpertKey) -> None:
         layer = key[0]
@@ -44,27 +48,28 @@ class Policy:
         kept = self._kept[layer]
         if key not in kept:
             kept[key] = None
-            if key in self._rankings[layer].entered:
-                self._rankings[layer].remove(key)
+            if key in self._ranking.entered:
+                self._ranking.remove(key)
             else:
-                self._excess[layer] += self._blob_bytes[layer]
+                self._held[layer] += self._blob_bytes[layer]
 
     def insert(self, key: ExpertKey) -> None:
         self._rank(key)
-        self._excess[key[0]] += self._blob_bytes[key[0]]
+        self._held[key[0]] += self._blob_bytes[key[0]]
 
     def forget(self, key: ExpertKey) -> None:
         layer = key[0]
-        self._excess[layer] -= self._blob_bytes[layer]
+        self._held[layer] -= self._blob_bytes[layer]
         if key in self._kept[layer]:
             del self._kept[layer][key]
         else:
-            self._rankings[layer].remove(key)
+            self._ranking.remove(key)
 
     def victim(self, evictable: Evictable) -> ExpertKey | None:
         victim = self._beyond_the_kept(evictable)
         if victim is None:  # a long prompt, or less room than one batch per layer
-            for layer in self._greediest():
+            layers = range(len(self._held))
+            for layer in sorted(layers, key=self._held.__getitem__, reverse=True):
                 kept = filter(evictable, self._kept[layer])
                 victim = min(kept, key=self._uses.__getitem__, default=None)
                 if victim is not None:
@@ -73,9 +78,9 @@ class Policy:
 
     def victim_for(self, key: ExpertKey, evictable: Evictable) -> ExpertKey | None:
         nbytes = self._blob_bytes[key[0]]
-        self._excess[key[0]] += nbytes
+        self._held[key[0]] += nbytes
         victim = self.victim(evictable)
-        self._excess[key[0]] -= nbytes
+        self._held[key[0]] -= nbytes
         return victim
 
     def surplus(self, layer: int, excess: int, evictable: Evictable) -> ExpertKey | None:
@@ -83,23 +88,12 @@ class Policy:
         return self._beyond_the_kept(evictable) if excess > 0 else None
 
     def _rank(self, key: ExpertKey) -> None:
-        """From now on it competes with the others of its layer."""
+        """From now on it competes with the others."""
         self._num_ranked += 1
         self._ranks[key] = self._uses[key] + self._time[key[0]], self._num_ranked
-        self._rankings[key[0]].add(key)
+        self._ranking.add(key)
 
     def _beyond_the_kept(self, evictable: Evictable) -> ExpertKey | None:
-        first = self._excess.index(max(self._excess))
-        victim = self._rankings[first].lowest(evictable)
-        if victim is not None:
-            return victim
-        for layer in self._greediest():
-            if self._rankings[layer].entered:
-                victim = self._rankings[layer].lowest(evictable)
-                if victim is not None:
-                    return victim
-        return None
-
-    def _greediest(self) -> Iterator[int]:
-        """Layers by what they hold above their share, most first."""
-        return iter(sorted(range(len(self._excess)), key=self._excess.__getitem__, reverse=True))
+        held, floors = self._held, self._floors
+        victim = self._ranking.lowest(lambda key: held[key[0]] > floors[key[0]] and evictable(key))
+        return victim or self._ranking.lowest(evictable)

@@ -71,7 +71,7 @@ def test_blobs_are_the_files_bytes(model, quantize, direct, readers, shift):
                 for layout, data in expected_blobs(checkpoint, store, key):
                     part = slot[layout.offset : layout.offset + layout.nbytes]
                     assert np.array_equal(part, data)
-                total += sum(t.nbytes for t in store._tensors(key))
+                total += sum(t.nbytes for t in store.tensors(key))
             assert store.blob_bytes[layer] == store.layout(layer).nbytes
         assert store.bytes_read == total
 

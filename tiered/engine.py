@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ import psutil
 from tiered import kv_cache, memory, policies
 from tiered.backend import Backend, open_backend
 from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
+from tiered.cache.floors import check_budget
 from tiered.checkpoints.damage import damaged, find_damage
 from tiered.config import EngineConfig, ModelConfig
 from tiered.formats import CheckpointError, open_checkpoint
@@ -37,6 +39,9 @@ from tiered.tier import Tier
 from tiered.tracing.trace import TraceInfo, TraceWriter
 from tiered.weights.dense import dense_bytes
 from tiered.weights.loader import WeightLoader
+from tiered.whole_blocks import WholeBlocks
+
+log = logging.getLogger("tiered")
 
 DEFAULT_CONTEXT = 4096  # tokens
 
@@ -71,9 +76,14 @@ class Engine:
         self.context = min(choices.context or DEFAULT_CONTEXT, config.context_length)
         self.kv_tokens = max(choices.kv_tokens or 0, self.context)
         self.store: ExpertStore | None = None
+        self.blocks: WholeBlocks | None = None
         if config.sparse_layers:
             self.store = ExpertStore(self.checkpoint, choices.quantize)
             stack.callback(self.store.close)
+            blocks = WholeBlocks(self.store)
+            # What goes on to a GPU is a blob of the store's layout.
+            if choices.device == "cpu" and blocks.pays:
+                self.blocks = blocks
         self.plan = self._plan_memory()
         self.source = self._open_source(stack)
         self.governor: Governor | None = None
@@ -109,7 +119,7 @@ class Engine:
         config, choices = self.config, self.choices
         limit = None if choices.ram is None else memory.parse_bytes(choices.ram)
         expert_ram = None if choices.expert_ram is None else memory.parse_bytes(choices.expert_ram)
-        blobs = self.store.blob_bytes if self.store else [0]
+        blobs = self._blob_bytes
         return plan_memory(
             limit=memory.default_limit() if limit is None else limit,
             expert_ram=expert_ram,
@@ -127,11 +137,20 @@ class Engine:
             return None
         if self.plan.mapped:
             return MappedExperts(self.store)
-        space = Space(self.plan.slots, tuple(self.store.blob_bytes))
+        space = Space(self.plan.slots, tuple(self._blob_bytes))
         policy = policies.create(self.choices.policy, space)
-        tier = Tier(RamMemory(space), self.store, policy, self.choices.readers)
+        for warning in check_budget(space, self.config.top_k, policy):
+            log.warning(warning)
+        source = self.blocks or self.store
+        tier = Tier(RamMemory(space), source, policy, self.choices.readers)
         stack.callback(tier.close)
-        return TieredExperts(tier, self.store)
+        return TieredExperts(tier, source.offsets)
+
+    @property
+    def _blob_bytes(self) -> list[int]:
+        """Bytes that one expert takes in a slot, by layer."""
+        source = self.blocks or self.store
+        return source.blob_bytes if source else [0]
 
     # --- text ---
 
@@ -331,7 +350,7 @@ class Engine:
             model=self.checkpoint.path.name,
             num_experts=self.config.num_experts,
             top_k=self.config.top_k,
-            blob_bytes=tuple(self.store.blob_bytes),
+            blob_bytes=tuple(self._blob_bytes),
             policy=str(self.choices.policy) if tiered else "",
             capacity=self.plan.slots if tiered else 0,
         )

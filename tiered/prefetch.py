@@ -28,6 +28,9 @@ class Always:
         return 1 << 30
 
 
+MOST_OBSERVED = 2048  # guesses that are kept before they are scored together
+
+
 class Accuracy(NamedTuple):
     """How well guesses matched what the router chose."""
 
@@ -55,7 +58,7 @@ class Prefetcher:
     """Turns guesses into prefetches of one tier, at most `distance` layers ahead.
 
     Call `distances` for a layer, `submit` a guess for each, and `observe` what a layer's router
-    really chose. `accuracy` has the outcome by (layer, distance).
+    really chose.
     """
 
     def __init__(
@@ -67,7 +70,8 @@ class Prefetcher:
         self.num_layers = num_layers
         self.distance = distance
         self.allowance = allowance or Always()
-        self.accuracy: defaultdict[tuple[int, int], Accuracy] = defaultdict(Accuracy)
+        self._accuracy: defaultdict[tuple[int, int], Accuracy] = defaultdict(Accuracy)
+        self._observed: list[tuple[tuple[int, int], np.ndarray, np.ndarray]] = []  # to be scored
         self._layer = 0  # being computed
         self._wanted: dict[int, list[ExpertKey]] = {}  # by layer, ranked
         self._guesses: dict[int, dict[int, np.ndarray]] = {}  # by layer and distance
@@ -96,7 +100,26 @@ class Prefetcher:
         """What the layer's router chose: score the guesses that were made for it."""
         for distance, guess in self._guesses.pop(layer, {}).items():
             if len(guess) == len(routing.experts):
-                self.accuracy[layer, distance] += accuracy(guess, routing.experts)
+                self._observed.append(((layer, distance), guess, routing.experts))
+        if len(self._observed) >= MOST_OBSERVED:
+            self._score()
+
+    @property
+    def accuracy(self) -> dict[tuple[int, int], Accuracy]:
+        """How well guesses matched, by layer and distance."""
+        self._score()
+        return dict(self._accuracy)
+
+    def _score(self) -> None:
+        """Not while a layer waits for its experts, but for many guesses at a time."""
+        together: defaultdict[tuple[int, int, int], list[tuple[np.ndarray, np.ndarray]]]
+        together = defaultdict(list)
+        observed, self._observed = self._observed, []
+        for place, guess, chosen in observed:
+            together[*place, guess.shape[1]].append((guess, chosen))
+        for (layer, distance, _), pairs in together.items():
+            guesses, choices = map(np.concatenate, zip(*pairs, strict=True))
+            self._accuracy[layer, distance] += accuracy(guesses, choices)
 
 
 def ranked(guess: Routing) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,18 +39,17 @@ class MappedExperts:
 class TieredExperts:
     """Experts in the slots of a tier, which loads what is missing."""
 
-    def __init__(self, tier: Tier, store: ExpertStore) -> None:
+    def __init__(self, tier: Tier, offsets: Mapping[int, np.ndarray]) -> None:
+        """`offsets`: where gate, up and down lie in a slot, by layer: int64 [num_experts, 3]."""
         self.tier = tier
-        self._offsets = {
-            layer: store.layout(layer).offsets for layer in store.checkpoint.config.sparse_layers
-        }
+        self._offsets = offsets
 
     def fetch(
         self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
     ) -> Iterator[tuple[Any, np.ndarray]]:
-        offsets = self._offsets[layer]
+        offsets = self._offsets[layer][experts]
         keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
         with self.tier.fetch(keys) as groups:
             for group in groups:
                 ready, slots = zip(*group, strict=True)
-                yield ready, np.array(slots, np.int64)[:, None] + offsets
+                yield ready, np.array(slots, np.int64)[:, None] + offsets[list(ready)]

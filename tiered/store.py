@@ -75,6 +75,12 @@ class ExpertStore:
             for layer in range(config.num_layers)
         ]
 
+    @property
+    def offsets(self) -> dict[int, np.ndarray]:
+        """Where gate, up and down lie in each expert's blob, by layer: int64 [num_experts, 3]."""
+        shape = self.checkpoint.config.num_experts, 3
+        return {n: np.broadcast_to(layout.offsets, shape) for n, layout in self._layouts.items()}
+
     def addresses(self, key: ExpertKey) -> np.ndarray:
         """int64 [3]: where gate, up and down lie in the memory map. For a `mappable` store."""
         address: np.ndarray = self.address_table(key.layer)[key.expert]
@@ -89,7 +95,7 @@ class ExpertStore:
             bases: dict[Path, int] = {}
             rows = []
             for expert in range(self.checkpoint.config.num_experts):
-                for tensor in self._tensors(ExpertKey(layer, expert)):
+                for tensor in self.tensors(ExpertKey(layer, expert)):
                     if tensor.file not in bases:
                         start = self.checkpoint.view(tensor).__array_interface__["data"][0]
                         bases[tensor.file] = start - tensor.offset
@@ -103,9 +109,16 @@ class ExpertStore:
         Slots at multiples of 4096, with room for whole blocks of 4096, are filled without a copy
         where the file allows it. Raises OSError naming the file; the slot is undefined then.
         """
+        self.run(list(self._tasks(key, slot)), sum(tensor.nbytes for tensor in self.tensors(key)))
+
+    def run(self, tasks: list[Task], nbytes: int) -> None:
+        """Do what fills a slot, the reader threads helping; returns when no task runs any more.
+
+        `nbytes` of an expert are counted as read. Raises OSError naming the file."""
         start = perf_counter()
-        tasks = list(self._tasks(key, slot))
-        shared = [] if self._readers is None else [self._readers.submit(t) for t in tasks[1:]]
+        # For less, waking the threads costs what they gain.
+        pool = self._readers if nbytes > PIECE else None
+        shared = [] if pool is None else [pool.submit(task) for task in tasks[1:]]
         try:
             for task in tasks[: len(tasks) - len(shared)]:
                 task()
@@ -114,13 +127,13 @@ class ExpertStore:
         for future in shared:
             future.result()
         with self._lock:
-            self.bytes_read += sum(tensor.nbytes for tensor in self._tensors(key))
+            self.bytes_read += nbytes
             self.seconds += perf_counter() - start
 
     def advise(self, keys: Iterable[ExpertKey]) -> None:
         """Ask the system to bring these experts into the page cache: for mapped use."""
         for key in keys:
-            for tensor in self._tensors(key):
+            for tensor in self.tensors(key):
                 self.checkpoint.advise(tensor)
 
     def close(self) -> None:
@@ -132,14 +145,15 @@ class ExpertStore:
                 reader.close()
             self._files.clear()
 
-    def _tensors(self, key: ExpertKey) -> list[Tensor]:
+    def tensors(self, key: ExpertKey) -> list[Tensor]:
+        """An expert's gate, up and down in the checkpoint."""
         prefix = f"layers.{key.layer}.experts.{key.expert}."
         return [self.checkpoint.tensors[prefix + name] for name in PROJECTIONS]
 
     def _layer_layout(self, layer: int) -> ExpertLayout:
         config = self.checkpoint.config
         kinds = {
-            tuple(tensor.format for tensor in self._tensors(ExpertKey(layer, expert)))
+            tuple(tensor.format for tensor in self.tensors(ExpertKey(layer, expert)))
             for expert in range(config.num_experts)
         }
         if len(kinds) > 1:
@@ -168,31 +182,33 @@ class ExpertStore:
         return all(
             [tensor.format for tensor in tensors] == formats and all(map(is_usable, tensors))
             for tensors in (
-                self._tensors(ExpertKey(layer, expert))
+                self.tensors(ExpertKey(layer, expert))
                 for expert in range(self.checkpoint.config.num_experts)
             )
         )
 
     def _tasks(self, key: ExpertKey, slot: np.ndarray) -> Iterator[Task]:
         """What fills the slot; each task writes to a part of its own."""
-        layout, tensors = self._layouts[key.layer], self._tensors(key)
+        layout, tensors = self._layouts[key.layer], self.tensors(key)
         if len(slot) < layout.nbytes:
             raise ValueError(f"{key} takes {layout.nbytes} bytes, but the slot has {len(slot)}")
-        if self._is_blob(layout, tensors):  # as in our own stores: the blob in one run
+        if self.is_blob(key):  # as in our own stores: the blob in one run
             start, nbytes = tensors[0].offset, layout.nbytes
             if start % BLOCK == 0:  # rows are padded there, so that whole blocks can be read
-                room = min(len(slot), self._reader(tensors[0].file).size - start)
+                room = min(len(slot), self.file_bytes(tensors[0].file) - start)
                 nbytes = min(aligned(nbytes, BLOCK), room)
-            yield from self._reads(tensors[0].file, start, slot[:nbytes])
+            yield from self.reads(tensors[0].file, start, slot[:nbytes])
             return
         for tensor, target in zip(tensors, layout, strict=True):
             out = slot[target.offset : target.offset + target.nbytes]
             if tensor.format == target.format:
-                yield from self._reads(tensor.file, tensor.offset, out)
+                yield from self.reads(tensor.file, tensor.offset, out)
             else:
                 yield from self._quantizations(tensor, target, out)
 
-    def _is_blob(self, layout: ExpertLayout, tensors: list[Tensor]) -> bool:
+    def is_blob(self, key: ExpertKey) -> bool:
+        """Whether the file has this expert as a blob: in its layout, in one run."""
+        layout, tensors = self._layouts[key.layer], self.tensors(key)
         first = tensors[0]
         return all(
             tensor.format == target.format
@@ -201,7 +217,11 @@ class ExpertStore:
             for tensor, target in zip(tensors, layout, strict=True)
         )
 
-    def _reads(self, file: Path, offset: int, out: np.ndarray) -> Iterator[Task]:
+    def file_bytes(self, file: Path) -> int:
+        return self._reader(file).size
+
+    def reads(self, file: Path, offset: int, out: np.ndarray) -> Iterator[Task]:
+        """Tasks that fill `out` from `offset` of a file, in pieces that threads can share."""
         reader = self._reader(file)
         for start in range(0, len(out), PIECE):
             yield partial(reader.read_into, offset + start, out[start : start + PIECE])

@@ -126,6 +126,8 @@ class Tier:
         latest fetch asked for, or one of `keys`. Returns what is being loaded for it.
         """
         with self.lock:
+            if not self.loads and all(map(self.residency.__contains__, keys)):
+                return []  # the usual case by far: nothing to load, nothing to give up
             if self.closed or any(pins.in_pieces for pins in self.active):
                 return []  # in pieces, every slot is spoken for
             wanted = set(keys)

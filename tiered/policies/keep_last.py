@@ -2,8 +2,8 @@
 
 Nearly half of a token's experts are those of the token before, so a layer's latest batch stays.
 Beyond that, experts leave in order of their number of uses, where `patience` tokens of age weigh as
-much as one use. But no layer is pushed below `floor` batches while another has more, or below an
-equal share if that is less: with so little room, counts say little and even shares do better.
+much as one use. But no layer is pushed below half (`floor`) of the experts that it has ever used, nor
+below an equal share if that is less: with little room, even shares do better than counts.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from tiered.policies import Evictable, Space
 
 
 class Policy:
-    def __init__(self, space: Space, patience: float = 5.0, floor: int = 5) -> None:
+    def __init__(self, space: Space, patience: float = 5.0, floor: float = 0.5) -> None:
         self._blob_bytes = space.blob_bytes
         self._share = space.capacity / space.num_sparse_layers
         self._floor = floor
         self._held = [0] * space.num_layers  # bytes
-        self._floors = [0.0] * space.num_layers  # bytes
+        self._floors = [0.0] * space.num_layers  # bytes that no other layer may take
         self._age = 1 / patience
         self._time = [0.0] * space.num_layers  # batches of the layer, as uses
         self._uses: defaultdict[ExpertKey, int] = defaultdict(int)
@@ -39,12 +39,13 @@ class Policy:
             del kept[key]
             self._rank(key)
         self._time[layer] += self._age
-        batch_bytes = len(keys) * self._blob_bytes[layer]
-        self._floors[layer] = min(self._floor * batch_bytes, self._share)
 
     def touch(self, key: ExpertKey) -> None:
         layer = key[0]
         self._uses[key] += 1
+        if self._uses[key] == 1:
+            floor = self._floors[layer] + self._floor * self._blob_bytes[layer]
+            self._floors[layer] = min(floor, self._share)
         kept = self._kept[layer]
         if key not in kept:
             kept[key] = None

@@ -2,8 +2,8 @@
 
 Nearly half of a token's experts are those of the token before, so a layer's latest batch stays.
 Beyond that, experts leave in order of their number of uses, where `patience` tokens of age weigh as
-much as one use. But no layer is pushed below half (`floor`) of the experts that it has ever used, nor
-below an equal share if that is less: with little room, even shares do better than counts.
+much as one use. But no layer is pushed below half (`floor`) of the experts that it has ever used,
+nor below an equal share if that is less: with little room, even shares do better than counts.
 """
 
 from __future__ import annotations

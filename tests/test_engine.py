@@ -39,7 +39,7 @@ def expected(model):
         return tokens, floor, engine.plan.experts, logits
 
 
-ONLINE = [name for name in policies.names() if name != "belady"]
+ONLINE = policies.online()
 
 
 @pytest.mark.parametrize("policy", ONLINE)

@@ -98,7 +98,7 @@ def test_every_policy(name, batches, num_slots, guesses, mixed):
     assert stats.prefetches >= stats.prefetches_used + stats.prefetches_wasted
 
 
-@pytest.mark.parametrize("name", [name for name in policies.names() if name != "belady"])
+@pytest.mark.parametrize("name", policies.online())
 @settings(max_examples=60, deadline=None)
 @given(batches=BATCHES, num_slots=st.integers(4, 12))
 def test_belady_is_an_upper_bound(name, batches, num_slots):

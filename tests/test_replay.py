@@ -98,7 +98,7 @@ def test_a_batch_larger_than_the_budget():
         replay(trace, "lru", 5)
 
 
-@pytest.mark.parametrize("policy", [name for name in policies.names() if name != "belady"])
+@pytest.mark.parametrize("policy", policies.online())
 @pytest.mark.parametrize("num_slots", [5, 9, 20])
 def test_replay_is_live(policy, num_slots, tmp_path):
     """Random demands, some larger than the tier, with look-ahead, slow and failing reads: the

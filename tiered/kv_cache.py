@@ -11,14 +11,17 @@ from tiered.backend import Backend, Batch
 from tiered.config import ModelConfig
 
 PAGE_SIZE = 64  # tokens
+VECTOR = 16  # a head's values (not its keys) are padded to a multiple of this
 BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "int8": 1.0}
 
 
 def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str) -> int:
     """Bytes that the keys and values of `num_tokens` tokens take, in whole pages."""
     num_pages = -(-num_tokens // PAGE_SIZE)
-    per_head = config.head_dim * BYTES_PER_VALUE[dtype] + (4 if dtype == "int8" else 0)
-    per_token = 2 * config.num_layers * config.num_kv_heads * per_head
+    padded = -(-config.head_dim // VECTOR) * VECTOR
+    scales = 2 * 4 if dtype == "int8" else 0
+    per_head = (config.head_dim + padded) * BYTES_PER_VALUE[dtype] + scales
+    per_token = config.num_layers * config.num_kv_heads * per_head
     return int(num_pages * PAGE_SIZE * per_token)
 
 

@@ -43,7 +43,7 @@ engine_options = several(
     option("--expert-ram", metavar="SIZE", help="Memory for experts alone, as 2G."),
     option("--threads", type=click.IntRange(1), help="Threads that compute. Default: all cores."),
     option("--policy", default=DEFAULT_POLICY, metavar="NAME",
-           help=f"Eviction policy: {', '.join(policies.names())}; or FILE.py:CLASS."),
+           help=f"Eviction policy: {', '.join(policies.online())}; or FILE.py:CLASS."),
     option("--look-ahead", type=click.IntRange(0, 3), default=1,
            help="Layers ahead that experts are guessed and read; 0: off."),
     option("--quantize", type=click.Choice(["int4", "none"]), default="int4",

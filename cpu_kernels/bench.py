@@ -48,7 +48,8 @@ def random_weights(format: str, nbytes: int) -> np.ndarray:
     elif format == "bf16":
         block = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     else:
-        block = rng.integers(0, 60, 1 << 22, dtype=np.uint8)
+        low = 100 if format == "mxfp4" else 0  # its scales are exponents: below, results underflow
+        block = rng.integers(low, low + 60, 1 << 22, dtype=np.uint8)
     data = aligned_bytes(nbytes)
     data[:] = np.resize(block, nbytes)
     return data

@@ -44,6 +44,8 @@ FORMATS: dict[str, Format] = {
         Format("q8_0", 32, 34),
         Format("q4_0", 32, 18),
         Format("q4_1", 32, 20),
+        Format("iq4_nl", 32, 18),
+        Format("mxfp4", 32, 17),
         Format("q4_k", 256, 144),
         Format("q5_k", 256, 176),
         Format("q6_k", 256, 210),

@@ -12,7 +12,15 @@ from __future__ import annotations
 from cpu_kernels.activations import CHUNK_BYTES, FIRST_SUMS, SCALES, SUMS
 from cpu_kernels.dequantize import scale_and_offset
 from cpu_kernels.dot import multiply_bytes, wants_unsigned
-from cpu_kernels.groups import GROUPS, LARGEST, Chunk, chunk_bytes, is_whole, with_padded_chunk
+from cpu_kernels.groups import (
+    GROUPS,
+    LARGEST,
+    SIGNED,
+    Chunk,
+    chunk_bytes,
+    is_whole,
+    with_padded_chunk,
+)
 from cpu_kernels.isa import ISAS
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32, i64
 
@@ -45,7 +53,7 @@ def pack_row(k, isa, format, weights, num_groups, panel, row):
 
 def _pack_chunk(k: Emitter, isa: str, format: str, weights: Value, target: Value) -> None:
     rows, groups = ISAS[isa].panel_rows, ISAS[isa].groups
-    chunk = Chunk(k, format, weights, groups, wants_unsigned(isa))
+    chunk = Chunk(k, format, weights, groups, wants_unsigned(isa), isa)
     for group in range(GROUPS):
         at = target + group * group_bytes(isa, format)
         for half in (0, 1):
@@ -75,8 +83,7 @@ def panel_product(
     """See multiply_panel."""
     rows, tokens = ISAS[isa].panel_rows, ISAS[isa].panel_tokens
     size, scales = group_bytes(isa, format), num_scales(format)
-    is_signed = format == "q8_0" and not wants_unsigned(isa)
-    has_offset = format != "q8_0" or wants_unsigned(isa)
+    is_signed = format in SIGNED and not wants_unsigned(isa)
     xs = [k.load(sources + 8 * t, i64(1)) + position for t in range(tokens)]
     totals = [k.variable(k.constant(f32(rows), 0.0)) for _ in range(tokens)]
     with k.loop(num_chunks) as chunk, k.loop(k.integer(GROUPS)) as group:
@@ -98,7 +105,7 @@ def panel_product(
                 dots = multiply_bytes(k, isa, pairs, LARGEST[format], is_signed)
                 x_scale = k.splat(k.load(x + scales_at + SCALES, f32(1)), rows)
                 value = k.multiply_add(dots.cast("sitofp", f32), scale * x_scale, total.get())
-                if has_offset:
+                if not is_signed:
                     x_sum = k.splat(k.load(x + scales_at + sums, f32(1)), rows)
                     value = k.multiply_add(offset, x_sum, value)
                 total.set(value)

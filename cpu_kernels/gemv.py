@@ -51,7 +51,7 @@ def _multiply_chunk(
     k: Emitter, isa: str, format: str, weights: Value, position: Value, rows: list[_Sums]
 ) -> None:
     groups = ISAS[isa].groups
-    chunk = Chunk(k, format, weights, groups, wants_unsigned(isa))
+    chunk = Chunk(k, format, weights, groups, wants_unsigned(isa), isa)
     steps = range(GROUPS // groups)
     halves = [[chunk.integers(step, half) for half in (0, 1)] for step in steps]
     for row in rows:

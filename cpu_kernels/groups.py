@@ -37,6 +37,10 @@ def piece(format: str, group: int, half: int) -> Piece:
             return Piece(18 * group + 2, 4 * half)
         case "q4_1":
             return Piece(20 * group + 4, 4 * half)
+        case "iq4_nl":
+            return Piece(18 * group + 2, 4 * half)
+        case "mxfp4":
+            return Piece(17 * group + 1, 4 * half)
         case "q8_0":
             return Piece(34 * group + 2 + 16 * half, 0)
         case "q4_k":
@@ -50,8 +54,24 @@ def piece(format: str, group: int, half: int) -> Piece:
     raise ValueError(f"no kernel knows the number format {format!r}")
 
 
+# What four bits stand for where that is no number: ggml-common.h's kvalues_iq4nl, and the values of
+# E2M1 doubled, which makes them integers, plus 12, which makes them unsigned.
+TABLES = {
+    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "mxfp4": tuple(12 + sign * value for sign in (1, -1) for value in (0, 1, 2, 3, 4, 6, 8, 12)),
+}
+SIGNED = "q8_0", "iq4_nl"  # the integers of the others are 0 or more
 HIGH_MASK = {"q5_k": 1, "q6_k": 3}
-LARGEST = {"q4_0": 15, "q4_1": 15, "q4_k": 15, "q5_k": 31, "q6_k": 63, "q8_0": 128}
+LARGEST = {
+    "q4_0": 15,
+    "q4_1": 15,
+    "q4_k": 15,
+    "q5_k": 31,
+    "q6_k": 63,
+    "q8_0": 128,
+    "iq4_nl": 128,
+    "mxfp4": 24,
+}
 QUANTIZED = tuple(LARGEST)
 
 
@@ -66,13 +86,38 @@ def with_padded_chunk(k: Emitter, format: str, address: Value, num_groups: Value
     padded = k.stack(-(-nbytes // 16) * 16)
     for offset in range(0, nbytes, 16):
         k.store(padded + offset, k.constant(i8(16), 0))
-    with k.loop(num_groups * (nbytes // GROUPS // 2)) as i:  # block sizes are even
-        k.store(padded + i * 2, k.load(address + i * 2, i16(1)))
+    block_bytes = nbytes // GROUPS
+    unit = i8(1) if block_bytes % 2 else i16(1)
+    size = 1 + (block_bytes % 2 == 0)
+    with k.loop(num_groups * (block_bytes // size)) as i:
+        k.store(padded + i * size, k.load(address + i * size, unit))
     return padded
 
 
+_BYTE_SHUFFLES = {
+    16: "llvm.x86.ssse3.pshuf.b.128",
+    32: "llvm.x86.avx2.pshuf.b",
+    64: "llvm.x86.avx512.pshuf.b.512",
+}
+
+
+def look_up(k: Emitter, isa: str, table: Sequence[int], codes: Value) -> Value:
+    """table[code] of each i8 lane, for codes 0 to 15 and integers of 8 bits."""
+    if isa == "neon_dotprod":
+        values = k.constant(i8(16), table)
+        return k.call("llvm.aarch64.neon.tbl1.v16i8", codes.type, values, codes)
+    if isa not in ("", "portable"):
+        values = k.constant(codes.type, list(table) * (codes.lanes // 16))
+        return k.call(_BYTE_SHUFFLES[codes.lanes], codes.type, values, codes)
+    found = k.constant(codes.type, table[0])
+    for code in range(1, 16):
+        found = k.select(codes.compare("==", code), k.constant(codes.type, table[code]), found)
+    return found
+
+
 OFFSET_FACTOR = {
-    "q4_0": -8.0, "q4_1": 1.0, "q4_k": -1.0, "q5_k": -1.0, "q6_k": -32.0, "q8_0": -128.0
+    "q4_0": -8.0, "q4_1": 1.0, "q4_k": -1.0, "q5_k": -1.0, "q6_k": -32.0, "q8_0": -128.0,
+    "iq4_nl": -128.0, "mxfp4": -12.0
 }  # fmt: skip
 
 
@@ -83,15 +128,23 @@ class Chunk:
     the order of POSITION): one, or two where the halves of a group differ. `offsets` pairs such
     vectors, all to be multiplied with `offset_factor`, with the kind of activation sums (see
     activations.py) that they belong to.
-    `make_unsigned`: q8_0's integers get 128 added, for instructions that want unsigned weights.
+    `make_unsigned`: signed integers get 128 added, for instructions that want unsigned weights.
+    `isa`: whose instructions may be used to look things up in a table; "": any processor's.
     """
 
     def __init__(
-        self, k: Emitter, format: str, address: Value, groups: int, make_unsigned: bool = False
+        self,
+        k: Emitter,
+        format: str,
+        address: Value,
+        groups: int,
+        make_unsigned: bool = False,
+        isa: str = "",
     ) -> None:
         self.k, self.format, self.address, self.groups = k, format, address, groups
-        self.flip = make_unsigned and format == "q8_0"
-        self.is_signed = format == "q8_0" and not self.flip
+        self.isa = isa
+        self.flip = make_unsigned and format in SIGNED
+        self.is_signed = format in SIGNED and not self.flip
         self._loaded: dict[tuple[int, ...], Value] = {}
         self.offset_factor = OFFSET_FACTOR[format]
         self.scales, self.offsets = self._scales()
@@ -104,6 +157,9 @@ class Chunk:
         if self.format == "q8_0":
             return low ^ 0x80 if self.flip else low
         low = low & 15
+        if self.format in TABLES:
+            low = look_up(self.k, self.isa, TABLES[self.format], low)
+            return low ^ 0x80 if self.flip else low
         if self.format not in HIGH_MASK:
             return low
         # Straight to where the high bits belong.
@@ -135,7 +191,10 @@ class Chunk:
 
     def _scales(self) -> tuple[list[Value], list[tuple[Value, int]]]:
         k, p = self.k, self.address
-        if self.format in ("q4_0", "q8_0"):
+        if self.format == "mxfp4":
+            scale = self._powers_of_two()
+            return [scale], [(scale, SUMS)]
+        if self.format in ("q4_0", "q8_0", "iq4_nl"):
             scale = self._halves(0)
             if self.format == "q4_0":
                 return [scale], [(scale, SUMS)]
@@ -168,6 +227,18 @@ class Chunk:
                 word = bits if word is None else word | bits
             halves.append(word)
         return self.k.gather(halves).view(f16(8)).cast("fpext", f32)
+
+    def _powers_of_two(self) -> Value:
+        """mxfp4's scales: half (see TABLES) of 2^(byte - 127), as bits of a float32."""
+        word = None
+        for index, position in enumerate(range(GROUPS)):
+            group = POSITION.index(position)
+            byte = self.k.load(self.address + 17 * group, i8(1)).cast("zext", i64) << (8 * index)
+            word = byte if word is None else word | byte
+        exponent = word.view(i8(GROUPS)).cast("zext", i32)
+        tiny = (exponent + 1) * (1 << 21)  # below the normal numbers
+        normal = (exponent - 1) << 23
+        return self.k.select(exponent.compare("<", 2), tiny, normal).view(f32(GROUPS))
 
     def _six_bit_scales(self) -> tuple[list[Value], list[tuple[Value, int]]]:
         """q4_k and q5_k: two factors, then eight scales and eight minima of 6 bits in 12 bytes."""

@@ -13,6 +13,8 @@ HALVES = {
     "q4_0": [0],
     "q4_1": [0, 2],
     "q8_0": [0],
+    "iq4_nl": [0],
+    "mxfp4": [],
     "q4_k": [0, 2],
     "q5_k": [0, 2],
     "q6_k": [208],
@@ -35,6 +37,9 @@ def random_matrix(rng, format, shape, scale=0.01):
         halves = rng.uniform(0.5, 1.5, (rows, blocks)) * scale
         halves = (halves * rng.choice([-1, 1], (rows, blocks))).astype(np.float16)
         data[:, :, offset : offset + 2] = halves.view(np.uint8).reshape(rows, blocks, 2)
+    if format == "mxfp4":
+        exponents = np.floor(np.log2(scale)) + rng.integers(0, 2, (rows, blocks)) + 127
+        data[:, :, 0] = np.clip(exponents, 0, 254)
     return data.reshape(rows, -1)
 
 

@@ -6,6 +6,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
+from cpu_kernels.groups import TABLES
+
 
 def pack(values: np.ndarray, format: str) -> np.ndarray:
     """uint8 [rows, row_bytes] from float32 [rows, columns]."""
@@ -15,6 +17,8 @@ def pack(values: np.ndarray, format: str) -> np.ndarray:
         data = values.astype(np.float16)
     elif format == "bf16":
         data = bf16(values)
+    elif format == "iq4_nl":
+        data = _iq4_nl(values)
     elif format in _SUPER_BLOCKS:
         data = _SUPER_BLOCKS[format](values.reshape(-1, 256))
     else:
@@ -75,6 +79,14 @@ def _q6_k(values: np.ndarray) -> np.ndarray:
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
     high = np.bitwise_or.reduce((codes >> 4) << shifts, axis=2).reshape(-1, 64)
     return np.concatenate([low, high, scale, _half(d)], axis=1)
+
+
+def _iq4_nl(values: np.ndarray) -> np.ndarray:
+    groups = values.reshape(-1, 32)
+    d = np.maximum(np.abs(groups).max(axis=1, keepdims=True), 1e-8) / 113
+    distances = np.abs((groups / d)[:, :, None] - np.array(TABLES["iq4_nl"]))
+    codes = distances.argmin(axis=2).astype(np.uint8)
+    return np.concatenate([_half(d), codes[:, :16] | codes[:, 16:] << 4], axis=1)
 
 
 _SUPER_BLOCKS = {"q4_k": _q4_k, "q5_k": _q5_k, "q6_k": _q6_k}

@@ -28,10 +28,13 @@ def bf16_to_float32(values: np.ndarray) -> np.ndarray:
 
 
 def scales(data: np.ndarray, format: str) -> np.ndarray:
-    """The float16 scales of all blocks, float16 [num_blocks, 1 or 2]; of floats, the values."""
+    """The scales of all blocks, float16 [num_blocks, 1 or 2]; of floats, the values. (mxfp4's are
+    powers of two, as float32.)"""
     if FORMATS[format].is_float:
         return dequantize(data, format, (-1, 1))
     blocks = data.reshape(-1, FORMATS[format].block_bytes)
+    if format == "mxfp4":
+        return _mxfp4_scales(blocks[:, :1])
     start, stop = _SCALES[format]
     return np.ascontiguousarray(blocks[:, start:stop]).view(np.float16)
 
@@ -64,6 +67,22 @@ def _q4_0(blocks: np.ndarray) -> np.ndarray:
 
 def _q4_1(blocks: np.ndarray) -> np.ndarray:
     values: np.ndarray = _half(blocks, 0) * _nibbles(blocks[:, 4:]) + _half(blocks, 2)
+    return values
+
+
+def _iq4_nl(blocks: np.ndarray) -> np.ndarray:
+    values: np.ndarray = _half(blocks, 0) * _IQ4_NL[_nibbles(blocks[:, 2:])]
+    return values
+
+
+def _mxfp4_scales(exponents: np.ndarray) -> np.ndarray:
+    """2^(exponent - 127), float32; 255 is not a number (OCP Microscaling Formats, 1.0)."""
+    values = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+    return np.where(exponents == 255, np.float32(np.nan), values)
+
+
+def _mxfp4(blocks: np.ndarray) -> np.ndarray:
+    values: np.ndarray = _mxfp4_scales(blocks[:, :1]) * _E2M1[_nibbles(blocks[:, 1:])]
     return values
 
 
@@ -105,10 +124,17 @@ def _q6_k(blocks: np.ndarray) -> np.ndarray:
     return values
 
 
+_IQ4_NL = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
+)
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
 _BLOCKS = {
     "q8_0": _q8_0,
     "q4_0": _q4_0,
     "q4_1": _q4_1,
+    "iq4_nl": _iq4_nl,
+    "mxfp4": _mxfp4,
     "q4_k": _q4_k,
     "q5_k": _q5_k,
     "q6_k": _q6_k,
@@ -119,6 +145,7 @@ _SCALES = {
     "q8_0": (0, 2),
     "q4_0": (0, 2),
     "q4_1": (0, 4),
+    "iq4_nl": (0, 2),
     "q4_k": (0, 4),
     "q5_k": (0, 4),
     "q6_k": (208, 210),

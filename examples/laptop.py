@@ -1,6 +1,6 @@
 """Generate text on a laptop without a GPU, with a memory budget.
 
-    python examples/laptop.py MODEL --expert-ram 2G "Why is the sky blue?"
+    python examples/laptop.py --model MODEL --expert-ram 2G "Why is the sky blue?"
 
 MODEL is a GGUF file, a Hugging Face folder or a store. Without one, the demo model is used.
 """

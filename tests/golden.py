@@ -1,0 +1,55 @@
+"""What transformers says about the tiny checkpoints of tiny.py: writes tests/data/golden.npz.
+
+    python tests/golden.py
+
+Run where torch and transformers are installed, after tiny.py's checkpoints changed. The tests
+compare with the file, so that they need neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import tiny
+
+FILE = Path(__file__).parent / "data" / "golden.npz"
+PROMPT = list(range(3, 43))
+NUM_ROWS = 8  # of logits that are kept: those of the last tokens
+NUM_TOKENS = 32
+
+
+def checkpoint(folder: Path, model_type: str) -> Path:
+    """Always the same one."""
+    return tiny.hf_checkpoint(folder, model_type, "f32", seed=7)
+
+
+def digest(folder: Path) -> str:
+    """Of the checkpoint's bytes: another NumPy might draw other random numbers."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def main() -> None:
+    import torch
+    import transformers
+
+    golden = {}
+    for model_type in tiny.ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as folder:
+            path = checkpoint(Path(folder) / model_type, model_type)
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            with torch.no_grad():
+                ids = torch.tensor([PROMPT])
+                logits = model.eval()(ids).logits[0, -NUM_ROWS:].numpy()
+                options = dict(max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None)
+                tokens = model.generate(ids, **options)[0, len(PROMPT) :].numpy()
+            golden[f"{model_type}.digest"] = np.array(digest(path))
+        golden[f"{model_type}.logits"] = logits.astype(np.float32)
+        golden[f"{model_type}.tokens"] = tokens.astype(np.int32)
+    np.savez_compressed(FILE, **golden)
+
+
+if __name__ == "__main__":
+    main()

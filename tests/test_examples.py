@@ -1,0 +1,51 @@
+"""The example scripts, each run as a user would run it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiered.demo import random_tiny_model
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model with a vocabulary and, for the chat, a template."""
+    folder = random_tiny_model(tmp_path_factory.mktemp("example") / "tiny")
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text()) if file.exists() else {}
+    config["chat_template"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    file.write_text(json.dumps(config))
+    return folder
+
+
+def run(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", ROOT / "examples" / name, *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_laptop(model):
+    out = run("laptop.py", "--model", model, "--max-new-tokens", 4, "hello")
+    assert "tokens/s, hit rate" in out
+
+
+def test_budgets(model):
+    lines = run("budgets.py", model).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["100%", "60%", "40%"]
+    rates = [float(line.split()[2].rstrip("%")) for line in lines[1:]]
+    assert rates[0] > rates[1] > rates[2] > 0
+
+
+def test_own_policy(model):
+    out = run("own_policy.py", model)
+    assert "lru" in out and "%" in out

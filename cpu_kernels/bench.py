@@ -101,7 +101,10 @@ def kernel_rates(
                 for shape in shapes:
                     progress(f"{format} {shape[0]}x{shape[1]}", done, total)
                     done += 1
-                    common = {"format": format, "shape": list(shape), "threads": num_threads}
+                    common = {
+                        "format": format, "shape": list(shape), "threads": num_threads,
+                        "row_bytes": FORMATS[format].row_bytes(shape[1]),
+                    }  # fmt: skip
                     seconds, count = product_seconds(team, format, shape, 1, DECODE_BYTES)
                     nbytes = count * shape[0] * FORMATS[format].row_bytes(shape[1])
                     yield {

@@ -19,6 +19,11 @@ from tiered.commands.output import notes, print_json, results, steps_progress
 @opt.option("--decode", type=click.IntRange(2), default=64, help="Tokens to generate.")
 @opt.option("--runs", type=click.IntRange(1), default=1, help="Repeat, and report the median.")
 @opt.option("--kernels", is_flag=True, help="Measure the kernels alone; MODEL is not needed.")
+@opt.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="With --kernels: a roofline, as .png, .svg or .pdf.",
+)
 @opt.json_option
 @opt.engine_options
 def command(
@@ -27,13 +32,16 @@ def command(
     decode: int,
     runs: int,
     kernels: bool,
+    plot: Path | None,
     as_json: bool,
     **choices: Any,
 ) -> None:
     """Measure MODEL's speed with random tokens, beside this machine's memory bandwidth."""
     if kernels:
-        bench_kernels(choices["threads"], as_json)
+        bench_kernels(choices["threads"], as_json, plot)
         return
+    if plot is not None:
+        raise click.UsageError("--plot goes with --kernels; `tiered sweep` plots a model's speed")
     if model is None:
         raise click.UsageError("give a MODEL, or --kernels")
     from tiered.measuring.bench import bench_model
@@ -61,7 +69,7 @@ def command(
         )
 
 
-def bench_kernels(threads: int | None, as_json: bool) -> None:
+def bench_kernels(threads: int | None, as_json: bool, plot: Path | None) -> None:
     """Every number format at two expert shapes, beside memory and the libraries that are here."""
     from tiered.measuring.kernel_report import kernel_report
 
@@ -73,13 +81,17 @@ def bench_kernels(threads: int | None, as_json: bool) -> None:
                 task, description=doing, completed=done, total=total
             ),
         )
+    if plot is not None:
+        from tiered.measuring.plot import plot_kernels
+
+        plot_kernels(report, plot)
     if as_json:
         print_json(report)
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("format", "shape", "threads", "rows"):
         table.add_column(title)
-    for title in ("GB/s", "of bandwidth", "GOPS"):
+    for title in ("GB/s", "of bandwidth", "GOPS", "of peak"):
         table.add_column(title, justify="right")
     for row in report["kernels"] + report["peers"]:
         table.add_row(
@@ -87,5 +99,6 @@ def bench_kernels(threads: int | None, as_json: bool) -> None:
             f"{row['gb_s']:.1f}" if "gb_s" in row else "",
             f"{row['of_bandwidth']:.0%}" if "of_bandwidth" in row else "",
             f"{row['gops']:.0f}" if "gops" in row else "",
+            f"{row['of_peak']:.0%}" if "of_peak" in row else "",
         )  # fmt: skip
     results.print(table)

@@ -23,9 +23,15 @@ def kernel_report(threads: int | None, progress: Progress) -> dict[str, Any]:
     from cpu_kernels import isa
     from cpu_kernels.bench import SHAPES, kernel_rates
     from cpu_kernels.formats import FORMATS
+    from cpu_kernels.peak import integer_peak
 
     counts = sorted({1, threads or default_threads()})
     kernels = list(kernel_rates(list(FORMATS), counts, progress=progress))
+    peaks = {count: integer_peak(count) for count in counts}
+    for row in kernels:
+        if "gops" in row:
+            row["peak_gops"] = peaks[row["threads"]] / 1e9
+            row["of_peak"] = row["gops"] / row["peak_gops"]
     progress("numpy and torch", 1, 1)
     return {
         "tiered": __version__,

@@ -1,4 +1,4 @@
-"""The plot of a sweep: speed against memory, with the roofs that bandwidths set."""
+"""Plots: a sweep's speed against memory, and the kernels' under the roofs of this machine."""
 
 from __future__ import annotations
 
@@ -24,18 +24,11 @@ def plot_sweep(
 
     Raises RuntimeError that says what to install if matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("a plot needs matplotlib: pip install 'tiered[plot]'") from error
     done = [row for row in rows if not row["problem"]]
     if not done:
         raise ValueError("nothing to plot: no point of the sweep runs")
     axis = next((name for name in LABELS if len({row[name] for row in done}) > 1), "ram")
-    figure = Figure(figsize=(8.6, 5.2), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _new_figure()
     series = series_of(done, axis)
     for index, (name, points) in enumerate(series.items()):
         axes.plot(
@@ -46,11 +39,63 @@ def plot_sweep(
     speeds = [y for points in series.values() for _, y in points]
     _draw_roofs(axes, roofs, speeds)
     _dress(axes, axis, [x for points in series.values() for x, _ in points])
-    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
-    axes.set_title(note, loc="left", fontsize=9, color="#5b6770")
+    _title(figure, axes, title, note)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=9, loc="best")
     figure.savefig(path)
+
+
+def plot_kernels(report: dict[str, Any], path: Path) -> None:
+    """Write the roofline of a kernel report: operations per second over operations per byte of
+    weights, with all threads. Raises like `plot_sweep`."""
+    figure, axes = _new_figure()
+    threads = max(row["threads"] for row in report["kernels"])
+    rows = [row for row in report["kernels"] if row["threads"] == threads]
+    bandwidth = next(row["bandwidth_gb_s"] for row in rows if "gb_s" in row)
+    peak = next(row["peak_gops"] for row in rows if "gops" in row)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        per_byte = 2 * row["rows"] * row["shape"][1] / row["row_bytes"]
+        gops = row["gops"] if "gops" in row else row["gb_s"] * per_byte
+        points.setdefault(row["format"], []).append((per_byte, gops))
+    xs = [x for series in points.values() for x, _ in series]
+    ends = [0.7 * min(xs), peak / bandwidth, 1.5 * max(xs)]
+    axes.plot(ends, [ends[0] * bandwidth, peak, peak], color="#9aa5ad", linewidth=2, zorder=0)
+    for index, (name, series) in enumerate(points.items()):
+        axes.scatter(
+            [x for x, _ in series], [y for _, y in series], label=name, s=28,
+            color=COLORS[index % len(COLORS)], marker=MARKERS[(index + index // 8) % len(MARKERS)],
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations per byte of weights (left: one row, right: many)")
+    axes.set_ylabel("billion operations per second")
+    axes.grid(color="#e3e7ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
+    note = (
+        f"{threads} threads, {report['isa']}: {bandwidth:.1f} GB/s of read bandwidth, "
+        f"{peak:.0f} billion byte operations per second"
+    )
+    _title(figure, axes, "Kernels under this machine's roofs", note)
+    figure.savefig(path)
+
+
+def _new_figure() -> tuple[Any, Any]:
+    """A figure and its axes; RuntimeError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError("a plot needs matplotlib: pip install 'tiered[plot]'") from error
+    figure = Figure(figsize=(8.6, 5.2), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _title(figure: Any, axes: Any, title: str, note: str) -> None:
+    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
+    axes.set_title(note, loc="left", fontsize=9, color="#5b6770")
 
 
 def series_of(rows: Sequence[dict[str, str]], axis: str) -> dict[str, list[tuple[float, float]]]:

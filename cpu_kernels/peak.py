@@ -1,0 +1,58 @@
+"""The processor's peak: products of bytes when nothing has to be loaded, decoded or scaled."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+from numba import cfunc, types
+
+from cpu_kernels.cache import compiling
+from cpu_kernels.dot import multiply_bytes
+from cpu_kernels.isa import ISAS, choose
+from cpu_kernels.memory import address_of, record, store_word, word
+from cpu_kernels.simd import emitted, i8, i32, i64
+from cpu_kernels.team import Team
+
+PAIRS = 8  # of registers multiplied in a step: so many sums of 4-bit weights fit in 16 bits
+STEPS = 1 << 18
+REPEATS = 5
+
+
+@emitted("i64", "i64 i64")
+def _multiply(k, isa, steps, seed):
+    """`steps` times PAIRS registers of weights by one of activations: the sum of all products."""
+    lanes = ISAS[isa].panel_rows
+    bytes_ = k.splat(seed.cast("trunc", i8), 4 * lanes)
+    weights = [(bytes_ + pair) & 15 for pair in range(PAIRS)]
+    total = k.variable(k.constant(i32(lanes), 0))
+    with k.loop(steps) as step:
+        x = k.splat((step & 63).cast("trunc", i8), 4 * lanes)  # new in each step: nothing is saved
+        dots = multiply_bytes(k, isa, [(w, x) for w in weights], 15, False)
+        total.set(total.get() + dots)
+    return k.sum(total.get()).cast("sext", i64)
+
+
+@cache
+def _op(isa: str) -> object:
+    def multiply(arguments, thread, num_threads, team):
+        products = _multiply(isa, word(arguments, 0), word(arguments, 1))
+        store_word(arguments, 2 + thread, products)
+
+    with compiling():
+        signature = types.void(*[types.int64] * 4)
+        return cfunc(signature, cache=True, error_model="numpy")(multiply)
+
+
+def integer_peak(num_threads: int, isa: str = "auto") -> float:
+    """Operations per second (a product and its addition are two) of so many threads: the best of
+    some runs of a few milliseconds."""
+    name = choose(isa).name
+    code, words = _op(name), record(STEPS, 3, *[0] * num_threads)
+    best = float("inf")
+    with Team(num_threads) as team:
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            team.run(code.address, address_of(words))
+            best = min(best, time.perf_counter() - start)
+    return 2.0 * STEPS * PAIRS * 4 * ISAS[name].panel_rows * num_threads / best

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from tiered.source import MappedExperts, TieredExperts
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
 from tiered.text.chat import ChatTemplate
-from tiered.text.sampling import Sampler, SamplingParams
+from tiered.text.sampling import Sampler, SamplingParams, log_softmax
 from tiered.text.stop_strings import StopStrings
 from tiered.text.tokenizer import Tokenizer, load_tokenizer
 from tiered.tier import Tier
@@ -266,12 +265,12 @@ class Engine:
             self._tokens.prefill_seconds += perf_counter() - start
             self._tokens.prompt_tokens += len(prompt)
             self._tokens.new_tokens += 1
-            start = perf_counter()
             for index, token in enumerate(answer):
-                result[index] = log_probability(logits, token)
+                result[index] = log_softmax(logits)[token]
+                start = perf_counter()
                 logits = self._decode(sequence, token)
+                self._tokens.decode_seconds += perf_counter() - start
                 self._tokens.new_tokens += 1
-            self._tokens.decode_seconds += perf_counter() - start
             return result
         finally:
             self.kv.close(sequence)
@@ -388,19 +387,8 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def log_probability(logits: np.ndarray, token: int) -> float:
-    """Of one token after float32 `logits` [vocab_size]."""
-    best = logits.max()
-    return float(logits[token] - best - np.log(np.exp(logits - best).sum()))
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 
 import numpy as np
 
@@ -54,12 +53,7 @@ class ExpertStore:
     def __enter__(self) -> ExpertStore:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def layout(self, layer: int) -> ExpertLayout:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 
+from cpu_kernels.gemv import LINE, PREFETCH_BYTES
 from cpu_kernels.memory import address_of, aligned_bytes, record, store_word, word
 from cpu_kernels.simd import emitted, i64
 from cpu_kernels.team import Team, op, share
-
-LINE = 64
-PREFETCH_BYTES = 4096  # as the kernels do it
 
 
 @emitted("i64", "i64 i64")

@@ -33,12 +33,10 @@ def chunk_bytes(format: str) -> int:
 
 def piece(format: str, group: int, half: int) -> Piece:
     match format:
-        case "q4_0":
+        case "q4_0" | "iq4_nl":
             return Piece(18 * group + 2, 4 * half)
         case "q4_1":
             return Piece(20 * group + 4, 4 * half)
-        case "iq4_nl":
-            return Piece(18 * group + 2, 4 * half)
         case "mxfp4":
             return Piece(17 * group + 1, 4 * half)
         case "q8_0":
@@ -231,9 +229,9 @@ class Chunk:
     def _powers_of_two(self) -> Value:
         """mxfp4's scales: half (see TABLES) of 2^(byte - 127), as bits of a float32."""
         word = None
-        for index, position in enumerate(range(GROUPS)):
-            group = POSITION.index(position)
-            byte = self.k.load(self.address + 17 * group, i8(1)).cast("zext", i64) << (8 * index)
+        for position in range(GROUPS):
+            byte = self.k.load(self.address + 17 * POSITION.index(position), i8(1))
+            byte = byte.cast("zext", i64) << (8 * position)
             word = byte if word is None else word | byte
         exponent = word.view(i8(GROUPS)).cast("zext", i32)
         tiny = (exponent + 1) * (1 << 21)  # below the normal numbers

@@ -5,14 +5,11 @@ from __future__ import annotations
 import time
 from functools import cache
 
-from numba import cfunc, types
-
-from cpu_kernels.cache import compiling
 from cpu_kernels.dot import multiply_bytes
 from cpu_kernels.isa import ISAS, choose
 from cpu_kernels.memory import address_of, record, store_word, word
 from cpu_kernels.simd import emitted, i8, i32, i64
-from cpu_kernels.team import Team
+from cpu_kernels.team import Op, Team, op
 
 PAIRS = 8  # of registers multiplied in a step: so many sums of 4-bit weights fit in 16 bits
 STEPS = 1 << 18
@@ -34,25 +31,24 @@ def _multiply(k, isa, steps, seed):
 
 
 @cache
-def _op(isa: str) -> object:
+def _products(isa: str) -> Op:
+    @op
     def multiply(arguments, thread, num_threads, team):
         products = _multiply(isa, word(arguments, 0), word(arguments, 1))
         store_word(arguments, 2 + thread, products)
 
-    with compiling():
-        signature = types.void(*[types.int64] * 4)
-        return cfunc(signature, cache=True, error_model="numpy")(multiply)
+    return multiply
 
 
 def integer_peak(num_threads: int, isa: str = "auto") -> float:
     """Operations per second (a product and its addition are two) of so many threads: the best of
     some runs of a few milliseconds."""
     name = choose(isa).name
-    code, words = _op(name), record(STEPS, 3, *[0] * num_threads)
+    address, words = _products(name).address, record(STEPS, 3, *[0] * num_threads)
     best = float("inf")
     with Team(num_threads) as team:
         for _ in range(REPEATS):
             start = time.perf_counter()
-            team.run(code.address, address_of(words))
+            team.run(address, address_of(words))
             best = min(best, time.perf_counter() - start)
     return 2.0 * STEPS * PAIRS * 4 * ISAS[name].panel_rows * num_threads / best

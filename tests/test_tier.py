@@ -258,7 +258,7 @@ def test_sixteen_threads_with_failing_and_slow_reads(seed):
     """No deadlock, no lost pin, never another expert's bytes."""
     source = Unreliable(seed)
     wrong, failures = [], [0] * 16
-    with make(source, 12, random.Random(seed).choice(policies_to_stress()), loaders=5) as tier:
+    with make(source, 12, random.Random(seed).choice(policies.online()), loaders=5) as tier:
 
         def work(index):
             rng = random.Random(100 * seed + index)
@@ -289,10 +289,6 @@ def test_sixteen_threads_with_failing_and_slow_reads(seed):
         tier.loaders = Loaders(tier._read, tier._finished, tier.lock, 5)
         for layer in range(4):
             assert sorted(fetch(tier, KEYS[layer])) == list(range(32))
-
-
-def policies_to_stress():
-    return policies.online()
 
 
 def test_places_are_page_aligned():

@@ -147,7 +147,9 @@ class AttentionLayer:
     """A layer's weights, ready for `Attention.run`. `weights` and `config` have the attributes of
     tiered.backend.AttentionWeights and tiered.config.ModelConfig, its matrices are Matrix."""
 
-    def __init__(self, weights: Any, config: Any, batch: Record, rope: RopeTable) -> None:
+    def __init__(
+        self, weights: Any, config: Any, index: int, batch: Record, rope: RopeTable
+    ) -> None:
         c = config
         self.geometry = Geometry(
             c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, padded(c.head_dim)
@@ -179,8 +181,8 @@ class AttentionLayer:
             head_dim=c.head_dim,
             padded_dim=padded(c.head_dim),
             group=c.num_heads // c.num_kv_heads,
-            window=c.sliding_window,
-            sinks=floats(getattr(weights, "sinks", None), "sinks", c.num_heads),
+            window=c.window(index),
+            sinks=floats(weights.sinks, "sinks", c.num_heads),
             hidden_size=c.hidden_size,
             eps=float(c.norm_eps),
             norm=floats(weights.norm, "norm", c.hidden_size),
@@ -232,11 +234,11 @@ class Attention:
         self._batch = PreparedBatch(team.num_threads)
         self._ropes: dict[Any, RopeTable] = {}
 
-    def layer(self, weights: Any, config: Any) -> AttentionLayer:
+    def layer(self, weights: Any, config: Any, index: int) -> AttentionLayer:
         key = config.rope, config.head_dim
         if key not in self._ropes:
             self._ropes[key] = RopeTable(config.rope, config.head_dim, config.context_length)
-        return AttentionLayer(weights, config, self._batch.record, self._ropes[key])
+        return AttentionLayer(weights, config, index, self._batch.record, self._ropes[key])
 
     def run(
         self, x: np.ndarray, layer: AttentionLayer, kv: KVPages, index: int, batch: Any

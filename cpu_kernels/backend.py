@@ -57,23 +57,23 @@ class CpuBackend:
 
     # -- layers, prepared once --
 
-    def attention_layer(self, weights: Any, config: Any) -> AttentionLayer:
-        return self._attention.layer(weights, config)
+    def attention_layer(self, weights: Any, config: Any, index: int = 0) -> AttentionLayer:
+        return self._attention.layer(weights, config, index)
 
-    def router_layer(self, norm: np.ndarray, router: Matrix, config: Any) -> RouterLayer:
-        return RouterLayer(norm, router, config)
+    def router_layer(
+        self, norm: np.ndarray, router: Matrix, config: Any, correction: np.ndarray | None = None
+    ) -> RouterLayer:
+        return RouterLayer(norm, router, config, correction)
 
-    def expert_layer(self, layout: Any, config: Any) -> ExpertLayer:
-        layer = ExpertLayer(layout, self._isa, self.exact, self._workspace)
+    def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> ExpertLayer:
+        layer = ExpertLayer(layout, config, self._isa, self.exact, self._workspace, biases)
         self._hidden_size = layer.hidden_size  # of all layers
         return layer
 
     def feed_forward_layer(
         self, weights: Any, config: Any, norm: np.ndarray | None = None
     ) -> FeedForwardLayer:
-        return FeedForwardLayer(
-            weights, self._isa, self.exact, self._workspace, norm, config.norm_eps
-        )
+        return FeedForwardLayer(weights, config, self._isa, self.exact, self._workspace, norm)
 
     def output_layer(self, norm: np.ndarray, head: Matrix, config: Any) -> OutputLayer:
         return OutputLayer(norm, head, config)

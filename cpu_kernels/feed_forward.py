@@ -72,15 +72,15 @@ class FeedForwardLayer:
     def __init__(
         self,
         weights: Any,
+        config: Any,
         isa: Isa,
         exact: bool,
         workspace: Workspace,
         norm: np.ndarray | None = None,
-        norm_eps: float = 0.0,
     ) -> None:
         self.weights, self.workspace = weights, workspace
         layout = _Layout(weights.gate, weights.up, weights.down)
-        self.layer = ExpertLayer(layout, isa, exact, workspace)
+        self.layer = ExpertLayer(layout, config, isa, exact, workspace)
         addresses = [matrix.data.ctypes.data for matrix in layout]
         self._addresses, self._version = np.array([addresses], np.int64), 0
         self.layer.record.set(num_jobs=1, top_k=1)
@@ -88,7 +88,7 @@ class FeedForwardLayer:
         self.record = Record(
             FEED_FORWARD,
             experts=self.layer.record.address,
-            eps=float(norm_eps),
+            eps=float(config.norm_eps),
             scale=weights.scale.address if weights.scale is not None else 0,
         )
         _ = _feed_forward.address

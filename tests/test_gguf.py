@@ -172,7 +172,7 @@ DAMAGE = {
     "truncated header": (lambda data: data[:2000], "damaged.gguf: "),
     "architecture": (
         lambda data: data.replace(b"qwen3moe", b"martian8"),
-        "unknown architecture 'martian8' with experts; known: llama, olmoe, qwen2moe, qwen3moe"),
+        "unknown architecture 'martian8' with experts; known: .*qwen3moe"),
     "missing tensor": (
         lambda data: data.replace(b"blk.1.attn_k.weight", b"blk.1.attn_z.weight"),
         "tensor 'layers.1.k' is missing"),

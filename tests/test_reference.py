@@ -29,6 +29,9 @@ ARCHITECTURES = {
         EXPERTS, moe_intermediate_size=96, shared_expert_intermediate_size=160,
         intermediate_size=128,
     ),
+    "gpt_oss": dict(num_local_experts=8, num_experts_per_tok=2, intermediate_size=96, head_dim=32,
+                    sliding_window=24, rope_parameters=dict(rope_type="yarn", factor=4.0,
+                    rope_theta=1e4, original_max_position_embeddings=64, truncate=False)),
     "llama": dict(intermediate_size=128, rope_scaling=LLAMA3),
 }  # fmt: skip
 PROMPT = np.random.default_rng(0).integers(3, 384, 40).tolist()

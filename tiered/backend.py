@@ -29,6 +29,15 @@ class AttentionWeights(NamedTuple):
     o: Matrix  # [hidden_size, num_heads * head_dim]
     q_norm: np.ndarray | None = None  # float32 [head_dim] or [num_heads * head_dim]
     k_norm: np.ndarray | None = None  # float32 [head_dim] or [num_kv_heads * head_dim]
+    sinks: np.ndarray | None = None  # float32 [num_heads]
+
+
+class ExpertBiases(NamedTuple):
+    """What all experts of a layer add to their products: small, so never in a tier."""
+
+    gate: np.ndarray  # float32 [num_experts, expert_size]
+    up: np.ndarray  # float32 [num_experts, expert_size]
+    down: np.ndarray  # float32 [num_experts, hidden_size]
 
 
 class FeedForwardWeights(NamedTuple):
@@ -62,13 +71,25 @@ class Backend(Protocol):
     ) -> Matrix:
         """Adopt `data` (uint8, rows of `format` blocks; kept by reference, not copied)."""
 
-    def attention_layer(self, weights: AttentionWeights, config: ModelConfig) -> Any:
-        """Prepare a layer's attention once; the result goes to `attention`."""
+    def attention_layer(
+        self, weights: AttentionWeights, config: ModelConfig, index: int = 0
+    ) -> Any:
+        """Prepare the attention of layer `index` once; the result goes to `attention`."""
 
-    def router_layer(self, norm: np.ndarray, router: Matrix, config: ModelConfig) -> Any:
-        """Prepare the norm before the experts and the router; the result goes to `route`."""
+    def router_layer(
+        self,
+        norm: np.ndarray,
+        router: Matrix,
+        config: ModelConfig,
+        correction: np.ndarray | None = None,
+    ) -> Any:
+        """Prepare the norm before the experts and the router; the result goes to `route`.
 
-    def expert_layer(self, layout: ExpertLayout, config: ModelConfig) -> Any:
+        `correction` (float32 [num_experts]) is added to the scores that experts are chosen by."""
+
+    def expert_layer(
+        self, layout: ExpertLayout, config: ModelConfig, biases: ExpertBiases | None = None
+    ) -> Any:
         """Prepare a layer's experts once; the result goes to `experts`."""
 
     def feed_forward_layer(

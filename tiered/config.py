@@ -49,8 +49,17 @@ class ModelConfig:
     dense_layers: frozenset[int] = frozenset()  # layers without experts
     qk_norm: str = ""  # "", "head" (one norm per head) or "full" (over all heads together)
     clip_qkv: float = 0.0  # clamp q, k and v to +-this; 0: no
-    normalize_top_k: bool = True  # routing weights of the chosen experts sum to 1
+    router_scoring: str = "softmax"  # or "sigmoid"
+    normalize_top_k: bool = True  # routing weights of the chosen experts sum to 1 ...
+    routing_scale: float = 1.0  # ... or to this
+    expert_groups: int = 1  # experts are chosen from the best `used_groups` of so many groups
+    used_groups: int = 1
     sliding_window: int = 0  # attend to this many last positions; 0: all of them
+    full_layers: frozenset[int] = frozenset()  # layers that attend to all of them nevertheless
+    attention_sinks: bool = False  # a score per head that takes attention and gives nothing
+    activation: str = "silu"  # of experts and feed-forwards: "silu" or "clamped_silu" (gpt-oss)
+    activation_limit: float = 0.0  # where "clamped_silu" clamps
+    expert_biases: bool = False
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -64,6 +73,18 @@ class ModelConfig:
             )
         if self.num_experts and not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k is {self.top_k}, but the model has {self.num_experts} experts")
+        groups, used = max(self.expert_groups, 1), self.used_groups
+        if self.num_experts % groups or (
+            groups > 1 and not self.top_k <= used * (self.num_experts // groups)
+        ):
+            raise ValueError(
+                f"{self.num_experts} experts in {groups} groups, of which {used} are used, are not "
+                f"enough for top_k {self.top_k}"
+            )
+
+    def window(self, layer: int) -> int:
+        """How many last positions a layer attends to; 0: all."""
+        return 0 if layer in self.full_layers else self.sliding_window
 
     def is_sparse(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.dense_layers

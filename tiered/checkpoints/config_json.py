@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from tiered.checkpoints.facts import Facts
@@ -12,16 +12,24 @@ from tiered.config import ModelConfig, RopeConfig
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """An object for json.dumps; floats survive exactly."""
-    return {**asdict(config), "dense_layers": sorted(config.dense_layers)}
+    values = asdict(config)
+    return {k: sorted(v) if isinstance(v, frozenset) else v for k, v in values.items()}
 
 
 def config_from_json(facts: Facts) -> ModelConfig:
-    """What `config_to_json` wrote; raises CheckpointError for anything else."""
+    """What `config_to_json` wrote; raises CheckpointError for anything else.
+
+    A store made before a field was thought of has its default.
+    """
     return ModelConfig(**_fields(ModelConfig, facts))
 
 
 def _fields(kind: type, facts: Facts) -> dict[str, Any]:
-    return {field.name: _READERS[str(field.type)](facts, field.name) for field in fields(kind)}
+    return {
+        field.name: _READERS[str(field.type)](facts, field.name)
+        for field in fields(kind)
+        if field.name in facts or (field.default is MISSING and field.default_factory is MISSING)
+    }
 
 
 def _rope(facts: Facts, name: str) -> RopeConfig:

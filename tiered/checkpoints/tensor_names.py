@@ -2,7 +2,9 @@
 
 Tables map a stored name to a canonical one; `{}` stands for a number (layer, then expert). A
 canonical name with `experts.*` is a 3-D tensor [num_experts, rows, columns] that is cut into its
-experts, and `gate|up` says that the rows of each are those two matrices, one after the other.
+experts. `gate|up` says that the rows of each are those two matrices, one after the other, `gate/up`
+that they alternate, and `^T` at the end that the file has the matrices transposed. Without `*`,
+it is the columns of a matrix that are told apart.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from cpu_kernels.formats import FORMATS
 from tiered.checkpoints.checkpoint import CheckpointError, Tensor
+from tiered.checkpoints.packed import matrix_of, take_rows, transposed
 from tiered.config import ModelConfig
 
 Names = Mapping[str, str]
@@ -43,6 +46,7 @@ HF_BASE: Names = {
         "self_attn.o_proj.bias": "o_bias",
         "self_attn.q_norm.weight": "q_norm",
         "self_attn.k_norm.weight": "k_norm",
+        "self_attn.sinks": "sinks",
     },
 )
 HF_DENSE: Names = _layers(
@@ -83,14 +87,17 @@ GGUF: Names = {
         "attn_output.bias": "o_bias",
         "attn_q_norm.weight": "q_norm",
         "attn_k_norm.weight": "k_norm",
+        "attn_sinks.weight": "sinks",
         "ffn_norm.weight": "ffn_norm",
         "ffn_gate_inp.weight": "router",
+        "ffn_gate_inp.bias": "router_bias",
         "ffn_gate_up_exps.weight": "experts.*.gate|up",
         "ffn_gate_inp_shexp.weight": "shared.scale",
     }
     | {f"ffn_{name}.weight": f"ffn.{name}" for name in PROJECTIONS}
     | {f"ffn_{name}.{{}}.weight": f"experts.{{}}.{name}" for name in PROJECTIONS}
     | {f"ffn_{name}_exps.weight": f"experts.*.{name}" for name in PROJECTIONS}
+    | {f"ffn_{name}_exps.bias": f"experts_bias.{name}" for name in PROJECTIONS}
     | {f"ffn_{name}_shexp.weight": f"shared.{name}" for name in PROJECTIONS},
 )
 
@@ -112,31 +119,55 @@ def canonical_tensors(stored: Iterable[Tensor], names: Names) -> dict[str, Tenso
         name = pattern.format(*_NUMBER.findall(tensor.name))
         if name.endswith(".shared.scale"):
             tensor = tensor._replace(shape=(1, tensor.shape[-1]))
-        for part in _experts(tensor, name) if "*" in name else [tensor._replace(name=name)]:
+        for part in _parts(tensor, name):
             if part.name in tensors:
                 raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} is there twice")
             tensors[part.name] = part
     return tensors
 
 
-def _experts(tensor: Tensor, name: str) -> Iterator[Tensor]:
+def _parts(tensor: Tensor, name: str) -> Iterator[Tensor]:
+    """What a stored tensor has, each under its name."""
+    name, _, is_transposed = name.partition("^")
+    prefix, last = name.rsplit(".", 1) if "." in name else ("", name)
+    names = re.split(r"[|/]", last)
+    if "*" in prefix:
+        matrices = _experts(tensor, prefix)
+    elif len(names) > 1:
+        matrices, is_transposed = iter([(prefix, _checked(tensor, 2))]), "columns"
+    else:
+        yield tensor._replace(name=name)
+        return
+    for owner, matrix in matrices:
+        rows = transposed(matrix) if is_transposed else matrix
+        count, remainder = divmod(rows.shape[0], len(names))
+        if remainder:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}, which "
+                f"cannot be shared by {' and '.join(names)}"
+            )
+        for i, part in enumerate(names):
+            start, step = (i, len(names)) if "/" in last else (i * count, 1)
+            found = rows if len(names) == 1 else take_rows(rows, start, count, step)
+            found = transposed(found) if is_transposed == "columns" else found
+            yield found._replace(name=f"{owner}.{part}")
+
+
+def _experts(tensor: Tensor, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """The matrices of a fused tensor, expert by expert."""
-    prefix, projections = name.rsplit(".", 1)
-    parts = projections.split("|")
-    if len(tensor.shape) != 3 or tensor.shape[1] % len(parts):
+    _checked(tensor, 3)
+    for expert in range(tensor.shape[0]):
+        yield prefix.replace("*", str(expert)), matrix_of(tensor, expert)
+
+
+def _checked(tensor: Tensor, num_dimensions: int) -> Tensor:
+    if len(tensor.shape) != num_dimensions:
+        expected = "[experts, rows, columns]" if num_dimensions == 3 else "[experts, columns]"
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}, but must be "
-            f"[experts, rows, columns] with rows for {' and '.join(parts)}"
+            f"{expected}"
         )
-    num_experts, num_rows, num_columns = tensor.shape
-    shape = (num_rows // len(parts), num_columns)
-    nbytes = shape[0] * FORMATS[tensor.format].row_bytes(num_columns)
-    offset = tensor.offset
-    for expert in range(num_experts):
-        for part in parts:
-            full_name = f"{prefix.replace('*', str(expert))}.{part}"
-            yield Tensor(full_name, tensor.format, shape, tensor.file, offset, nbytes)
-            offset += nbytes
+    return tensor
 
 
 Expected = tuple[str, tuple[int, ...], bool]  # canonical name, shape, whether it must be there
@@ -144,7 +175,7 @@ Expected = tuple[str, tuple[int, ...], bool]  # canonical name, shape, whether i
 
 def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
     """All tensors of a model; lazily, since a damaged file may claim any number of layers."""
-    hidden = config.hidden_size
+    hidden, expert_size = config.hidden_size, config.expert_size
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     yield "embed", (config.vocab_size, hidden), True
     yield "norm", (hidden,), True
@@ -161,11 +192,17 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
             full = config.qk_norm == "full"
             yield f"{layer}.q_norm", (q_size if full else config.head_dim,), True
             yield f"{layer}.k_norm", (kv_size if full else config.head_dim,), True
+        if config.attention_sinks:
+            yield f"{layer}.sinks", (config.num_heads,), True
         yield f"{layer}.ffn_norm", (hidden,), True
         if not config.is_sparse(index):
             yield from _feed_forward(f"{layer}.ffn", hidden, config.ffn_size)
             continue
         yield f"{layer}.router", (config.num_experts, hidden), True
+        yield f"{layer}.router_bias", (config.num_experts,), False
+        if config.expert_biases:
+            for name, size in ("gate", expert_size), ("up", expert_size), ("down", hidden):
+                yield f"{layer}.experts_bias.{name}", (config.num_experts, size), True
         for expert in range(config.num_experts):
             yield from _feed_forward(f"{layer}.experts.{expert}", hidden, config.expert_size)
         if config.shared_expert_size:

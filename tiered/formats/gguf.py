@@ -10,7 +10,7 @@ from typing import Any
 from tiered import models
 from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.checkpoints.gguf_header import MAGIC, Metadata, read_header
-from tiered.checkpoints.tensor_names import GGUF, canonical_tensors, check_tensors
+from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors
 from tiered.config import ModelConfig
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.DOTALL)
@@ -36,11 +36,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
             "names that the parts were downloaded with"
         )
     stored = [tensor for header in headers for tensor in header.tensors]
-    tensors = canonical_tensors(stored, GGUF)
+    architecture = models.find_gguf(Metadata(values), files[0])[0]
+    tensors = canonical_tensors(stored, architecture.GGUF_NAMES)
     if "embed" in tensors:  # the one place that always says it
         values[f"{values.get('general.architecture')}.vocab_size"] = tensors["embed"].shape[0]
     metadata = Metadata(values)
-    architecture, facts = models.find_gguf(metadata, files[0])
+    facts = models.find_gguf(metadata, files[0])[1]
     config = models.read_config(architecture.from_gguf, facts)
     factors = tensors.pop("rope_factors", None)
     checkpoint = Checkpoint(path, config, tensors, metadata, _tokenizer(values))

@@ -1,7 +1,8 @@
 """Architectures: one file each, named after config.json's `model_type`.
 
-A file has `GGUF_ARCHITECTURE` and `HAS_EXPERTS` (together they name it in GGUF), `HF_NAMES` (its
-tensor names, see tiered.checkpoints.tensor_names), `from_hf(facts)` and `from_gguf(facts)`.
+A file has `GGUF_ARCHITECTURE` and `HAS_EXPERTS` (together they name it in GGUF), `HF_NAMES` and
+`GGUF_NAMES` (its tensors, see tiered.checkpoints.tensor_names), `from_hf(facts)` and
+`from_gguf(facts)`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Architecture(Protocol):
     GGUF_ARCHITECTURE: str
     HAS_EXPERTS: bool
     HF_NAMES: Mapping[str, str]
+    GGUF_NAMES: Mapping[str, str]
 
     def from_hf(self, facts: Facts) -> ModelConfig: ...
 
@@ -69,11 +71,6 @@ def read_config(reader: Callable[[Facts], ModelConfig], facts: Facts) -> ModelCo
 
 def hf_common(facts: Facts, theta: float = 10_000.0) -> dict[str, Any]:
     """Fields of ModelConfig that all config.json files spell alike."""
-    if "quantization_config" in facts:
-        raise CheckpointError(
-            f"{facts.source}: the weights are quantized in a way that is not supported; take a "
-            "GGUF file of this model, or its BF16 or F16 checkpoint"
-        )
     activation = facts.text("hidden_act", default="silu")
     if activation not in ("silu", "swish"):
         raise facts.error("hidden_act", activation, "silu")
@@ -110,6 +107,18 @@ def hf_dense_layers(facts: Facts) -> frozenset[int]:
     step = max(facts.integer("decoder_sparse_step", default=1), 1)
     skipped = {layer for layer in range(num_layers) if (layer + 1) % step}
     return frozenset(skipped.union(facts.integers("mlp_only_layers")))
+
+
+def hf_full_layers(facts: Facts, period: int) -> frozenset[int]:
+    """Layers without the sliding window: those that `layer_types` says, or every `period`-th."""
+    num_layers = facts.integer("num_hidden_layers", maximum=2**16)
+    types = facts.find("layer_types", default=None)
+    if types is None:
+        return frozenset(range(period - 1, num_layers, period))
+    known = ["sliding_attention", "full_attention"]
+    if not isinstance(types, list) or len(types) < num_layers or any(t not in known for t in types):
+        raise facts.error("layer_types", types, f"{' or '.join(known)} for each layer")
+    return frozenset(i for i in range(num_layers) if types[i] == "full_attention")
 
 
 def gguf_common(facts: Facts, pairs: str) -> dict[str, Any]:

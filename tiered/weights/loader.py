@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tiered.backend import AttentionWeights, Backend, FeedForwardWeights
+from tiered.backend import AttentionWeights, Backend, ExpertBiases, FeedForwardWeights
 from tiered.checkpoints.damage import damaged
 from tiered.formats import Checkpoint
 from tiered.model import Layer
@@ -64,6 +64,12 @@ class WeightLoader:
             gate, up, down, self.matrix(scale) if scale in self.checkpoint.tensors else None
         )
 
+    def expert_biases(self, index: int) -> ExpertBiases | None:
+        if not self.config.expert_biases:
+            return None
+        prefix = f"layers.{index}.experts_bias."
+        return ExpertBiases(*(self.required(prefix + name) for name in ("gate", "up", "down")))
+
     def layer(self, index: int, store: ExpertStore | None) -> Layer:
         config, prefix = self.config, f"layers.{index}."
         attention = self.backend.attention_layer(
@@ -75,8 +81,10 @@ class WeightLoader:
                 self.matrix(prefix + "o"),
                 self.vector(prefix + "q_norm"),
                 self.vector(prefix + "k_norm"),
+                self.vector(prefix + "sinks"),
             ),
             config,
+            index,
         )
         norm = self.required(prefix + "ffn_norm")
         if not config.is_sparse(index):
@@ -91,7 +99,12 @@ class WeightLoader:
             shared = self.backend.feed_forward_layer(self.feed_forward(prefix + "shared"), config)
         return Layer(
             attention,
-            self.backend.router_layer(norm, self.steering(prefix + "router"), config),
-            self.backend.expert_layer(store.layout(index), config),
+            self.backend.router_layer(
+                norm,
+                self.steering(prefix + "router"),
+                config,
+                self.vector(prefix + "router_correction"),
+            ),
+            self.backend.expert_layer(store.layout(index), config, self.expert_biases(index)),
             shared,
         )

@@ -18,6 +18,9 @@ LLAMA3 = dict(
     original_max_position_embeddings=64,
 )  # fmt: skip
 EXPERTS = dict(num_experts=8, num_experts_per_tok=2)
+DEEPSEEK = dict(
+    n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2, routed_scaling_factor=1.5,
+)  # fmt: skip
 ARCHITECTURES = {
     "mixtral": dict(num_local_experts=8, num_experts_per_tok=2, intermediate_size=96),
     "qwen3_moe": dict(
@@ -32,9 +35,22 @@ ARCHITECTURES = {
     "gpt_oss": dict(num_local_experts=8, num_experts_per_tok=2, intermediate_size=96, head_dim=32,
                     sliding_window=24, rope_parameters=dict(rope_type="yarn", factor=4.0,
                     rope_theta=1e4, original_max_position_embeddings=64, truncate=False)),
+    "glm4_moe": dict(
+        DEEPSEEK, first_k_dense_replace=1, moe_intermediate_size=96, intermediate_size=128,
+        n_shared_experts=2, use_qk_norm=True, attention_bias=True, head_dim=32,
+    ),
+    "minimax_m2": dict(num_local_experts=8, num_experts_per_tok=2, intermediate_size=96,
+                       head_dim=32, rotary_dim=16),
+    "ernie4_5_moe": dict(moe_num_experts=8, moe_k=2, moe_intermediate_size=96,
+                         intermediate_size=128, moe_layer_start_index=1),
     "llama": dict(intermediate_size=128, rope_scaling=LLAMA3),
 }  # fmt: skip
 PROMPT = np.random.default_rng(0).integers(3, 384, 40).tolist()
+
+
+def corrections(model):
+    """What is added to scores, where the choice of experts is corrected: no parameters."""
+    return [(name, b) for name, b in model.named_buffers() if "e_score_correction" in name]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -47,10 +63,10 @@ def reference(request, tmp_path_factory):
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() >= 2:
+        for name, weight in [*model.named_parameters(), *corrections(model)]:
+            if weight.dim() >= 2 and "correction" not in name:
                 weight.normal_(0, weight.shape[-1] ** -0.5)
-            elif "bias" in name:
+            elif "correction" in name or "bias" in name:
                 weight.normal_(0, 0.1)
             else:
                 weight.copy_(1 + 0.1 * torch.randn_like(weight))

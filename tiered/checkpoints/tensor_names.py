@@ -9,6 +9,7 @@ it is the columns of a matrix that are told apart.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -62,6 +63,10 @@ HF_EXPERTS: Names = _layers(
         "mlp.experts.down_proj": "experts.*.down",
     },
 )
+HF_SHARED_EXPERTS: Names = _layers(  # several, which are one as wide as all of them
+    "model.layers",
+    {f"mlp.shared_experts.{name}_proj.weight": f"shared.{name}" for name in PROJECTIONS},
+)
 HF_SHARED: Names = _layers(
     "model.layers",
     {"mlp.shared_expert_gate.weight": "shared.scale"}
@@ -91,6 +96,7 @@ GGUF: Names = {
         "ffn_norm.weight": "ffn_norm",
         "ffn_gate_inp.weight": "router",
         "ffn_gate_inp.bias": "router_bias",
+        "exp_probs_b.bias": "router_correction",
         "ffn_gate_up_exps.weight": "experts.*.gate|up",
         "ffn_gate_inp_shexp.weight": "shared.scale",
     }
@@ -104,12 +110,19 @@ GGUF: Names = {
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def canonical_tensors(stored: Iterable[Tensor], names: Names) -> dict[str, Tensor]:
-    """The tensors that `names` knows, under their canonical names; others are left out."""
+def canonical_tensors(
+    stored: Iterable[Tensor], names: Names, num_layers: int
+) -> dict[str, Tensor]:
+    """The tensors that `names` knows, under their canonical names.
+
+    Others are left out, as are layers beyond `num_layers`: those only draft tokens.
+    """
     tensors: dict[str, Tensor] = {}
     for tensor in stored:
         pattern = names.get(_NUMBER.sub("{}", tensor.name))
-        if pattern is None:
+        if pattern is None or (
+            pattern.startswith("layers.") and int(_NUMBER.findall(tensor.name)[0]) >= num_layers
+        ):
             continue
         if tensor.format not in FORMATS:
             raise CheckpointError(
@@ -119,6 +132,8 @@ def canonical_tensors(stored: Iterable[Tensor], names: Names) -> dict[str, Tenso
         name = pattern.format(*_NUMBER.findall(tensor.name))
         if name.endswith(".shared.scale"):
             tensor = tensor._replace(shape=(1, tensor.shape[-1]))
+        elif name.endswith(".router_correction"):
+            tensor = tensor._replace(shape=(math.prod(tensor.shape),))
         for part in _parts(tensor, name):
             if part.name in tensors:
                 raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} is there twice")
@@ -200,6 +215,7 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
             continue
         yield f"{layer}.router", (config.num_experts, hidden), True
         yield f"{layer}.router_bias", (config.num_experts,), False
+        yield f"{layer}.router_correction", (config.num_experts,), False
         if config.expert_biases:
             for name, size in ("gate", expert_size), ("up", expert_size), ("down", hidden):
                 yield f"{layer}.experts_bias.{name}", (config.num_experts, size), True

@@ -13,6 +13,7 @@ from tiered.checkpoints.gguf_header import MAGIC, Metadata, read_header
 from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors
 from tiered.config import ModelConfig
 
+EMBEDDING = "token_embd.weight"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.DOTALL)
 
 
@@ -36,13 +37,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
             "names that the parts were downloaded with"
         )
     stored = [tensor for header in headers for tensor in header.tensors]
-    architecture = models.find_gguf(Metadata(values), files[0])[0]
-    tensors = canonical_tensors(stored, architecture.GGUF_NAMES)
-    if "embed" in tensors:  # the one place that always says it
-        values[f"{values.get('general.architecture')}.vocab_size"] = tensors["embed"].shape[0]
+    embeddings = [tensor for tensor in stored if tensor.name == EMBEDDING]
+    if embeddings:  # the one place that always says it
+        size = embeddings[0].shape[0]
+        values[f"{values.get('general.architecture')}.vocab_size"] = size
     metadata = Metadata(values)
-    facts = models.find_gguf(metadata, files[0])[1]
+    architecture, facts = models.find_gguf(metadata, files[0])
     config = models.read_config(architecture.from_gguf, facts)
+    tensors = canonical_tensors(stored, architecture.GGUF_NAMES, config.num_layers)
     factors = tensors.pop("rope_factors", None)
     checkpoint = Checkpoint(path, config, tensors, metadata, _tokenizer(values))
     if factors is not None:

@@ -36,7 +36,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = models.read_config(architecture.from_hf, facts)
     stored = [tensor for file in _files(path) for tensor in read_header(file)]
     stored = packings.join(stored, facts)
-    tensors = canonical_tensors(stored, architecture.HF_NAMES)
+    tensors = canonical_tensors(stored, architecture.HF_NAMES, config.num_layers)
     if facts.flag("tie_word_embeddings", default="head" not in tensors):
         tensors.pop("head", None)
     elif "head" not in tensors:

@@ -8,6 +8,7 @@ A file has `GGUF_ARCHITECTURE` and `HAS_EXPERTS` (together they name it in GGUF)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -69,7 +70,7 @@ def read_config(reader: Callable[[Facts], ModelConfig], facts: Facts) -> ModelCo
         raise CheckpointError(f"{facts.source}: {error}") from error
 
 
-def hf_common(facts: Facts, theta: float = 10_000.0) -> dict[str, Any]:
+def hf_common(facts: Facts, theta: float = 10_000.0, pairs: str = "half") -> dict[str, Any]:
     """Fields of ModelConfig that all config.json files spell alike."""
     activation = facts.text("hidden_act", default="silu")
     if activation not in ("silu", "swish"):
@@ -88,17 +89,34 @@ def hf_common(facts: Facts, theta: float = 10_000.0) -> dict[str, Any]:
         "num_kv_heads": facts.integer("num_key_value_heads", default=num_heads),
         "head_dim": head_dim,
         "norm_eps": facts.number("rms_norm_eps"),
-        "rope": rope_from_hf(facts, head_dim, context_length, theta),
+        "rope": replace(rope_from_hf(facts, head_dim, context_length, theta), pairs=pairs),
         "eos_ids": facts.integers("eos_token_id"),
     }
 
 
 def hf_experts(facts: Facts) -> dict[str, Any]:
-    """Number of experts; transformers spells it in two ways."""
+    """Number of experts, however it is spelled."""
+    names = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"
     return {
-        "num_experts": facts.integer("num_experts", "num_local_experts", maximum=2**16),
-        "top_k": facts.integer("num_experts_per_tok", maximum=2**16),
+        "num_experts": facts.integer(*names, maximum=2**16),
+        "top_k": facts.integer("num_experts_per_tok", "moe_k", maximum=2**16),
     }
+
+
+def hf_deepseek_router(facts: Facts) -> dict[str, Any]:
+    """DeepSeek-V3's way to choose experts: by groups, and weighted by a sigmoid."""
+    return {
+        "router_scoring": "sigmoid",
+        "normalize_top_k": facts.flag("norm_topk_prob", default=True),
+        "routing_scale": facts.number("routed_scaling_factor", default=1.0),
+        "expert_groups": facts.integer("n_group", default=1),
+        "used_groups": facts.integer("topk_group", default=1),
+    }
+
+
+def hf_leading_dense_layers(facts: Facts, default: int) -> frozenset[int]:
+    """The first layers, which have no experts."""
+    return frozenset(range(facts.integer("first_k_dense_replace", default=default, maximum=2**16)))
 
 
 def hf_dense_layers(facts: Facts) -> frozenset[int]:
@@ -133,7 +151,7 @@ def gguf_common(facts: Facts, pairs: str) -> dict[str, Any]:
     tokenizer = Facts(facts.values, facts.source, "tokenizer.ggml.")
     ends = (tokenizer.integers(f"{name}_token_id") for name in ("eos", "eot", "eom"))
     return {
-        "num_layers": facts.integer("block_count", maximum=2**16),
+        "num_layers": gguf_num_layers(facts),
         "hidden_size": hidden_size,
         "vocab_size": facts.integer("vocab_size"),
         "context_length": context_length,
@@ -146,8 +164,25 @@ def gguf_common(facts: Facts, pairs: str) -> dict[str, Any]:
     }
 
 
-def gguf_experts(facts: Facts, normalize_top_k: bool) -> dict[str, Any]:
+def gguf_num_layers(facts: Facts) -> int:
+    """Without the layers that draft tokens, which are counted at the end."""
+    count = facts.integer("block_count", maximum=2**16)
+    return max(count - facts.integer("nextn_predict_layers", default=0), 0)
+
+
+def gguf_experts(
+    facts: Facts, normalize_top_k: bool, scoring: str = "softmax"
+) -> dict[str, Any]:
+    """Fields of the router. `scoring` is what the architecture does if the file says nothing."""
+    number = facts.integer("expert_gating_func", default=0)
+    if number > 2:
+        raise facts.error("expert_gating_func", number, "1 (softmax) or 2 (sigmoid)")
     return {
+        "router_scoring": (scoring, "softmax", "sigmoid")[number],
+        "routing_scale": facts.number("expert_weights_scale", default=0.0) or 1.0,
+        "expert_groups": facts.integer("expert_group_count", default=0) or 1,
+        "used_groups": facts.integer("expert_group_used_count", default=0) or 1,
+        "dense_layers": frozenset(range(facts.integer("leading_dense_block_count", default=0, maximum=2**16))),
         "num_experts": facts.integer("expert_count", maximum=2**16),
         "top_k": facts.integer("expert_used_count", maximum=2**16),
         "normalize_top_k": facts.flag("expert_weights_norm", default=normalize_top_k),

@@ -10,14 +10,13 @@ from cpu_kernels.batch import PreparedBatch
 from cpu_kernels.flash import (
     ATTENTION,
     BATCH,
-    attend_blocks,
     attend_chunk_kernel,
-    attend_split,
-    merge_split,
+    run_attention,
 )
 from cpu_kernels.inner import inner
 from cpu_kernels.kv import KV, KVPages, append, padded
-from cpu_kernels.linear import multiply, prepare_activations
+from cpu_kernels.latent import LatentAttentionLayer
+from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, word
 from cpu_kernels.norm import add, apply_norm, clip, rms_norm_rows, rms_scale, scaled_copy
 from cpu_kernels.record import Record, floats
@@ -116,13 +115,7 @@ def attention(layer, thread, num_threads, team):
     barrier(team)
     _finish_heads(layer, thread, num_threads)
     barrier(team)
-    if word(batch, BATCH.split):
-        attend_split(layer, thread, team)
-        barrier(team)
-        merge_split(layer, thread, num_threads)
-    else:
-        attend_blocks(layer, thread, team)
-    barrier(team)
+    run_attention(layer, thread, num_threads, team)
     attended, prepared = word(batch, BATCH.attended), word(batch, BATCH.prepared_out)
     prepare_activations(attended, q_size, num_rows, q_size, prepared, thread, num_threads)
     barrier(team)
@@ -142,10 +135,25 @@ class Geometry(NamedTuple):
     head_dim: int
     padded_dim: int
 
+    def rooms(self, num_rows: int) -> dict[str, int]:
+        """Bytes, by field of BATCH."""
+        width = self.num_heads * self.head_dim
+        return {
+            "prepared": prepared_bytes(num_rows, self.hidden_size),
+            "projected": 4 * num_rows * (width + 2 * self.num_kv_heads * self.head_dim),
+            "attended": 4 * num_rows * width,
+            "prepared_out": prepared_bytes(num_rows, width),
+        }
+
+    def head_rows(self, num_rows: int) -> None:
+        """Only latent attention needs them."""
+
 
 class AttentionLayer:
     """A layer's weights, ready for `Attention.run`. `weights` and `config` have the attributes of
     tiered.backend.AttentionWeights and tiered.config.ModelConfig, its matrices are Matrix."""
+
+    op = attention
 
     def __init__(
         self, weights: Any, config: Any, index: int, batch: Record, rope: RopeTable
@@ -171,9 +179,9 @@ class AttentionLayer:
                     f"attention weight {name} must have shape {shape}, "
                     f"not {tuple(getattr(weights, name).shape)}"
                 )
-        self.rope, self._coarse = rope, rope.coarse
+        self.rope = rope
         self._weights = weights  # the record has only their addresses
-        self.record = Record(
+        self.record = self.attention = Record(
             ATTENTION,
             batch=batch.address,
             num_heads=c.num_heads,
@@ -194,7 +202,7 @@ class AttentionLayer:
             k_norm=floats(weights.k_norm, "k_norm", norm_shapes[1]) if has_norm else None,
             full_norm=int(full),
             clip=float(c.clip_qkv),
-            query_scale=c.head_dim**-0.5,
+            query_scale=float(c.query_scale or c.head_dim**-0.5),
             fine=rope.fine,
             coarse=rope.coarse,
             half=rope.half,
@@ -202,25 +210,7 @@ class AttentionLayer:
             multiply=multiply_kernel("f32"),
             attend_chunk=attend_chunk_kernel(),
         )
-        self._kv: Record | None = None
         _ = attention.address  # compiled before the first token
-
-    def use(self, kv: KVPages, index: int, num_positions: int) -> None:
-        """Keep keys and values in layer `index` of kv; be ready for so many positions."""
-        record = kv.records[index]
-        if record is not self._kv:
-            g = self.geometry
-            if (kv.num_kv_heads, kv.head_dim) != (g.num_kv_heads, g.head_dim):
-                raise ValueError(
-                    f"the KV cache has {kv.num_kv_heads} heads of {kv.head_dim} values, "
-                    f"the layer {g.num_kv_heads} of {g.head_dim}"
-                )
-            self.record.set(kv=record.address)
-            self._kv = record
-        self.rope.reserve(num_positions)
-        if self._coarse is not self.rope.coarse:
-            self.record.set(coarse=self.rope.coarse)
-            self._coarse = self.rope.coarse
 
 
 class Attention:
@@ -235,20 +225,38 @@ class Attention:
         self._ropes: dict[Any, RopeTable] = {}
 
     def layer(self, weights: Any, config: Any, index: int) -> AttentionLayer:
-        key = config.rope, config.head_dim
-        if key not in self._ropes:
-            self._ropes[key] = RopeTable(config.rope, config.head_dim, config.context_length)
-        return AttentionLayer(weights, config, index, self._batch.record, self._ropes[key])
+        return AttentionLayer(weights, config, index, self._batch.record, self._rope(config))
 
-    def run(
-        self, x: np.ndarray, layer: AttentionLayer, kv: KVPages, index: int, batch: Any
-    ) -> None:
+    def latent_layer(self, weights: Any, config: Any, index: int) -> LatentAttentionLayer:
+        rope = self._rope(config)
+        return LatentAttentionLayer(weights, config, index, self._batch.record, rope)
+
+    def run(self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
         """x += attention(norm(x)): float32 [num_tokens, hidden_size]; appends keys and values."""
         if not len(x):
             return
         self._batch.prepare(x, batch, kv, layer.geometry)
-        layer.use(kv, index, self._batch.num_positions)
-        self._team.run(attention.address, layer.record.address)
+        self._use(layer, kv, index)
+        self._team.run(layer.op.address, layer.record.address)
+
+    def _rope(self, config: Any) -> RopeTable:
+        key = config.rope, config.head_dim
+        if key not in self._ropes:
+            self._ropes[key] = RopeTable(config.rope, config.head_dim, config.context_length)
+        return self._ropes[key]
+
+    def _use(self, layer: Any, kv: KVPages, index: int) -> None:
+        """Keep keys and values in layer `index` of kv; be ready for the batch's positions."""
+        g, record, rope = layer.geometry, layer.attention, layer.rope
+        if (kv.num_kv_heads, kv.head_dim) != (g.num_kv_heads, g.head_dim):
+            raise ValueError(
+                f"the KV cache has {kv.num_kv_heads} heads of {kv.head_dim} values, "
+                f"the layer {g.num_kv_heads} of {g.head_dim}"
+            )
+        rope.reserve(self._batch.num_positions)
+        if not record.is_filled_for(kv.records[index], rope.coarse):
+            record.set(kv=kv.records[index].address, coarse=rope.coarse)
+            record.filled_for = kv.records[index], rope.coarse
 
 
 def kv_pages(config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages:

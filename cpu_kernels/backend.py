@@ -17,6 +17,7 @@ from cpu_kernels.feed_forward import FeedForwardLayer
 from cpu_kernels.head import Head, OutputLayer
 from cpu_kernels.isa import choose
 from cpu_kernels.kv import KVPages
+from cpu_kernels.latent import LatentAttentionLayer
 from cpu_kernels.linear import Matrix
 from cpu_kernels.record import Scratch
 from cpu_kernels.route import Router, RouterLayer, Routing
@@ -60,6 +61,11 @@ class CpuBackend:
     def attention_layer(self, weights: Any, config: Any, index: int = 0) -> AttentionLayer:
         return self._attention.layer(weights, config, index)
 
+    def latent_attention_layer(
+        self, weights: Any, config: Any, index: int = 0
+    ) -> LatentAttentionLayer:
+        return self._attention.latent_layer(weights, config, index)
+
     def router_layer(
         self, norm: np.ndarray, router: Matrix, config: Any, correction: np.ndarray | None = None
     ) -> RouterLayer:
@@ -87,7 +93,7 @@ class CpuBackend:
         return self._embedding.run(table, tokens)
 
     def attention(
-        self, x: np.ndarray, layer: AttentionLayer, kv: KVPages, index: int, batch: Any
+        self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any
     ) -> None:
         self._attention.run(x, layer, kv, index, batch)
 

@@ -5,6 +5,7 @@ import pytest
 import tiny
 
 from tiered import models
+from tiered.checkpoints.hf_config import hf_dense_layers
 from tiered.checkpoints.facts import Facts
 from tiered.config import RopeConfig
 from tiered.formats import open_checkpoint
@@ -46,7 +47,7 @@ def test_clipping_and_dense_layers(tmp_path):
     with open_checkpoint(file) as checkpoint:
         assert checkpoint.config.clip_qkv == 3.5
     facts = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [1]}
-    assert models.hf_dense_layers(Facts(facts, tmp_path)) == {0, 1, 2, 4}
+    assert hf_dense_layers(Facts(facts, tmp_path)) == {0, 1, 2, 4}
 
 
 def test_gguf_rope_scaling(tmp_path):

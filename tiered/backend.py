@@ -32,6 +32,20 @@ class AttentionWeights(NamedTuple):
     sinks: np.ndarray | None = None  # float32 [num_heads]
 
 
+class LatentWeights(NamedTuple):
+    """Multi-head latent attention; dimensions are those of tiered.config.LatentConfig."""
+
+    norm: np.ndarray  # float32 [hidden_size]
+    q: Matrix  # [num_heads * (nope_dim + rope_dim), q_rank, or hidden_size without q_a]
+    q_a: Matrix | None  # [q_rank, hidden_size]
+    q_a_norm: np.ndarray | None  # float32 [q_rank]
+    kv_a: Matrix  # [kv_rank + rope_dim, hidden_size]
+    kv_a_norm: np.ndarray  # float32 [kv_rank]
+    k_b: Matrix  # [num_heads * kv_rank, nope_dim]
+    v_b: Matrix  # [num_heads * value_dim, kv_rank]
+    o: Matrix  # [hidden_size, num_heads * value_dim]
+
+
 class ExpertBiases(NamedTuple):
     """What all experts of a layer add to their products: small, so never in a tier."""
 
@@ -75,6 +89,11 @@ class Backend(Protocol):
         self, weights: AttentionWeights, config: ModelConfig, index: int = 0
     ) -> Any:
         """Prepare the attention of layer `index` once; the result goes to `attention`."""
+
+    def latent_attention_layer(
+        self, weights: LatentWeights, config: ModelConfig, index: int = 0
+    ) -> Any:
+        """The same for a layer whose keys and values are views of one compressed vector."""
 
     def router_layer(
         self,

@@ -28,6 +28,21 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention: a token's keys and values are views of one vector of `kv_rank`
+    values, and `rope_dim` more that carry its position. https://arxiv.org/abs/2405.04434
+
+    A model with it has one head of keys, of kv_rank + rope_dim values.
+    """
+
+    kv_rank: int = 0  # 0: the model has ordinary attention
+    q_rank: int = 0  # queries are made in two steps, with so many values between; 0: in one
+    nope_dim: int = 0  # values of a head's queries that carry no position
+    rope_dim: int = 0
+    value_dim: int = 0  # of one head
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The facts of a model that its arithmetic depends on."""
 
@@ -41,6 +56,8 @@ class ModelConfig:
     head_dim: int
     norm_eps: float
     rope: RopeConfig = field(default_factory=RopeConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    query_scale: float = 0.0  # what scores are multiplied with; 0: 1 / sqrt(head_dim)
     num_experts: int = 0  # 0: a dense model
     top_k: int = 0
     expert_size: int = 0  # width of one expert

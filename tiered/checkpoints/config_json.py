@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
+from functools import partial
 from typing import Any
 
 from tiered.checkpoints.facts import Facts
-from tiered.config import ModelConfig, RopeConfig
+from tiered.config import LatentConfig, ModelConfig, RopeConfig
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
@@ -32,8 +33,8 @@ def _fields(kind: type, facts: Facts) -> dict[str, Any]:
     }
 
 
-def _rope(facts: Facts, name: str) -> RopeConfig:
-    return RopeConfig(**_fields(RopeConfig, Facts(facts.mapping(name), facts.source)))
+def _nested(kind: type, facts: Facts, name: str) -> Any:
+    return kind(**_fields(kind, Facts(facts.mapping(name), facts.source)))
 
 
 _READERS: dict[str, Callable[[Facts, str], Any]] = {
@@ -44,5 +45,6 @@ _READERS: dict[str, Callable[[Facts, str], Any]] = {
     "tuple[int, ...]": Facts.integers,
     "tuple[float, ...]": Facts.numbers,
     "frozenset[int]": lambda facts, name: frozenset(facts.integers(name)),
-    "RopeConfig": _rope,
+    "RopeConfig": partial(_nested, RopeConfig),
+    "LatentConfig": partial(_nested, LatentConfig),
 }

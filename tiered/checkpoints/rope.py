@@ -53,6 +53,16 @@ def rope_from_hf(facts: Facts, head_dim: int, context_length: int, theta: float)
     raise facts.error("rope_type", kind, "default, linear, dynamic, llama3 or yarn")
 
 
+def score_magnitude_from_hf(facts: Facts) -> float:
+    """DeepSeek's YaRN also scales what does not rotate: queries and keys by this, each."""
+    values: Mapping[str, Any] = facts.find("rope_parameters", "rope_scaling", default={})
+    inner = Facts(values if isinstance(values, Mapping) else {}, facts.source)
+    if inner.text("rope_type", "type", default="default") == "default":
+        return 1.0
+    slope = inner.number("mscale_all_dim", default=0.0)
+    return _magnitude(inner.number("factor", default=1.0), slope) if slope else 1.0
+
+
 def rope_from_gguf(facts: Facts, head_dim: int, context_length: int, pairs: str) -> RopeConfig:
     """From GGUF's `rope.*` keys. Llama-3 factors are a tensor there, applied by the format."""
     theta = facts.number("rope.freq_base", default=10_000.0)

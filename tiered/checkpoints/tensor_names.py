@@ -48,6 +48,12 @@ HF_BASE: Names = {
         "self_attn.q_norm.weight": "q_norm",
         "self_attn.k_norm.weight": "k_norm",
         "self_attn.sinks": "sinks",
+        "self_attn.q_a_proj.weight": "q_a",
+        "self_attn.q_a_layernorm.weight": "q_a_norm",
+        "self_attn.q_b_proj.weight": "q",
+        "self_attn.kv_a_proj_with_mqa.weight": "kv_a",
+        "self_attn.kv_a_layernorm.weight": "kv_a_norm",
+        "self_attn.kv_b_proj.weight": "kv_b",
     },
 )
 HF_DENSE: Names = _layers(
@@ -93,6 +99,14 @@ GGUF: Names = {
         "attn_q_norm.weight": "q_norm",
         "attn_k_norm.weight": "k_norm",
         "attn_sinks.weight": "sinks",
+        "attn_q_a.weight": "q_a",
+        "attn_q_a_norm.weight": "q_a_norm",
+        "attn_q_b.weight": "q",
+        "attn_kv_a_mqa.weight": "kv_a",
+        "attn_kv_a_norm.weight": "kv_a_norm",
+        "attn_kv_b.weight": "kv_b",
+        "attn_k_b.weight": "k_b",
+        "attn_v_b.weight": "v_b",
         "ffn_norm.weight": "ffn_norm",
         "ffn_gate_inp.weight": "router",
         "ffn_gate_inp.bias": "router_bias",
@@ -134,6 +148,8 @@ def canonical_tensors(
             tensor = tensor._replace(shape=(1, tensor.shape[-1]))
         elif name.endswith(".router_correction"):
             tensor = tensor._replace(shape=(math.prod(tensor.shape),))
+        elif name.endswith(("k_b", "v_b")) and len(tensor.shape) == 3:  # head by head
+            tensor = tensor._replace(shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
         for part in _parts(tensor, name):
             if part.name in tensors:
                 raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} is there twice")
@@ -191,24 +207,15 @@ Expected = tuple[str, tuple[int, ...], bool]  # canonical name, shape, whether i
 def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
     """All tensors of a model; lazily, since a damaged file may claim any number of layers."""
     hidden, expert_size = config.hidden_size, config.expert_size
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     yield "embed", (config.vocab_size, hidden), True
     yield "norm", (hidden,), True
     yield "head", (config.vocab_size, hidden), False
     for index in range(config.num_layers):
         layer = f"layers.{index}"
         yield f"{layer}.attention_norm", (hidden,), True
-        for name, size in ("q", q_size), ("k", kv_size), ("v", kv_size):
-            yield f"{layer}.{name}", (size, hidden), True
-            yield f"{layer}.{name}_bias", (size,), False
-        yield f"{layer}.o", (hidden, q_size), True
-        yield f"{layer}.o_bias", (hidden,), False
-        if config.qk_norm:
-            full = config.qk_norm == "full"
-            yield f"{layer}.q_norm", (q_size if full else config.head_dim,), True
-            yield f"{layer}.k_norm", (kv_size if full else config.head_dim,), True
-        if config.attention_sinks:
-            yield f"{layer}.sinks", (config.num_heads,), True
+        attention = _latent_attention if config.latent.kv_rank else _attention
+        for name, shape, required in attention(config):
+            yield f"{layer}.{name}", shape, required
         yield f"{layer}.ffn_norm", (hidden,), True
         if not config.is_sparse(index):
             yield from _feed_forward(f"{layer}.ffn", hidden, config.ffn_size)
@@ -224,6 +231,38 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
         if config.shared_expert_size:
             yield from _feed_forward(f"{layer}.shared", hidden, config.shared_expert_size)
             yield f"{layer}.shared.scale", (1, hidden), False
+
+
+def _attention(config: ModelConfig) -> Iterator[Expected]:
+    hidden, head_dim = config.hidden_size, config.head_dim
+    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    for name, size in ("q", q_size), ("k", kv_size), ("v", kv_size):
+        yield name, (size, hidden), True
+        yield f"{name}_bias", (size,), False
+    yield "o", (hidden, q_size), True
+    yield "o_bias", (hidden,), False
+    if config.qk_norm:
+        full = config.qk_norm == "full"
+        yield "q_norm", (q_size if full else head_dim,), True
+        yield "k_norm", (kv_size if full else head_dim,), True
+    if config.attention_sinks:
+        yield "sinks", (config.num_heads,), True
+
+
+def _latent_attention(config: ModelConfig) -> Iterator[Expected]:
+    """`kv_b` has rows of each head's keys, then of its values; or there are `k_b` and `v_b`."""
+    c, heads, hidden = config.latent, config.num_heads, config.hidden_size
+    q_size = heads * (c.nope_dim + c.rope_dim)
+    if c.q_rank:
+        yield "q_a", (c.q_rank, hidden), True
+        yield "q_a_norm", (c.q_rank,), True
+    yield "q", (q_size, c.q_rank or hidden), True
+    yield "kv_a", (c.kv_rank + c.rope_dim, hidden), True
+    yield "kv_a_norm", (c.kv_rank,), True
+    yield "kv_b", (heads * (c.nope_dim + c.value_dim), c.kv_rank), False
+    yield "k_b", (heads * c.kv_rank, c.nope_dim), False
+    yield "v_b", (heads * c.value_dim, c.kv_rank), False
+    yield "o", (hidden, heads * c.value_dim), True
 
 
 def _feed_forward(prefix: str, hidden: int, size: int) -> Iterator[Expected]:

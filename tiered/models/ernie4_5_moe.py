@@ -10,7 +10,8 @@ from tiered.checkpoints.tensor_names import (
     HF_SHARED_EXPERTS,
 )
 from tiered.config import ModelConfig
-from tiered.models import gguf_common, gguf_experts, hf_common, hf_experts
+from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
+from tiered.checkpoints.hf_config import hf_common, hf_experts
 
 GGUF_ARCHITECTURE = "ernie4_5-moe"
 HAS_EXPERTS = True

@@ -12,14 +12,8 @@ from tiered.checkpoints.tensor_names import (
     HF_SHARED_EXPERTS,
 )
 from tiered.config import ModelConfig
-from tiered.models import (
-    gguf_common,
-    gguf_experts,
-    hf_common,
-    hf_deepseek_router,
-    hf_experts,
-    hf_leading_dense_layers,
-)
+from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
+from tiered.checkpoints.hf_config import hf_common, hf_deepseek_router, hf_experts, hf_leading_dense_layers
 
 GGUF_ARCHITECTURE = "glm4moe"
 HAS_EXPERTS = True

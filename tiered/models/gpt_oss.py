@@ -4,7 +4,8 @@ whose SwiGLU is clamped and shifted. https://arxiv.org/abs/2508.10925"""
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.tensor_names import GGUF, HF_BASE
 from tiered.config import ModelConfig
-from tiered.models import gguf_common, gguf_experts, hf_common, hf_experts, hf_full_layers
+from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
+from tiered.checkpoints.hf_config import hf_common, hf_experts, hf_full_layers
 
 GGUF_ARCHITECTURE = "gpt-oss"
 HAS_EXPERTS = True

@@ -3,7 +3,8 @@
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_DENSE
 from tiered.config import ModelConfig
-from tiered.models import gguf_common, hf_common
+from tiered.checkpoints.gguf_config import gguf_common
+from tiered.checkpoints.hf_config import hf_common
 
 GGUF_ARCHITECTURE = "llama"
 HAS_EXPERTS = False

@@ -3,7 +3,9 @@
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.tensor_names import GGUF
 from tiered.config import ModelConfig
-from tiered.models import gguf_common, gguf_experts, hf_common, hf_experts, mixtral
+from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
+from tiered.checkpoints.hf_config import hf_common, hf_experts
+from tiered.models import mixtral
 
 GGUF_ARCHITECTURE = "minimax-m2"
 HAS_EXPERTS = True

@@ -6,13 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from tiered.backend import AttentionWeights, Backend, ExpertBiases, FeedForwardWeights
+from tiered.backend import (
+    AttentionWeights,
+    Backend,
+    ExpertBiases,
+    FeedForwardWeights,
+    LatentWeights,
+)
 from tiered.checkpoints.damage import damaged
+from tiered.checkpoints.checkpoint import Tensor
 from tiered.formats import Checkpoint
 from tiered.model import Layer
 from tiered.store import ExpertStore
 from tiered.weights.dense import dense_matrix
 from tiered.weights.dequantize import is_finite
+from tiered.weights.quantize import GROUP_SIZE, quantize_rows
 
 
 class WeightLoader:
@@ -64,6 +72,60 @@ class WeightLoader:
             gate, up, down, self.matrix(scale) if scale in self.checkpoint.tensors else None
         )
 
+    def attention(self, index: int) -> Any:
+        prefix = f"layers.{index}."
+        weights = AttentionWeights(
+            self.required(prefix + "attention_norm"),
+            self.steering(prefix + "q"),
+            self.steering(prefix + "k"),
+            self.matrix(prefix + "v"),
+            self.matrix(prefix + "o"),
+            self.vector(prefix + "q_norm"),
+            self.vector(prefix + "k_norm"),
+            self.vector(prefix + "sinks"),
+        )
+        return self.backend.attention_layer(weights, self.config, index)
+
+    def latent(self, index: int) -> Any:
+        prefix = f"layers.{index}."
+        k_b, v_b = self.latent_views(prefix)
+        weights = LatentWeights(
+            self.required(prefix + "attention_norm"),
+            self.steering(prefix + "q"),
+            self.steering(prefix + "q_a") if self.config.latent.q_rank else None,
+            self.vector(prefix + "q_a_norm"),
+            self.steering(prefix + "kv_a"),
+            self.required(prefix + "kv_a_norm"),
+            k_b,
+            v_b,
+            self.matrix(prefix + "o"),
+        )
+        return self.backend.latent_attention_layer(weights, self.config, index)
+
+    def latent_views(self, prefix: str) -> tuple[Any, Any]:
+        """`k_b` and `v_b`, of which most checkpoints have one matrix: a head's keys, which want to
+        be transposed, then its values."""
+        c, heads = self.config.latent, self.config.num_heads
+        if prefix + "kv_b" not in self.checkpoint.tensors:
+            return self.steering(prefix + "k_b"), self.matrix(prefix + "v_b")
+        tensor, both = self.checkpoint.tensors[prefix + "kv_b"], self.required(prefix + "kv_b")
+        if not np.isfinite(both).all():
+            raise damaged(tensor)
+        both = both.reshape(heads, c.nope_dim + c.value_dim, c.kv_rank)
+        k_b = both[:, : c.nope_dim].transpose(0, 2, 1).reshape(-1, c.nope_dim)
+        v_b = both[:, c.nope_dim :].reshape(-1, c.kv_rank)
+        return self.made(k_b, tensor), self.made(v_b, tensor)
+
+    def made(self, values: np.ndarray, source: Tensor) -> Any:
+        """A matrix of float32 [rows, columns] that were computed from a tensor."""
+        data = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8)
+        shape = values.shape[0], values.shape[1]
+        format = "f32" if self.quantize == "none" or shape[1] % GROUP_SIZE else "q8_0"
+        if format != "f32":
+            tensor = source._replace(format="f32", shape=shape)
+            data = quantize_rows(data, tensor, format).reshape(-1)
+        return self.backend.matrix(data, format, shape)
+
     def expert_biases(self, index: int) -> ExpertBiases | None:
         if not self.config.expert_biases:
             return None
@@ -72,20 +134,7 @@ class WeightLoader:
 
     def layer(self, index: int, store: ExpertStore | None) -> Layer:
         config, prefix = self.config, f"layers.{index}."
-        attention = self.backend.attention_layer(
-            AttentionWeights(
-                self.required(prefix + "attention_norm"),
-                self.steering(prefix + "q"),
-                self.steering(prefix + "k"),
-                self.matrix(prefix + "v"),
-                self.matrix(prefix + "o"),
-                self.vector(prefix + "q_norm"),
-                self.vector(prefix + "k_norm"),
-                self.vector(prefix + "sinks"),
-            ),
-            config,
-            index,
-        )
+        attention = self.latent(index) if config.latent.kv_rank else self.attention(index)
         norm = self.required(prefix + "ffn_norm")
         if not config.is_sparse(index):
             weights = self.feed_forward(prefix + "ffn")

@@ -92,9 +92,7 @@ class CpuBackend:
     def embed(self, table: Matrix, tokens: np.ndarray) -> np.ndarray:
         return self._embedding.run(table, tokens)
 
-    def attention(
-        self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any
-    ) -> None:
+    def attention(self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
         self._attention.run(x, layer, kv, index, batch)
 
     def route(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:

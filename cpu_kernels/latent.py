@@ -14,7 +14,7 @@ import numpy as np
 
 from cpu_kernels.flash import ATTENTION, BATCH, attend_chunk_kernel, run_attention
 from cpu_kernels.inner import inner
-from cpu_kernels.kv import KV, KVPages, append, padded
+from cpu_kernels.kv import KV, append, padded
 from cpu_kernels.linear import multiply, multiply_heads, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, word
 from cpu_kernels.norm import add, rms_norm_rows, scaled_copy
@@ -45,7 +45,10 @@ def _finish_rows(layer, thread, num_threads):
     queries, and put their rotated ends where attention reads them."""
     attention = word(layer, LATENT.attention)
     batch, kv = word(attention, ATTENTION.batch), word(attention, ATTENTION.kv)
-    num_heads, padded_dim = word(attention, ATTENTION.num_heads), word(attention, ATTENTION.padded_dim)
+    num_heads, padded_dim = (
+        word(attention, ATTENTION.num_heads),
+        word(attention, ATTENTION.padded_dim),
+    )
     rank, rope_dim = word(layer, LATENT.kv_rank), word(layer, LATENT.rope_dim)
     nope_dim, page_size = word(layer, LATENT.nope_dim), word(kv, KV.page_size)
     eps = load_f32(attention, 2 * ATTENTION.eps)
@@ -92,7 +95,11 @@ def latent_attention(layer, thread, num_threads, team):
     nope_dim, rope_dim = word(layer, LATENT.nope_dim), word(layer, LATENT.rope_dim)
     q_rank, value_dim = word(layer, LATENT.q_rank), word(layer, LATENT.value_dim)
     eps = load_f32(attention, 2 * ATTENTION.eps)
-    x, normed, prepared = word(batch, BATCH.x), word(batch, BATCH.normed), word(batch, BATCH.prepared)
+    x, normed, prepared = (
+        word(batch, BATCH.x),
+        word(batch, BATCH.normed),
+        word(batch, BATCH.prepared),
+    )
     lo, hi = share(num_rows, thread, num_threads)
     rms_norm_rows(x, word(attention, ATTENTION.norm), normed, lo, hi, hidden_size, eps)
     barrier(team)
@@ -120,9 +127,7 @@ def latent_attention(layer, thread, num_threads, team):
     barrier(team)
     heads, out = word(batch, BATCH.head_rows), word(batch, BATCH.queries)
     k_b = word(layer, LATENT.k_b)
-    multiply_heads(
-        k_b, num_heads, prepared, num_rows, heads, out, padded_dim, thread, num_threads
-    )
+    multiply_heads(k_b, num_heads, prepared, num_rows, heads, out, padded_dim, thread, num_threads)
     barrier(team)
     run_attention(attention, thread, num_threads, team)
     attended, values = word(batch, BATCH.attended), word(batch, BATCH.values)

@@ -11,8 +11,11 @@ from tiered.checkpoints.rope import rope_from_gguf
 from tiered.config import LatentConfig
 
 
-def gguf_common(facts: Facts, pairs: str) -> dict[str, Any]:
-    """Fields that all architectures have; with latent attention, see `gguf_latent`."""
+def gguf_common(facts: Facts, pairs: str, truncate: bool = True) -> dict[str, Any]:
+    """Fields that all architectures have; with latent attention, see `gguf_latent`.
+
+    `truncate`: whether the range in which YaRN blends is rounded to whole pairs of values.
+    """
     hidden_size = facts.integer("embedding_length")
     num_heads = facts.integer("attention.head_count")
     head_dim = hidden_size // max(num_heads, 1)
@@ -32,7 +35,7 @@ def gguf_common(facts: Facts, pairs: str) -> dict[str, Any]:
         "num_kv_heads": facts.integer("attention.head_count_kv", default=num_heads),
         "head_dim": head_dim,
         "norm_eps": facts.number("attention.layer_norm_rms_epsilon"),
-        "rope": rope_from_gguf(facts, head_dim, context_length, pairs),
+        "rope": rope_from_gguf(facts, head_dim, context_length, pairs, truncate),
         "eos_ids": tuple(dict.fromkeys(token for ids in ends for token in ids)),
     }
 
@@ -43,9 +46,7 @@ def gguf_num_layers(facts: Facts) -> int:
     return max(count - facts.integer("nextn_predict_layers", default=0), 0)
 
 
-def gguf_experts(
-    facts: Facts, normalize_top_k: bool, scoring: str = "softmax"
-) -> dict[str, Any]:
+def gguf_experts(facts: Facts, normalize_top_k: bool, scoring: str = "softmax") -> dict[str, Any]:
     """Fields of the router. `scoring` is what the architecture does if the file says nothing."""
     number = facts.integer("expert_gating_func", default=0)
     if number > 2:
@@ -55,7 +56,9 @@ def gguf_experts(
         "routing_scale": facts.number("expert_weights_scale", default=0.0) or 1.0,
         "expert_groups": facts.integer("expert_group_count", default=0) or 1,
         "used_groups": facts.integer("expert_group_used_count", default=0) or 1,
-        "dense_layers": frozenset(range(facts.integer("leading_dense_block_count", default=0, maximum=2**16))),
+        "dense_layers": frozenset(
+            range(facts.integer("leading_dense_block_count", default=0, maximum=2**16))
+        ),
         "num_experts": facts.integer("expert_count", maximum=2**16),
         "top_k": facts.integer("expert_used_count", maximum=2**16),
         "normalize_top_k": facts.flag("expert_weights_norm", default=normalize_top_k),

@@ -17,9 +17,7 @@ def matrix_of(tensor: Tensor, index: int) -> Tensor:
     shape = tensor.shape[1:]
     if tensor.packed is None:
         nbytes = tensor.nbytes // tensor.shape[0]
-        return tensor._replace(
-            shape=shape, offset=tensor.offset + index * nbytes, nbytes=nbytes
-        )
+        return tensor._replace(shape=shape, offset=tensor.offset + index * nbytes, nbytes=nbytes)
     parts = tuple(matrix_of(part, index) for part in tensor.packed.parts)
     return tensor._replace(
         shape=shape,
@@ -59,13 +57,11 @@ def _repacked(tensor: Tensor, shape: tuple[int, ...], change: partial[np.ndarray
     return tensor._replace(shape=shape, nbytes=nbytes, packed=Packed(parts, unpack))
 
 
-def _transpose(data: np.ndarray, shape: tuple[int, int], format: str) -> np.ndarray:
+def _transpose(data: np.ndarray, shape: tuple[int, ...], format: str) -> np.ndarray:
     values = data.view(_VALUES[format]).reshape(shape)
     return np.ascontiguousarray(values.T).reshape(-1).view(np.uint8)
 
 
-def _take_rows(
-    data: np.ndarray, row_bytes: int, start: int, count: int, step: int
-) -> np.ndarray:
+def _take_rows(data: np.ndarray, row_bytes: int, start: int, count: int, step: int) -> np.ndarray:
     rows = data.reshape(-1, row_bytes)[start : start + count * step : step]
     return np.ascontiguousarray(rows).reshape(-1)

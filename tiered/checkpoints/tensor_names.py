@@ -124,9 +124,7 @@ GGUF: Names = {
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def canonical_tensors(
-    stored: Iterable[Tensor], names: Names, num_layers: int
-) -> dict[str, Tensor]:
+def canonical_tensors(stored: Iterable[Tensor], names: Names, num_layers: int) -> dict[str, Tensor]:
     """The tensors that `names` knows, under their canonical names.
 
     Others are left out, as are layers beyond `num_layers`: those only draft tokens.

@@ -21,7 +21,20 @@ from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 _FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-_VALUE_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
+_VALUE_BYTES = {
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+}
 
 
 def matches(path: Path) -> bool:

@@ -2,6 +2,8 @@
 experts are used by every token."""
 
 from tiered.checkpoints.facts import Facts
+from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
+from tiered.checkpoints.hf_config import hf_common, hf_experts
 from tiered.checkpoints.tensor_names import (
     GGUF,
     HF_BASE,
@@ -10,8 +12,6 @@ from tiered.checkpoints.tensor_names import (
     HF_SHARED_EXPERTS,
 )
 from tiered.config import ModelConfig
-from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
-from tiered.checkpoints.hf_config import hf_common, hf_experts
 
 GGUF_ARCHITECTURE = "ernie4_5-moe"
 HAS_EXPERTS = True
@@ -47,9 +47,7 @@ def _dense_layers(facts: Facts) -> frozenset[int]:
     end = facts.find("moe_layer_end_index", default=-1)
     last = num_layers - 1 if end == -1 else facts.integer("moe_layer_end_index")
     return frozenset(
-        layer
-        for layer in range(num_layers)
-        if not start <= layer <= last or (layer + 1) % interval
+        layer for layer in range(num_layers) if not start <= layer <= last or (layer + 1) % interval
     )
 
 

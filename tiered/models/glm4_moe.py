@@ -4,6 +4,13 @@ chooses them, and one that every token uses. https://arxiv.org/abs/2508.06471"""
 from dataclasses import replace
 
 from tiered.checkpoints.facts import Facts
+from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
+from tiered.checkpoints.hf_config import (
+    hf_common,
+    hf_deepseek_router,
+    hf_experts,
+    hf_leading_dense_layers,
+)
 from tiered.checkpoints.tensor_names import (
     GGUF,
     HF_BASE,
@@ -12,8 +19,6 @@ from tiered.checkpoints.tensor_names import (
     HF_SHARED_EXPERTS,
 )
 from tiered.config import ModelConfig
-from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
-from tiered.checkpoints.hf_config import hf_common, hf_deepseek_router, hf_experts, hf_leading_dense_layers
 
 GGUF_ARCHITECTURE = "glm4moe"
 HAS_EXPERTS = True
@@ -52,7 +57,7 @@ def from_gguf(facts: Facts) -> ModelConfig:
         expert_size=size,
         shared_expert_size=size * facts.integer("expert_shared_count", default=1),
         ffn_size=facts.integer("feed_forward_length"),
-        qk_norm="head" if "attention.qk_norm" in facts else "",
+        qk_norm="head" if facts.flag("attention.has_qk_norm") else "",
         **gguf_common(facts, pairs="half"),
         **gguf_experts(facts, normalize_top_k=True, scoring="sigmoid"),
     )

@@ -1,11 +1,13 @@
 """gpt-oss: biases everywhere, attention sinks, every other layer with a short window, and experts
 whose SwiGLU is clamped and shifted. https://arxiv.org/abs/2508.10925"""
 
+from typing import Any
+
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.tensor_names import GGUF, HF_BASE
-from tiered.config import ModelConfig
 from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
 from tiered.checkpoints.hf_config import hf_common, hf_experts, hf_full_layers
+from tiered.checkpoints.tensor_names import GGUF, HF_BASE
+from tiered.config import ModelConfig
 
 GGUF_ARCHITECTURE = "gpt-oss"
 HAS_EXPERTS = True
@@ -20,7 +22,7 @@ HF_NAMES = {
     LAYER + "experts.down_proj_bias": "layers.{}.experts_bias.down",
 }
 GGUF_NAMES = {**GGUF, "blk.{}.post_attention_norm.weight": "layers.{}.ffn_norm"}
-FIXED = {
+FIXED: dict[str, Any] = {
     "model_type": "gpt_oss",
     "attention_sinks": True,
     "activation": "clamped_silu",
@@ -51,6 +53,7 @@ def from_gguf(facts: Facts) -> ModelConfig:
         activation_limit=7.0,
         sliding_window=facts.integer("attention.sliding_window", default=0),
         full_layers=frozenset(range(1, num_layers, 2)),
-        **gguf_common(facts, pairs="half"),
+        # As the model was trained; llama.cpp rounds the range, and differs a little.
+        **gguf_common(facts, pairs="half", truncate=False),
         **gguf_experts(facts, normalize_top_k=True),
     )

@@ -1,10 +1,10 @@
 """Llama: every layer is dense."""
 
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_DENSE
-from tiered.config import ModelConfig
 from tiered.checkpoints.gguf_config import gguf_common
 from tiered.checkpoints.hf_config import hf_common
+from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_DENSE
+from tiered.config import ModelConfig
 
 GGUF_ARCHITECTURE = "llama"
 HAS_EXPERTS = False

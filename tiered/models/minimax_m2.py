@@ -1,10 +1,10 @@
 """MiniMax-M2: Mixtral's names, norms over all heads together, sigmoid scores."""
 
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.tensor_names import GGUF
-from tiered.config import ModelConfig
 from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
 from tiered.checkpoints.hf_config import hf_common, hf_experts
+from tiered.checkpoints.tensor_names import GGUF
+from tiered.config import ModelConfig
 from tiered.models import mixtral
 
 GGUF_ARCHITECTURE = "minimax-m2"

@@ -1,10 +1,10 @@
 """Mixtral: Llama's attention, and experts in every layer (GGUF calls it llama, too)."""
 
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_EXPERTS
-from tiered.config import ModelConfig
 from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
 from tiered.checkpoints.hf_config import hf_common, hf_experts
+from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_EXPERTS
+from tiered.config import ModelConfig
 
 GGUF_ARCHITECTURE = "llama"
 HAS_EXPERTS = True

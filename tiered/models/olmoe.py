@@ -1,10 +1,10 @@
 """OLMoE: queries and keys are normalized over all heads together, and may be clipped."""
 
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_EXPERTS
-from tiered.config import ModelConfig
 from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
 from tiered.checkpoints.hf_config import hf_common, hf_experts
+from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_EXPERTS
+from tiered.config import ModelConfig
 
 GGUF_ARCHITECTURE = "olmoe"
 HAS_EXPERTS = True

@@ -1,10 +1,10 @@
 """Qwen3-MoE: queries and keys are normalized head by head."""
 
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_DENSE, HF_EXPERTS
-from tiered.config import ModelConfig
 from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
 from tiered.checkpoints.hf_config import hf_common, hf_dense_layers, hf_experts
+from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_DENSE, HF_EXPERTS
+from tiered.config import ModelConfig
 
 GGUF_ARCHITECTURE = "qwen3moe"
 HAS_EXPERTS = True

@@ -57,4 +57,7 @@ def matrix_bytes(format: str, shape: tuple[int, ...]) -> int:
 
 def is_usable(tensor: Tensor) -> bool:
     """Whether values can be computed with where they lie: in rows, and floats aligned."""
-    return tensor.packed is None and tensor.offset % {"f32": 4, "f16": 2, "bf16": 2}.get(tensor.format, 1) == 0
+    return (
+        tensor.packed is None
+        and tensor.offset % {"f32": 4, "f16": 2, "bf16": 2}.get(tensor.format, 1) == 0
+    )

@@ -13,8 +13,8 @@ from tiered.backend import (
     FeedForwardWeights,
     LatentWeights,
 )
-from tiered.checkpoints.damage import damaged
 from tiered.checkpoints.checkpoint import Tensor
+from tiered.checkpoints.damage import damaged
 from tiered.formats import Checkpoint
 from tiered.model import Layer
 from tiered.store import ExpertStore

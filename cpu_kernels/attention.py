@@ -13,6 +13,7 @@ from cpu_kernels.flash import (
     attend_chunk_kernel,
     run_attention,
 )
+from cpu_kernels.gating import multiply_sigmoid
 from cpu_kernels.inner import inner
 from cpu_kernels.kv import KV, KVPages, append, padded
 from cpu_kernels.latent import LatentAttentionLayer
@@ -112,11 +113,18 @@ def attention(layer, thread, num_threads, team):
     multiply(word(layer, ATTENTION.k), prepared, num_rows, out, width, thread, num_threads)
     out += 4 * kv_size
     multiply(word(layer, ATTENTION.v), prepared, num_rows, out, width, thread, num_threads)
+    gate, gates = word(layer, ATTENTION.gate), word(batch, BATCH.gates)
+    if gate:
+        multiply(gate, prepared, num_rows, gates, q_size, thread, num_threads)
     barrier(team)
     _finish_heads(layer, thread, num_threads)
     barrier(team)
     run_attention(layer, thread, num_threads, team)
     attended, prepared = word(batch, BATCH.attended), word(batch, BATCH.prepared_out)
+    if gate:
+        lo, hi = share(num_rows * q_size, thread, num_threads)
+        multiply_sigmoid(attended + 4 * lo, gates + 4 * lo, hi - lo)
+        barrier(team)
     prepare_activations(attended, q_size, num_rows, q_size, prepared, thread, num_threads)
     barrier(team)
     out = word(batch, BATCH.out)
@@ -134,6 +142,7 @@ class Geometry(NamedTuple):
     num_kv_heads: int
     head_dim: int
     padded_dim: int
+    is_gated: bool
 
     def rooms(self, num_rows: int) -> dict[str, int]:
         """Bytes, by field of BATCH."""
@@ -143,6 +152,7 @@ class Geometry(NamedTuple):
             "projected": 4 * num_rows * (width + 2 * self.num_kv_heads * self.head_dim),
             "attended": 4 * num_rows * width,
             "prepared_out": prepared_bytes(num_rows, width),
+            "gates": 4 * num_rows * width if self.is_gated else 0,
         }
 
     def head_rows(self, num_rows: int) -> None:
@@ -160,8 +170,9 @@ class AttentionLayer:
     ) -> None:
         c = config
         self.geometry = Geometry(
-            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, padded(c.head_dim)
-        )
+            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, padded(c.head_dim),
+            weights.gate is not None,
+        )  # fmt: skip
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         if c.qk_norm not in ("", "head", "full"):
             raise ValueError(f'qk_norm must be "", "head" or "full", not {c.qk_norm!r}')
@@ -173,6 +184,7 @@ class AttentionLayer:
             ("k", (kv_size, c.hidden_size)),
             ("v", (kv_size, c.hidden_size)),
             ("o", (c.hidden_size, q_size)),
+            *([("gate", (q_size, c.hidden_size))] if weights.gate is not None else []),
         ):
             if tuple(getattr(weights, name).shape) != shape:
                 raise ValueError(
@@ -198,6 +210,7 @@ class AttentionLayer:
             k=weights.k.address,
             v=weights.v.address,
             o=weights.o.address,
+            gate=0 if weights.gate is None else weights.gate.address,
             q_norm=floats(weights.q_norm, "q_norm", norm_shapes[0]) if has_norm else None,
             k_norm=floats(weights.k_norm, "k_norm", norm_shapes[1]) if has_norm else None,
             full_norm=int(full),
@@ -260,7 +273,6 @@ class Attention:
 
 
 def kv_pages(config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages:
-    """Room for the keys and values of all layers of a model."""
-    return KVPages(
-        config.num_layers, config.num_kv_heads, config.head_dim, num_pages, page_size, dtype
-    )
+    """Room for the keys and values of all layers of a model that have them."""
+    layers = config.attention_layers
+    return KVPages(layers, config.num_kv_heads, config.head_dim, num_pages, page_size, dtype)

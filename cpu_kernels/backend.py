@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels.attention import Attention, AttentionLayer, kv_pages
+from cpu_kernels.delta import DeltaLayer, DeltaNet, RecurrentState
 from cpu_kernels.embed import Embedding
 from cpu_kernels.experts import Combine, ExpertLayer
 from cpu_kernels.feed_forward import FeedForwardLayer
@@ -44,6 +45,7 @@ class CpuBackend:
         self._team = Team(threads)
         self._embedding = Embedding(self._team)
         self._attention = Attention(self._team)
+        self._delta = DeltaNet(self._team)
         self._router = Router(self._team)
         # Look-ahead may run beside the forward pass, and must not use its memory.
         self._guesser = Router(self._team)
@@ -65,6 +67,12 @@ class CpuBackend:
         self, weights: Any, config: Any, index: int = 0
     ) -> LatentAttentionLayer:
         return self._attention.latent_layer(weights, config, index)
+
+    def delta_layer(self, weights: Any, config: Any, number: int) -> DeltaLayer:
+        return self._delta.layer(weights, config, number)
+
+    def recurrent_state(self, config: Any) -> RecurrentState:
+        return RecurrentState(config)
 
     def router_layer(
         self, norm: np.ndarray, router: Matrix, config: Any, correction: np.ndarray | None = None
@@ -93,7 +101,10 @@ class CpuBackend:
         return self._embedding.run(table, tokens)
 
     def attention(self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
-        self._attention.run(x, layer, kv, index, batch)
+        if isinstance(layer, DeltaLayer):
+            self._delta.run(x, layer, batch)
+        else:
+            self._attention.run(x, layer, kv, index, batch)
 
     def route(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
         return self._router.route(x, layer)

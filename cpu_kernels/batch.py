@@ -90,7 +90,7 @@ class PreparedBatch:
             max_pages=max_pages,
             blocks=self._scratch.room("blocks", 16 * num_rows),
         )
-        largest = _plan(self.record.address, kv.records[0].address, num_sequences)
+        largest = _plan(self.record.address, kv.any_record.address, num_sequences)
         if largest < 0:
             raise ValueError(f"attention cannot use this batch: {_REASONS[largest]}")
         self.num_positions = largest + 1

@@ -13,23 +13,16 @@ from cpu_kernels.experts import (
     prepare_h,
     run_experts,
 )
-from cpu_kernels.exponential import exp
+from cpu_kernels.gating import sigmoid
 from cpu_kernels.isa import Isa
 from cpu_kernels.linear import multiply
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import apply_norm, rms_scale
 from cpu_kernels.record import Record, fields
-from cpu_kernels.simd import emitted, f32
 from cpu_kernels.team import Team, barrier, op, share
 from cpu_kernels.workspace import Workspace
 
 FEED_FORWARD = fields("experts x norm eps scale scores")
-
-
-@emitted("f32", "f32")
-def sigmoid(k, value):
-    one = k.constant(f32(1), 1.0)
-    return one / (exp(k, k.constant(f32(1), 0.0) - value) + 1.0)
 
 
 @op

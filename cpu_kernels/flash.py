@@ -30,12 +30,12 @@ PACK_FROM = 24  # query heads from which it pays to copy a chunk's keys and valu
 BATCH = fields(
     "num_rows positions sequences tables max_pages num_blocks blocks num_chunks split x queries "
     "normed projected attended partials workspaces workspace_bytes prepared prepared_out out "
-    "values head_rows"
+    "values head_rows gates"
 )
 # ... and of a layer. `kv` is the address of a record of KV.
 ATTENTION = fields(
     "batch kv num_heads num_kv_heads head_dim padded_dim group window sinks hidden_size eps norm "
-    "q k v o q_norm k_norm full_norm clip query_scale fine coarse half adjacent "
+    "q k v o gate q_norm k_norm full_norm clip query_scale fine coarse half adjacent "
     "multiply attend_chunk"
 )
 

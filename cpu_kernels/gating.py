@@ -1,4 +1,5 @@
-"""What lies between an expert's first matrices and its last: the activated gate, times up."""
+"""Gates: what lies between an expert's first matrices and its last, and other products with a
+sigmoid."""
 
 from __future__ import annotations
 
@@ -46,6 +47,33 @@ def clamped_silu_multiply(k, gate, up, count, limit):
         k.store(gate + offset, g * _sigmoid(k, g * CLAMPED_SLOPE, lanes) * (u + 1.0))
 
     by_lanes(k, count, do)
+
+
+@emitted("void", "i64 i64")
+def silu(k, x, count):
+    """x * sigmoid(x), in place"""
+
+    def do(offset, lanes):
+        value = k.load(x + offset, f32(lanes))
+        k.store(x + offset, value * _sigmoid(k, value, lanes))
+
+    by_lanes(k, count, do)
+
+
+@emitted("void", "i64 i64 i64")
+def multiply_sigmoid(k, x, gate, count):
+    """x *= sigmoid(gate)"""
+
+    def do(offset, lanes):
+        factor = _sigmoid(k, k.load(gate + offset, f32(lanes)), lanes)
+        k.store(x + offset, k.load(x + offset, f32(lanes)) * factor)
+
+    by_lanes(k, count, do)
+
+
+@emitted("f32", "f32")
+def sigmoid(k, value):
+    return _sigmoid(k, value, 1)
 
 
 def _sigmoid(k, value, lanes):

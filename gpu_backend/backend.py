@@ -80,6 +80,15 @@ class GpuBackend:
         _check_model(config)
         return AttentionLayer(weights, config, index, self._torch)
 
+    def latent_attention_layer(self, weights: Any, config: Any, index: int = 0) -> None:
+        _check_model(config)
+
+    def delta_layer(self, weights: Any, config: Any, number: int) -> None:
+        _check_model(config)
+
+    def recurrent_state(self, config: Any) -> None:
+        _check_model(config)
+
     def router_layer(
         self, norm: np.ndarray, router: Matrix, config: Any, correction: np.ndarray | None = None
     ) -> RouterLayer:
@@ -191,6 +200,8 @@ def _check_model(config: Any) -> None:
     missing = {
         "attention sinks": config.attention_sinks,
         "biases of experts": config.expert_biases,
+        "latent attention": config.latent.kv_rank > 0,
+        "recurrent layers": bool(config.delta_layers),
         f"the activation {config.activation}": config.activation != "silu",
     }
     if lacks := [name for name, needed in missing.items() if needed]:

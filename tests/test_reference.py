@@ -24,6 +24,10 @@ DEEPSEEK = dict(
 LATENT = dict(
     kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24, num_key_value_heads=4,
 )  # fmt: skip
+DELTA = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=24,
+    linear_value_head_dim=32, linear_conv_kernel_dim=4,
+)  # fmt: skip
 ARCHITECTURES = {
     "mixtral": dict(num_local_experts=8, num_experts_per_tok=2, intermediate_size=96),
     "qwen3_moe": dict(
@@ -61,6 +65,14 @@ ARCHITECTURES = {
     "glm4_moe_lite": dict(
         **LATENT, **DEEPSEEK, q_lora_rank=32, moe_intermediate_size=96, intermediate_size=128,
         mlp_layer_types=["sparse", "dense", "sparse"],
+    ),
+    "qwen3_next": dict(
+        **EXPERTS, **DELTA, moe_intermediate_size=96, shared_expert_intermediate_size=160,
+        intermediate_size=128, num_hidden_layers=4, head_dim=32, mlp_only_layers=[1],
+    ),
+    "qwen3_5_moe_text": dict(
+        **EXPERTS, **DELTA, moe_intermediate_size=96, shared_expert_intermediate_size=160,
+        num_hidden_layers=4, head_dim=32,
     ),
     "llama": dict(intermediate_size=128, rope_scaling=LLAMA3),
 }  # fmt: skip
@@ -101,8 +113,12 @@ def test_logits(reference):
         expected = model(torch.tensor([PROMPT])).logits[0].numpy()
     with Engine(folder, quantize="none", kv_dtype="f32", threads=2) as engine:
         got = engine.logits(PROMPT)
-    # Latent attention never makes the keys, so that it rounds elsewhere.
-    tolerance = 3e-5 if hasattr(model.config, "kv_lora_rank") else 1e-5
+    # Latent attention never makes the keys, and the delta rule goes token by token, not in chunks:
+    # they round elsewhere.
+    elsewhere = hasattr(model.config, "kv_lora_rank") or hasattr(
+        model.config, "linear_key_head_dim"
+    )
+    tolerance = 3e-5 if elsewhere else 1e-5
     assert np.abs(got - expected).max() <= tolerance * np.ptp(expected)
 
 
@@ -113,8 +129,11 @@ def test_greedy_tokens(reference):
             torch.tensor([PROMPT]), max_new_tokens=32, do_sample=False, eos_token_id=None
         )
     expected = ids[0, len(PROMPT) :].tolist()
-    with Engine(folder, quantize="none", kv_dtype="f32", threads=2) as engine:
-        assert list(engine.generate_tokens(PROMPT, 32)) == expected
+    for chunk in (512, 7):
+        with Engine(
+            folder, quantize="none", kv_dtype="f32", threads=2, prefill_chunk=chunk
+        ) as engine:
+            assert list(engine.generate_tokens(PROMPT, 32)) == expected
 
 
 def test_a_f16_kv_cache_stays_close(reference):

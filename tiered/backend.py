@@ -30,6 +30,7 @@ class AttentionWeights(NamedTuple):
     q_norm: np.ndarray | None = None  # float32 [head_dim] or [num_heads * head_dim]
     k_norm: np.ndarray | None = None  # float32 [head_dim] or [num_kv_heads * head_dim]
     sinks: np.ndarray | None = None  # float32 [num_heads]
+    gate: Matrix | None = None  # [num_heads * head_dim, hidden_size]
 
 
 class LatentWeights(NamedTuple):
@@ -44,6 +45,21 @@ class LatentWeights(NamedTuple):
     k_b: Matrix  # [num_heads * kv_rank, nope_dim]
     v_b: Matrix  # [num_heads * value_dim, kv_rank]
     o: Matrix  # [hidden_size, num_heads * value_dim]
+
+
+class DeltaWeights(NamedTuple):
+    """Gated DeltaNet; `channels` are queries, keys and values of all heads."""
+
+    norm: np.ndarray  # float32 [hidden_size]
+    qkv: Matrix  # [channels, hidden_size]
+    z: Matrix  # [num_value_heads * value_dim, hidden_size]: gates the result
+    b: Matrix  # [num_value_heads, hidden_size]
+    a: Matrix  # [num_value_heads, hidden_size]
+    conv: np.ndarray  # float32 [conv_size, channels]
+    dt_bias: np.ndarray  # float32 [num_value_heads]
+    decay: np.ndarray  # float32 [num_value_heads]: -exp(A_log)
+    head_norm: np.ndarray  # float32 [value_dim]
+    o: Matrix  # [hidden_size, num_value_heads * value_dim]
 
 
 class ExpertBiases(NamedTuple):
@@ -70,6 +86,7 @@ class Batch(NamedTuple):
     positions: np.ndarray  # int32 [num_tokens]
     sequences: np.ndarray  # int32 [num_tokens]: a row of `page_tables`
     page_tables: np.ndarray  # int32 [num_sequences, max_pages]: pages of the KV cache, -1: none
+    states: list[Any] | None = None  # of recurrent models, each sequence's `recurrent_state`
 
 
 class Backend(Protocol):
@@ -94,6 +111,12 @@ class Backend(Protocol):
         self, weights: LatentWeights, config: ModelConfig, index: int = 0
     ) -> Any:
         """The same for a layer whose keys and values are views of one compressed vector."""
+
+    def delta_layer(self, weights: DeltaWeights, config: ModelConfig, number: int) -> Any:
+        """The same for a recurrent layer, the model's `number`-th (from 0)."""
+
+    def recurrent_state(self, config: ModelConfig) -> Any:
+        """Memory for what the recurrent layers remember of one text."""
 
     def router_layer(
         self,

@@ -43,6 +43,34 @@ class LatentConfig:
 
 
 @dataclass(frozen=True)
+class DeltaConfig:
+    """Gated DeltaNet: a layer that remembers a text in matrices of fixed size, one per head of
+    values, instead of the keys and values of all tokens. https://arxiv.org/abs/2412.06464
+
+    Several heads of values share one of keys: neighbours, or, with `is_tiled`, every
+    num_key_heads-th.
+    """
+
+    num_key_heads: int = 0  # 0: the model has no such layers
+    num_value_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    conv_size: int = 4  # tokens that the convolution before it sees
+    is_tiled: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Queries, keys and values of all heads."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+    @property
+    def state_values(self) -> int:
+        """float32 values that a layer remembers of a text."""
+        history = (self.conv_size - 1) * self.channels
+        return history + self.num_value_heads * self.key_dim * self.value_dim
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The facts of a model that its arithmetic depends on."""
 
@@ -57,6 +85,10 @@ class ModelConfig:
     norm_eps: float
     rope: RopeConfig = field(default_factory=RopeConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
+    delta: DeltaConfig = field(default_factory=DeltaConfig)
+    delta_layers: frozenset[int] = frozenset()  # have that in the place of attention
+    gated_attention: bool = False  # each head's result times the sigmoid of a gate, beside q
+    norm_offset: float = 0.0  # what is added to the stored weights of norms
     query_scale: float = 0.0  # what scores are multiplied with; 0: 1 / sqrt(head_dim)
     num_experts: int = 0  # 0: a dense model
     top_k: int = 0
@@ -105,6 +137,10 @@ class ModelConfig:
 
     def is_sparse(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.dense_layers
+
+    @property
+    def attention_layers(self) -> list[int]:
+        return [layer for layer in range(self.num_layers) if layer not in self.delta_layers]
 
     @property
     def sparse_layers(self) -> list[int]:

@@ -219,7 +219,7 @@ class Engine:
         sequence = sequence or self.kv.open()
         try:
             shared = common_prefix(sequence.tokens, ids[:-1])
-            self.kv.truncate(sequence, shared)
+            shared = self.kv.truncate(sequence, shared)
             start = perf_counter()
             logits = self._prefill(sequence, ids[shared:])
             self._tokens.prefill_seconds += perf_counter() - start
@@ -299,7 +299,8 @@ class Engine:
     def _forward(
         self, sequence: kv_cache.Sequence, ids: Sequence[int], last_only: bool
     ) -> np.ndarray:
-        """Append tokens and compute them; on an error the sequence is as it was before."""
+        """Append tokens and compute them; on an error the sequence is as it was before (empty, for
+        a recurrent model)."""
         length = len(sequence.tokens)
         rows = np.array([len(ids) - 1]) if last_only else np.arange(len(ids))
         try:

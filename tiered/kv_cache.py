@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,27 @@ BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "int8": 1.0}
 
 
 def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str) -> int:
-    """Bytes that the keys and values of `num_tokens` tokens take, in whole pages."""
+    """Bytes that the keys and values of `num_tokens` tokens take, in whole pages, and what
+    recurrent layers remember of one text."""
     num_pages = -(-num_tokens // PAGE_SIZE)
     padded = -(-config.head_dim // VECTOR) * VECTOR
     scales = 2 * 4 if dtype == "int8" else 0
     per_head = (config.head_dim + padded) * BYTES_PER_VALUE[dtype] + scales
-    per_token = config.num_layers * config.num_kv_heads * per_head
-    return int(num_pages * PAGE_SIZE * per_token)
+    per_token = len(config.attention_layers) * config.num_kv_heads * per_head
+    return int(num_pages * PAGE_SIZE * per_token) + state_bytes(config)
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes that recurrent layers remember of each text; 0 for a model without them."""
+    return 4 * len(config.delta_layers) * config.delta.state_values if config.delta_layers else 0
 
 
 class Sequence:
-    """The tokens of one text so far, and the pages that hold their keys and values."""
+    """The tokens of one text so far, and the pages that hold their keys and values; `state` is
+    what recurrent layers remember of it, in the backend's memory."""
 
-    def __init__(self, max_pages: int) -> None:
+    def __init__(self, max_pages: int, state: Any = None) -> None:
+        self.state = state
         self.tokens: list[int] = []
         self.pages = np.full(max_pages, -1, np.int32)
         self.num_pages = 0
@@ -46,6 +55,10 @@ class KVCache:
     ) -> None:
         self.num_pages = -(-num_tokens // PAGE_SIZE)
         self.pages: Any = backend.kv_pages(config, self.num_pages, PAGE_SIZE, dtype)
+        # Recurrent layers remember a text as a whole: it cannot be cut, nor begin with pages of
+        # another that went on.
+        self.is_recurrent = bool(config.delta_layers)
+        self._new_state = partial(backend.recurrent_state, config)
         self._free = list(range(self.num_pages))[::-1]
         self._holders = [0] * self.num_pages  # by page
 
@@ -57,7 +70,8 @@ class KVCache:
     def open(self, tokens: Items[int] = (), pages: Items[int] = ()) -> Sequence:
         """A new text. With `pages`, it begins with `tokens`, which fill these pages exactly."""
         assert len(tokens) == len(pages) * PAGE_SIZE
-        sequence = Sequence(self.num_pages)
+        assert not (pages and self.is_recurrent)
+        sequence = Sequence(self.num_pages, self._new_state() if self.is_recurrent else None)
         sequence.tokens.extend(tokens)
         sequence.pages[: len(pages)] = pages
         sequence.num_pages = len(pages)
@@ -79,8 +93,11 @@ class KVCache:
         """Whether more than one holds it."""
         return self._holders[page] > 1
 
-    def truncate(self, sequence: Sequence, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+    def truncate(self, sequence: Sequence, length: int) -> int:
+        """Forget all but the first `length` tokens; of a recurrent model, all if it is not all that
+        are kept. Returns how many are left."""
+        if self.is_recurrent and length < len(sequence.tokens):
+            length = 0
         keep = -(-length // PAGE_SIZE)
         if length % PAGE_SIZE and length < len(sequence.tokens):  # its last page changes again
             assert not self.is_shared(sequence.pages[keep - 1])
@@ -89,6 +106,7 @@ class KVCache:
         sequence.pages[keep : sequence.num_pages] = -1
         sequence.num_pages = min(keep, sequence.num_pages)
         del sequence.tokens[length:]
+        return len(sequence.tokens)
 
     def close(self, sequence: Sequence) -> None:
         self.truncate(sequence, 0)
@@ -111,6 +129,7 @@ class KVCache:
         counts = [len(tokens) for _, tokens in additions]
         for sequence, tokens in additions:
             sequence.tokens.extend(tokens)
+        states = [sequence.state for sequence, _ in additions] if self.is_recurrent else None
         if len(additions) == 1:
             (sequence, tokens), start, count = additions[0], starts[0], counts[0]
             return Batch(
@@ -118,6 +137,7 @@ class KVCache:
                 np.arange(start, start + count, dtype=np.int32),
                 np.zeros(count, np.int32),
                 sequence.pages[None],
+                states,
             )
         return Batch(
             np.concatenate([np.array(tokens, np.int32) for _, tokens in additions]),
@@ -126,4 +146,5 @@ class KVCache:
             ),
             np.repeat(np.arange(len(additions), dtype=np.int32), counts),
             np.stack([sequence.pages for sequence, _ in additions]),
+            states,
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.rope import rope_from_gguf
-from tiered.config import LatentConfig
+from tiered.config import DeltaConfig, LatentConfig
 
 
 def gguf_common(facts: Facts, pairs: str, truncate: bool = True) -> dict[str, Any]:
@@ -90,4 +90,26 @@ def gguf_latent(facts: Facts) -> dict[str, Any]:
         "num_kv_heads": 1,
         "rope": replace(rope, magnitude=1.0),
         "query_scale": max(nope_dim + rope_dim, 1) ** -0.5 * magnitude**2,
+    }
+
+
+def gguf_delta(facts: Facts, is_tiled: bool) -> dict[str, Any]:
+    """Qwen's gated DeltaNet, and which layers have attention instead. Norms are stored as they are
+    applied."""
+    num_layers = gguf_num_layers(facts)
+    interval = max(facts.integer("full_attention_interval", default=4), 1)
+    heads = facts.integer("ssm.time_step_rank", maximum=2**16)
+    inner = facts.integer("ssm.inner_size")
+    return {
+        "delta": DeltaConfig(
+            num_key_heads=facts.integer("ssm.group_count", maximum=2**16),
+            num_value_heads=heads,
+            key_dim=facts.integer("ssm.state_size", maximum=2**16),
+            value_dim=inner // max(heads, 1),
+            conv_size=facts.integer("ssm.conv_kernel", maximum=64),
+            is_tiled=is_tiled,
+        ),
+        "delta_layers": frozenset(n for n in range(num_layers) if (n + 1) % interval),
+        "gated_attention": True,
+        "qk_norm": "head",
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.rope import rope_from_hf, score_magnitude_from_hf
-from tiered.config import LatentConfig
+from tiered.config import DeltaConfig, LatentConfig
 
 
 def hf_common(facts: Facts, theta: float = 10_000.0, pairs: str = "half") -> dict[str, Any]:
@@ -99,3 +99,38 @@ def hf_latent(facts: Facts) -> dict[str, Any]:
         "rope": replace(rope, pairs="adjacent" if adjacent else "half"),
         "query_scale": scale * score_magnitude_from_hf(facts) ** 2,
     }
+
+
+def hf_delta(facts: Facts) -> dict[str, Any]:
+    """Qwen's gated DeltaNet, and which layers have attention instead."""
+    num_layers = facts.integer("num_hidden_layers", maximum=2**16)
+    types = facts.find("layer_types", default=None)
+    if types is None:
+        interval = max(facts.integer("full_attention_interval", default=4), 1)
+        full = [(layer + 1) % interval == 0 for layer in range(num_layers)]
+    else:
+        known = "linear_attention", "full_attention"
+        if not isinstance(types, list) or len(types) != num_layers or set(types) - set(known):
+            raise facts.error("layer_types", types, f"{' or '.join(known)} for each layer")
+        full = [kind == "full_attention" for kind in types]
+    return {
+        "delta": DeltaConfig(
+            num_key_heads=facts.integer("linear_num_key_heads", maximum=2**16),
+            num_value_heads=facts.integer("linear_num_value_heads", maximum=2**16),
+            key_dim=facts.integer("linear_key_head_dim", maximum=2**16),
+            value_dim=facts.integer("linear_value_head_dim", maximum=2**16),
+            conv_size=facts.integer("linear_conv_kernel_dim", maximum=64),
+        ),
+        "delta_layers": frozenset(layer for layer in range(num_layers) if not full[layer]),
+        "gated_attention": True,
+        "norm_offset": 1.0,
+        "qk_norm": "head",
+    }
+
+
+def hf_quarter_rope(facts: Facts, common: dict[str, Any]) -> dict[str, Any]:
+    """Qwen's default: a quarter of each head is rotated."""
+    rope, values = common["rope"], facts.find("rope_parameters", default={})
+    if "partial_rotary_factor" in facts or "partial_rotary_factor" in values:
+        return common
+    return common | {"rope": replace(rope, dim=common["head_dim"] // 4)}

@@ -79,6 +79,40 @@ HF_SHARED: Names = _layers(
     | {f"mlp.shared_expert.{name}_proj.weight": f"shared.{name}" for name in PROJECTIONS},
 )
 
+HF_DELTA: Names = _layers(
+    "model.layers",
+    {
+        "linear_attn.in_proj_qkvz.weight": "delta.qkvz",
+        "linear_attn.in_proj_qkv.weight": "delta.qkv",
+        "linear_attn.in_proj_z.weight": "delta.z",
+        "linear_attn.in_proj_ba.weight": "delta.ba",
+        "linear_attn.in_proj_b.weight": "delta.b",
+        "linear_attn.in_proj_a.weight": "delta.a",
+        "linear_attn.conv1d.weight": "delta.conv",
+        "linear_attn.dt_bias": "delta.dt_bias",
+        "linear_attn.A_log": "delta.a_log",
+        "linear_attn.norm.weight": "delta.norm",
+        "linear_attn.out_proj.weight": "delta.o",
+    },
+)
+GGUF_DELTA: Names = _layers(
+    "blk",
+    {
+        "ssm_in.weight": "delta.qkvz",
+        "attn_qkv.weight": "delta.qkv",
+        "attn_gate.weight": "delta.z",
+        "ssm_ba.weight": "delta.ba",
+        "ssm_beta.weight": "delta.b",
+        "ssm_alpha.weight": "delta.a",
+        "ssm_conv1d.weight": "delta.conv",
+        "ssm_dt.bias": "delta.dt_bias",
+        "ssm_a": "delta.decay",
+        "ssm_norm.weight": "delta.norm",
+        "ssm_out.weight": "delta.o",
+        "post_attention_norm.weight": "ffn_norm",
+    },
+)
+
 GGUF: Names = {
     "token_embd.weight": "embed",
     "output_norm.weight": "norm",
@@ -146,7 +180,7 @@ def canonical_tensors(stored: Iterable[Tensor], names: Names, num_layers: int) -
             tensor = tensor._replace(shape=(1, tensor.shape[-1]))
         elif name.endswith(".router_correction"):
             tensor = tensor._replace(shape=(math.prod(tensor.shape),))
-        elif name.endswith(("k_b", "v_b")) and len(tensor.shape) == 3:  # head by head
+        elif name.endswith(("k_b", "v_b", "delta.conv")) and len(tensor.shape) == 3:
             tensor = tensor._replace(shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
         for part in _parts(tensor, name):
             if part.name in tensors:
@@ -212,6 +246,7 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
         layer = f"layers.{index}"
         yield f"{layer}.attention_norm", (hidden,), True
         attention = _latent_attention if config.latent.kv_rank else _attention
+        attention = _delta if index in config.delta_layers else attention
         for name, shape, required in attention(config):
             yield f"{layer}.{name}", shape, required
         yield f"{layer}.ffn_norm", (hidden,), True
@@ -234,7 +269,8 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
 def _attention(config: ModelConfig) -> Iterator[Expected]:
     hidden, head_dim = config.hidden_size, config.head_dim
     q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    for name, size in ("q", q_size), ("k", kv_size), ("v", kv_size):
+    gates = q_size if config.gated_attention else 0  # head by head: queries, then gates
+    for name, size in ("q", q_size + gates), ("k", kv_size), ("v", kv_size):
         yield name, (size, hidden), True
         yield f"{name}_bias", (size,), False
     yield "o", (hidden, q_size), True
@@ -261,6 +297,25 @@ def _latent_attention(config: ModelConfig) -> Iterator[Expected]:
     yield "k_b", (heads * c.kv_rank, c.nope_dim), False
     yield "v_b", (heads * c.value_dim, c.kv_rank), False
     yield "o", (hidden, heads * c.value_dim), True
+
+
+def _delta(config: ModelConfig) -> Iterator[Expected]:
+    """Gated DeltaNet. Of `qkv` and `z`, and of `b` and `a`, some files have the rows together,
+    mixed by heads of keys; and some have A instead of its logarithm."""
+    d, hidden = config.delta, config.hidden_size
+    values, heads = d.num_value_heads * d.value_dim, d.num_value_heads
+    yield "delta.qkvz", (d.channels + values, hidden), False
+    yield "delta.qkv", (d.channels, hidden), False
+    yield "delta.z", (values, hidden), False
+    yield "delta.ba", (2 * heads, hidden), False
+    yield "delta.b", (heads, hidden), False
+    yield "delta.a", (heads, hidden), False
+    yield "delta.conv", (d.channels, d.conv_size), True
+    yield "delta.dt_bias", (heads,), True
+    yield "delta.a_log", (heads,), False
+    yield "delta.decay", (heads,), False
+    yield "delta.norm", (d.value_dim,), True
+    yield "delta.o", (hidden, values), True
 
 
 def _feed_forward(prefix: str, hidden: int, size: int) -> Iterator[Expected]:

@@ -12,7 +12,9 @@ from tiered.checkpoints.checkpoint import Checkpoint, Tensor
 from tiered.weights.quantize import GROUP_SIZE, quantize_rows
 
 # Large matrices that int4 mode keeps in 8 bits. Embeddings, head, router and norms stay as stored.
-_LARGE = re.compile(r"layers\.\d+\.([qkvo]|q_a|kv_a|(ffn|shared)\.(gate|up|down))")
+_LARGE = re.compile(
+    r"layers\.\d+\.([qkvo]|q_a|kv_a|delta\.(qkvz|qkv|z|o)|(ffn|shared)\.(gate|up|down))"
+)
 
 
 def dense_matrix(

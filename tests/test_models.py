@@ -25,9 +25,13 @@ FACTS = {
                         normalize_top_k=False, routing_scale=1.5, num_kv_heads=1, head_dim=48),
     "deepseek_v3": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid",
                         expert_groups=4, used_groups=2, query_scale=48**-0.5),
+    "qwen3_next": dict(delta_layers={0}, gated_attention=True, shared_expert_size=96),
+    "qwen3_5_moe": dict(delta_layers={0}, gated_attention=True, normalize_top_k=True),
+    "qwen3_5_moe_text": dict(delta_layers={0}, gated_attention=True, qk_norm="head"),
     "glm4_moe_lite": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
 }  # fmt: skip
-GGUF_NAMES_IT = {"deepseek_v3": "deepseek_v2", "glm4_moe_lite": "deepseek_v2"}  # others: itself
+HF_NAMES_IT = {"qwen3_5_moe_text": "qwen3_5_moe"}  # others: itself
+GGUF_NAMES_IT = {"deepseek_v3": "deepseek_v2", "glm4_moe_lite": "deepseek_v2", **HF_NAMES_IT}
 
 
 def test_every_architecture_is_tested():
@@ -39,14 +43,15 @@ def test_both_kinds_of_files_say_the_same(tmp_path, model_type):
     hf = tiny.hf_checkpoint(tmp_path / "hf", model_type)
     file = tiny.gguf_checkpoint(tmp_path / "tiny.gguf", model_type)
     with open_checkpoint(hf) as a, open_checkpoint(file) as b:
-        assert a.config.model_type == model_type
+        assert a.config.model_type == HF_NAMES_IT.get(model_type, model_type)
         assert b.config.model_type == GGUF_NAMES_IT.get(model_type, model_type)
         for config in (a.config, b.config):
             assert config.top_k == (0 if model_type == "llama" else 2)
             assert config.eos_ids == (319,)
             for name, value in FACTS[model_type].items():
                 assert getattr(config, name) == value, name
-        views = {"kv_b", "k_b", "v_b"}  # of latent attention: one matrix there, two here
+        # What one kind has in one matrix and the other in two, or as a logarithm.
+        views = {"kv_b", "k_b", "v_b", "qkvz", "qkv", "z", "a_log", "decay"}
         names = [{n for n in c.tensors if n.split(".")[-1] not in views} for c in (a, b)]
         assert names[0] == names[1]
         assert a.config.rope.dim == b.config.rope.dim

@@ -25,10 +25,11 @@ def test_what_was_written_is_read(tmp_path, model_type, dtype, tolerance):
             values.size for values in expected.values()
         )
         assert {tensor.format for tensor in checkpoint.tensors.values()} == {dtype}
-        layer = "model.layers.1."
+        prefix = tiny.KINDS[model_type].prefix
+        layer = prefix + "layers.1."
         for name, stored in (
-            ("embed", "model.embed_tokens.weight"),
-            ("norm", "model.norm.weight"),
+            ("embed", prefix + "embed_tokens.weight"),
+            ("norm", prefix + "norm.weight"),
             ("layers.1.o", layer + "self_attn.o_proj.weight"),
             ("layers.1.ffn_norm", layer + "post_attention_layernorm.weight"),
         ):
@@ -44,7 +45,7 @@ def test_every_tensor_has_its_place(tmp_path, model_type):
     expected = values_of(model_type)
     with open_checkpoint(tiny.hf_checkpoint(tmp_path, model_type, "f32")) as checkpoint:
         for stored, values in expected.items():
-            parts = stored.split(".")
+            parts = stored.replace("language_model.", "").split(".")
             if parts[-2] in words and parts[-1] == "weight":
                 kind = ("experts." + parts[-3] if "experts" in parts else
                         "shared" if "shared_expert" in stored else "ffn")  # fmt: skip

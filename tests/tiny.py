@@ -13,10 +13,11 @@ from pack import bf16, pack
 
 SIZES = dict(vocab=320, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, experts=8, top_k=2)
 SIZES |= dict(expert_size=64, ffn_size=96, shared_size=96, context=256)
+SIZES |= dict(key_heads=2, value_heads=4, delta_dim=32, conv_size=4)  # of DeltaNet
 SIZES |= dict(q_rank=32, kv_rank=32, nope_dim=32, rope_dim=16, value_dim=32)  # of latent attention
 NUM_SHARED = 2  # experts that every token uses, where there are several
 K_QUANT_SIZES = dict(hidden=256, head_dim=64, expert_size=256, ffn_size=256, shared_size=256)
-K_QUANT_SIZES |= dict(q_rank=256, kv_rank=256, nope_dim=256, value_dim=256)
+K_QUANT_SIZES |= dict(q_rank=256, kv_rank=256, nope_dim=256, value_dim=256, delta_dim=64)
 
 
 class Kind(NamedTuple):
@@ -37,9 +38,13 @@ class Kind(NamedTuple):
     expert_biases: bool = False  # and experts fused, transposed and interleaved
     dense: tuple[int, ...] = ()  # layers without experts
     half_rope: bool = False
+    delta: str = ""  # Qwen's DeltaNet in all but every second layer; its rows "mixed" or "apart"
+    prefix: str = "model."
 
 
 _DEEPSEEK = Kind("deepseek2", latent=1, shared="shared_experts.", dense=(0,))
+_QWEN = Kind("qwen35moe", ffn_norm="post_attention_norm", qk_norm="head", delta="apart",
+             shared="shared_expert.", gated_shared=True)  # fmt: skip
 _CORRECTION = "gate.e_score_correction_bias"
 KINDS = {
     "llama": Kind("llama", experts=None),
@@ -59,6 +64,9 @@ KINDS = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK._replace(latent=2, correction=_CORRECTION),
     "glm4_moe_lite": _DEEPSEEK._replace(latent=2, correction=_CORRECTION),
+    "qwen3_next": _QWEN._replace(gguf="qwen3next", delta="mixed"),
+    "qwen3_5_moe": _QWEN._replace(prefix="model.language_model."),
+    "qwen3_5_moe_text": _QWEN,
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
@@ -93,10 +101,22 @@ class _Weights:
             values = 1 + np.float32(0.1) * values
         self.found.append(Weight(hf + ("" if is_bias else ".weight"), gguf, values))
 
+    def matrix(self, *shape: int) -> np.ndarray:
+        return self.rng.standard_normal(shape, np.float32) / np.sqrt(np.float32(shape[-1]))
+
+    def norm(self, hf: str, gguf: str, size: int) -> None:
+        """Hugging Face has Qwen's newer norms less 1."""
+        self.add(hf, gguf, size)
+        if self.kind.delta:
+            weight = self.found.pop()
+            self.found += [weight._replace(gguf="", values=weight.values - 1)]
+            self.found += [weight._replace(hf="")]
+
     def attention(self, hf: str, gg: str) -> None:
         kind, s, hidden = self.kind, self.s, self.s["hidden"]
         q, kv = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
-        for name, size in ("q", q), ("k", kv), ("v", kv):
+        gates = q if kind.delta else 0
+        for name, size in ("q", q + gates), ("k", kv), ("v", kv):
             self.add(f"{hf}{name}_proj", f"{gg}attn_{name}.weight", size, hidden)
             if name in kind.biases:
                 self.add(f"{hf}{name}_proj.bias", f"{gg}attn_{name}.bias", size)
@@ -105,8 +125,8 @@ class _Weights:
             self.add(hf + "o_proj.bias", gg + "attn_output.bias", hidden)
         if kind.qk_norm:
             full = kind.qk_norm == "full"
-            self.add(hf + "q_norm", gg + "attn_q_norm.weight", q if full else s["head_dim"])
-            self.add(hf + "k_norm", gg + "attn_k_norm.weight", kv if full else s["head_dim"])
+            self.norm(hf + "q_norm", gg + "attn_q_norm.weight", q if full else s["head_dim"])
+            self.norm(hf + "k_norm", gg + "attn_k_norm.weight", kv if full else s["head_dim"])
         if kind.sinks:
             self.add(hf + "sinks", gg + "attn_sinks.weight", s["heads"])
 
@@ -129,6 +149,48 @@ class _Weights:
         self.found.append(Weight("", gg + "attn_k_b.weight", k_b))
         self.found.append(Weight("", gg + "attn_v_b.weight", both[:, nope:].copy()))
         self.add(hf + "o_proj", gg + "attn_output.weight", hidden, heads * value)
+
+    def delta(self, hf: str, gg: str) -> None:
+        s, keys, heads = self.s, self.s["key_heads"], self.s["value_heads"]
+        dim, hidden = s["delta_dim"], s["hidden"]
+        parts = dict(q=keys * dim, k=keys * dim, v=heads * dim, z=heads * dim, b=heads, a=heads)
+        q, k, v, z, b, a = (self.matrix(rows, hidden) for rows in parts.values())
+        o = self.matrix(hidden, heads * dim)
+        conv = self.rng.standard_normal((2 * keys * dim + heads * dim, s["conv_size"]), np.float32)
+        a_log = np.log(self.rng.uniform(0.5, 8, heads)).astype(np.float32)
+        dt_bias = self.rng.standard_normal(heads, np.float32)
+        norm = 1 + self.rng.standard_normal(dim, np.float32) / 10
+        both = {"conv1d.weight": conv[:, None] / 2, "A_log": a_log, "dt_bias": dt_bias}
+        both |= {"norm.weight": norm, "out_proj.weight": o}
+        if self.kind.delta == "mixed":  # by heads of keys
+            parts = [t.reshape(keys, -1, hidden) for t in (q, k, v, z)]
+            both["in_proj_qkvz.weight"] = np.concatenate(parts, 1).reshape(-1, hidden)
+            parts = [t.reshape(keys, -1, hidden) for t in (b, a)]
+            both["in_proj_ba.weight"] = np.concatenate(parts, 1).reshape(-1, hidden)
+        else:
+            both |= {"in_proj_qkv.weight": np.concatenate([q, k, v]), "in_proj_z.weight": z}
+            both |= {"in_proj_b.weight": b, "in_proj_a.weight": a}
+        self.found += [Weight(hf + name, "", values) for name, values in both.items()]
+
+        def tiled(values: np.ndarray, axis: int = 0) -> np.ndarray:
+            """GGUF has every key_heads-th head of values side by side; not of Qwen3-Next."""
+            if self.kind.delta == "mixed":
+                return values
+            shape = values.shape
+            rest = shape[:axis], (keys, heads // keys, shape[axis] // heads), shape[axis + 1 :]
+            parts = values.reshape(*rest[0], *rest[1], *rest[2])
+            return np.ascontiguousarray(parts.swapaxes(axis, axis + 1)).reshape(shape)
+
+        queries = 2 * keys * dim
+        gguf = {"attn_qkv.weight": np.concatenate([q, k, tiled(v)]), "attn_gate.weight": tiled(z)}
+        gguf["ssm_conv1d.weight"] = np.concatenate([conv[:queries], tiled(conv[queries:])]) / 2
+        gguf |= {"ssm_dt.bias": tiled(dt_bias), "ssm_a": tiled(-np.exp(a_log))}
+        gguf |= {"ssm_norm.weight": norm, "ssm_out.weight": tiled(o, 1)}
+        if self.kind.delta == "mixed":
+            gguf["ssm_ba.weight"] = both["in_proj_ba.weight"]
+        else:
+            gguf |= {"ssm_beta.weight": tiled(b), "ssm_alpha.weight": tiled(a)}
+        self.found += [Weight("", gg + name, values) for name, values in gguf.items()]
 
     def feed_forward(self, hf: str, gguf: str, size: int, names: Any = None) -> None:
         gate, up, down = names or ("gate_proj", "up_proj", "down_proj")
@@ -185,16 +247,19 @@ def weights(model_type: str, seed: int = 0, tied: bool = False, **sizes: int) ->
     s = {**SIZES, **sizes}
     w, kind, hidden = _Weights(model_type, seed, s), KINDS[model_type], s["hidden"]
     scale = float(np.sqrt(hidden))
-    w.add("model.embed_tokens", "token_embd.weight", s["vocab"], hidden, scale=scale)
-    w.add("model.norm", "output_norm.weight", hidden)
+    w.add(kind.prefix + "embed_tokens", "token_embd.weight", s["vocab"], hidden, scale=scale)
+    w.norm(kind.prefix + "norm", "output_norm.weight", hidden)
     if not tied:
         w.add("lm_head", "output.weight", s["vocab"], hidden)
     for i in range(s["layers"]):
-        hf, gg = f"model.layers.{i}.", f"blk.{i}."
-        w.add(hf + "input_layernorm", gg + "attn_norm.weight", hidden)
-        w.add(hf + "post_attention_layernorm", f"{gg}{kind.ffn_norm}.weight", hidden)
+        hf, gg = f"{kind.prefix}layers.{i}.", f"blk.{i}."
+        w.norm(hf + "input_layernorm", gg + "attn_norm.weight", hidden)
+        w.norm(hf + "post_attention_layernorm", f"{gg}{kind.ffn_norm}.weight", hidden)
         attention = w.latent_attention if kind.latent else w.attention
-        attention(hf + "self_attn.", gg)
+        if kind.delta and i % 2 == 0:
+            w.delta(hf + "linear_attn.", gg)
+        else:
+            attention(hf + "self_attn.", gg)
         if kind.experts is None or i in kind.dense:
             w.feed_forward(hf + "mlp.", gg + "ffn_{}.weight", s["ffn_size"])
         else:
@@ -221,7 +286,18 @@ def hf_config(model_type: str, **sizes: Any) -> dict[str, Any]:
             qk_nope_head_dim=s["nope_dim"], qk_rope_head_dim=s["rope_dim"], head_dim=s["rope_dim"],
             num_key_value_heads=s["heads"],
         )  # fmt: skip
-    return config | _hf_feed_forward(model_type, kind, s)
+    config |= _hf_feed_forward(model_type, kind, s)
+    if kind.delta:
+        config |= dict(
+            linear_num_key_heads=s["key_heads"], linear_num_value_heads=s["value_heads"],
+            linear_key_head_dim=s["delta_dim"], linear_value_head_dim=s["delta_dim"],
+            linear_conv_kernel_dim=s["conv_size"], full_attention_interval=2,
+            partial_rotary_factor=0.25,
+        )  # fmt: skip
+    if model_type == "qwen3_5_moe":  # which also sees images
+        text = config | dict(model_type="qwen3_5_moe_text")
+        return dict(model_type=model_type, text_config=text, tie_word_embeddings=False)
+    return config
 
 
 def _hf_feed_forward(model_type: str, kind: Kind, s: dict[str, int]) -> dict[str, Any]:
@@ -242,7 +318,7 @@ def _hf_feed_forward(model_type: str, kind: Kind, s: dict[str, int]) -> dict[str
         config |= dict(intermediate_size=s["expert_size"])
     else:
         config |= dict(moe_intermediate_size=s["expert_size"], intermediate_size=s["ffn_size"])
-    if model_type == "qwen2_moe":
+    if kind.gated_shared:
         config |= dict(shared_expert_intermediate_size=s["shared_size"])
     if model_type == "qwen3_moe":
         config |= dict(norm_topk_prob=True)
@@ -393,7 +469,7 @@ def _fused(tensors: list[Weight]) -> Any:
     groups: dict[str, list[np.ndarray]] = {}
     for weight in tensors:
         if re.search(r"\.experts\.\d", weight.hf):
-            parts = weight.hf.split(".")
+            parts = weight.hf.replace("language_model.", "").split(".")
             part = dict(w1="gate", w3="up", w2="down").get(parts[-2], parts[-2].split("_")[0])
             name = f"blk.{parts[2]}.ffn_{part}_exps.weight"
             groups.setdefault(name, []).append(weight.values)
@@ -402,7 +478,13 @@ def _fused(tensors: list[Weight]) -> Any:
 
 
 def _format_of(weight: Weight, format: str, formats: dict[str, str]) -> str:
-    if weight.values.ndim == 1 or weight.gguf.endswith("bias") or "ffn_gate_inp" in weight.gguf:
+    name = weight.gguf
+    if (
+        weight.values.ndim == 1
+        or name.endswith("bias")
+        or "ffn_gate_inp" in name
+        or "conv1d" in name
+    ):
         return "f32"  # as llama.cpp does: norms, biases and routers
     return next((kind for part, kind in formats.items() if part in weight.gguf), format)
 
@@ -413,13 +495,16 @@ def _write_metadata(writer: Any, model_type: str, s: dict[str, int], more: dict[
     writer.add_block_count(s["layers"])
     writer.add_head_count(s["heads"])
     kind = KINDS[model_type]
+    if kind.delta:
+        _write_delta(writer, kind, s)
     if kind.latent:
         _write_latent(writer, kind, s)
     else:
         writer.add_head_count_kv(s["kv_heads"])
         writer.add_key_length(s["head_dim"])
         writer.add_value_length(s["head_dim"])
-        writer.add_rope_dimension_count(s["head_dim"] // (2 if kind.half_rope else 1))
+        part = 4 if kind.delta else 2 if kind.half_rope else 1
+        writer.add_rope_dimension_count(s["head_dim"] // part)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10_000.0)
     _write_feed_forward(writer, model_type, kind, s)
@@ -444,7 +529,7 @@ def _write_feed_forward(writer: Any, model_type: str, kind: Kind, s: dict[str, i
     writer.add_expert_used_count(s["top_k"])
     if model_type not in ("mixtral", "olmoe"):
         writer.add_expert_feed_forward_length(s["expert_size"])
-    if model_type == "qwen2_moe":
+    if kind.gated_shared:
         writer.add_expert_shared_feed_forward_length(s["shared_size"])
     elif kind.shared:
         writer.add_expert_shared_count(NUM_SHARED)
@@ -465,6 +550,17 @@ def _write_feed_forward(writer: Any, model_type: str, kind: Kind, s: dict[str, i
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(YARN["factor"])
         writer.add_rope_scaling_orig_ctx_len(YARN["original_max_position_embeddings"])
+
+
+def _write_delta(writer: Any, kind: Kind, s: dict[str, int]) -> None:
+    writer.add_ssm_conv_kernel(s["conv_size"])
+    writer.add_ssm_state_size(s["delta_dim"])
+    writer.add_ssm_group_count(s["key_heads"])
+    writer.add_ssm_time_step_rank(s["value_heads"])
+    writer.add_ssm_inner_size(s["value_heads"] * s["delta_dim"])
+    writer.add_full_attention_interval(2)
+    if kind.delta == "apart":
+        writer.add_rope_dimension_sections([1, 1, 0, 0])
 
 
 def _write_latent(writer: Any, kind: Kind, s: dict[str, int]) -> None:

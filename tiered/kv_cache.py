@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,7 @@ class KVCache:
         # Recurrent layers remember a text as a whole: it cannot be cut, nor begin with pages of
         # another that went on.
         self.is_recurrent = bool(config.delta_layers)
-        self._new_state = partial(backend.recurrent_state, config)
+        self._backend, self._config = backend, config
         self._free = list(range(self.num_pages))[::-1]
         self._holders = [0] * self.num_pages  # by page
 
@@ -71,13 +70,16 @@ class KVCache:
         """A new text. With `pages`, it begins with `tokens`, which fill these pages exactly."""
         assert len(tokens) == len(pages) * PAGE_SIZE
         assert not (pages and self.is_recurrent)
-        sequence = Sequence(self.num_pages, self._new_state() if self.is_recurrent else None)
+        sequence = Sequence(self.num_pages, self._new_state())
         sequence.tokens.extend(tokens)
         sequence.pages[: len(pages)] = pages
         sequence.num_pages = len(pages)
         for page in pages:
             self.hold(page)
         return sequence
+
+    def _new_state(self) -> Any:
+        return self._backend.recurrent_state(self._config) if self.is_recurrent else None
 
     def hold(self, page: int) -> None:
         """Keep a page that is in use, until as many calls of `release`."""

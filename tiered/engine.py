@@ -74,6 +74,7 @@ class Engine:
         config, choices = self.config, self.choices
         self.context = min(choices.context or DEFAULT_CONTEXT, config.context_length)
         self.kv_tokens = max(choices.kv_tokens or 0, self.context)
+        self.num_texts = -(-self.kv_tokens // self.context)
         self.store: ExpertStore | None = None
         self.blocks: WholeBlocks | None = None
         if config.sparse_layers:
@@ -102,7 +103,7 @@ class Engine:
             self.source,
             self.prefetcher,
         )
-        self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype)
+        self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype, self.num_texts)
         on_gpu = choices.device != "cpu" and hasattr(self.backend, "slots")
         if on_gpu and self.store and self.source:
             # Last, because experts get what the rest has left of the device's memory.
@@ -124,7 +125,7 @@ class Engine:
             expert_ram=expert_ram,
             process=psutil.Process().memory_info().rss,
             dense=dense_bytes(self.checkpoint, choices.quantize),
-            kv=kv_cache.kv_bytes(config, self.kv_tokens, choices.kv_dtype),
+            kv=kv_cache.kv_bytes(config, self.kv_tokens, choices.kv_dtype, self.num_texts),
             workspace=workspace_bytes(config, choices.prefill_chunk),
             experts=sum(blobs) * config.num_experts,
             floor=max(blobs) * config.top_k,

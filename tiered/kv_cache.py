@@ -15,15 +15,15 @@ VECTOR = 16  # a head's values (not its keys) are padded to a multiple of this
 BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "int8": 1.0}
 
 
-def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str) -> int:
+def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str, num_texts: int = 1) -> int:
     """Bytes that the keys and values of `num_tokens` tokens take, in whole pages, and what
-    recurrent layers remember of one text."""
+    recurrent layers remember of `num_texts` texts."""
     num_pages = -(-num_tokens // PAGE_SIZE)
     padded = -(-config.head_dim // VECTOR) * VECTOR
     scales = 2 * 4 if dtype == "int8" else 0
     per_head = (config.head_dim + padded) * BYTES_PER_VALUE[dtype] + scales
     per_token = len(config.attention_layers) * config.num_kv_heads * per_head
-    return int(num_pages * PAGE_SIZE * per_token) + state_bytes(config)
+    return int(num_pages * PAGE_SIZE * per_token) + num_texts * state_bytes(config)
 
 
 def state_bytes(config: ModelConfig) -> int:
@@ -50,13 +50,19 @@ class KVCache:
     """
 
     def __init__(
-        self, backend: Backend, config: ModelConfig, num_tokens: int, dtype: str = "f16"
+        self,
+        backend: Backend,
+        config: ModelConfig,
+        num_tokens: int,
+        dtype: str = "f16",
+        num_texts: int = 1,
     ) -> None:
         self.num_pages = -(-num_tokens // PAGE_SIZE)
         self.pages: Any = backend.kv_pages(config, self.num_pages, PAGE_SIZE, dtype)
         # Recurrent layers remember a text as a whole: it cannot be cut, nor begin with pages of
-        # another that went on.
+        # another that went on. There is memory for so many of them.
         self.is_recurrent = bool(config.delta_layers)
+        self.num_texts = num_texts
         self._backend, self._config = backend, config
         self._free = list(range(self.num_pages))[::-1]
         self._holders = [0] * self.num_pages  # by page
@@ -112,6 +118,7 @@ class KVCache:
 
     def close(self, sequence: Sequence) -> None:
         self.truncate(sequence, 0)
+        sequence.state = None
 
     def batch(self, additions: Items[tuple[Sequence, Items[int]]]) -> Batch:
         """Append tokens to sequences, and say where each stands. MemoryError if pages run out."""

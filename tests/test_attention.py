@@ -71,7 +71,7 @@ def selecting_weights(c, seed=0):
 
 def prepared(weights):
     """The same for Attention.layer."""
-    out = {"q_norm": None, "k_norm": None, "sinks": None}
+    out = {"q_norm": None, "k_norm": None, "sinks": None, "gate": None}
     for name, value in weights.items():
         value = value.astype(np.float32)
         if value.ndim == 2:

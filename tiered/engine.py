@@ -31,9 +31,10 @@ from tiered.source import MappedExperts, TieredExperts
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
 from tiered.text.chat import ChatTemplate
+from tiered.text.harmony import is_harmony, rewritten
 from tiered.text.sampling import Sampler, SamplingParams, log_softmax
 from tiered.text.stop_strings import StopStrings
-from tiered.text.tokenizer import Tokenizer, load_tokenizer
+from tiered.text.tokenizer import TextStream, Tokenizer, load_tokenizer
 from tiered.tier import Tier
 from tiered.tracing.trace import TraceInfo, TraceWriter
 from tiered.weights.dense import dense_bytes
@@ -174,29 +175,48 @@ class Engine:
         **sampling: Any,
     ) -> Iterator[str]:
         """Continue `prompt`; yields pieces of text. `sampling` is SamplingParams'."""
-        tokens = self.generate_tokens(
-            self.tokenizer.encode(prompt),
-            max_new_tokens,
-            stop_ids=self.eos_ids,
-            sequence=sequence,
-            **sampling,
-        )
-        stream, stops = self.tokenizer.stream(), StopStrings(stop)
-        for token in tokens:
+        ids = self.tokenizer.encode(prompt)
+        stream = self.tokenizer.stream()
+        return self._texts(ids, max_new_tokens, stream, stop, sequence, sampling)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        max_new_tokens: int = 256,
+        *,
+        stop: Sequence[str] = (),
+        sequence: kv_cache.Sequence | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Answer a conversation: [{"role": "user", "content": "..."}, ...]. Yields text, of which
+        reasoning, if the model writes any, stands between <think> and </think>."""
+        if self._template is None:
+            self._template = ChatTemplate.of(self.tokenizer)
+        ids = self.tokenizer.encode(self._template.render(messages))
+        harmony = is_harmony(self.tokenizer.chat_template)
+        stream = self.tokenizer.stream(skip_special=not harmony)
+        texts = self._texts(ids, max_new_tokens, stream, stop, sequence, sampling)
+        return rewritten(texts) if harmony else texts
+
+    def _texts(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        stream: TextStream,
+        stop: Sequence[str],
+        sequence: kv_cache.Sequence | None,
+        sampling: dict[str, Any],
+    ) -> Iterator[str]:
+        stops = StopStrings(stop)
+        for token in self.generate_tokens(
+            ids, max_new_tokens, stop_ids=self.eos_ids, sequence=sequence, **sampling
+        ):
             if piece := stops.push(stream.push(token)):
                 yield piece
             if stops.stopped:
                 return
         if piece := stops.push(stream.finish()) + stops.finish():
             yield piece
-
-    def chat(
-        self, messages: Sequence[dict[str, Any]], max_new_tokens: int = 256, **options: Any
-    ) -> Iterator[str]:
-        """Answer a conversation: [{"role": "user", "content": "..."}, ...]. Yields text."""
-        if self._template is None:
-            self._template = ChatTemplate.of(self.tokenizer)
-        return self.generate(self._template.render(messages), max_new_tokens, **options)
 
     # --- tokens ---
 

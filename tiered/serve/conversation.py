@@ -14,6 +14,7 @@ from tiered.serve.parts import THINK, Splitter
 from tiered.serve.request import Constraint
 from tiered.serve.service import Service
 from tiered.serve.structured import AfterReasoning
+from tiered.text.harmony import Harmony, is_harmony
 
 MAX_TOOLS = 128
 MAX_MESSAGES = 10_000
@@ -50,8 +51,10 @@ async def prepare(
         _render, service, messages, wrapped or None, template_variables(fields)
     )
     ids = await asyncio.to_thread(encode_hidden, service, text, hidden)
-    thinking = None
-    if THINK in (service.tokenizer.chat_template or ""):
+    thinking, harmony = None, is_harmony(service.tokenizer.chat_template)
+    if harmony:
+        thinking = False
+    elif THINK in (service.tokenizer.chat_template or ""):
         thinking = text.rstrip().endswith(THINK)
     format = service.tools if offered else None
     if offered and tools.choice != "auto":
@@ -63,7 +66,9 @@ async def prepare(
         def new_constraint() -> Constraint:
             return AfterReasoning(inner(), service.tokenizer)
 
-    return Conversation(ids, lambda: Splitter(thinking, format), new_constraint)
+    return Conversation(
+        ids, lambda: Splitter(thinking, format, Harmony() if harmony else None), new_constraint
+    )
 
 
 def template_variables(fields: Fields) -> dict[str, Any]:

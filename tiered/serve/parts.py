@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tiered.serve.tool_formats import ToolCall, ToolFormat
+from tiered.text.harmony import Harmony
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -22,11 +23,17 @@ class Splitter:
 
     `thinking`: None for a model that does not reason aloud, True if the prompt has begun its
     reasoning. `tools`: how it writes calls, if it was offered tools. What looks like a call and is
-    none is text.
+    none is text. `rewriter`: for a model whose parts are marked in another way.
     """
 
-    def __init__(self, thinking: bool | None = None, tools: ToolFormat | None = None) -> None:
+    def __init__(
+        self,
+        thinking: bool | None = None,
+        tools: ToolFormat | None = None,
+        rewriter: Harmony | None = None,
+    ) -> None:
         self.tools = tools
+        self.rewriter = rewriter
         self.num_calls = 0
         self._waiting = ""
         self._state = "start"
@@ -35,7 +42,7 @@ class Splitter:
             self._state = "reasoning"
 
     def push(self, text: str) -> list[Part]:
-        self._waiting += text
+        self._waiting += self.rewriter.push(text) if self.rewriter else text
         parts: list[Part] = []
         while self._step(parts, last=False):
             pass
@@ -43,6 +50,7 @@ class Splitter:
 
     def finish(self) -> list[Part]:
         """The rest, at the end of the answer."""
+        self._waiting += self.rewriter.finish() if self.rewriter else ""
         parts: list[Part] = []
         while self._step(parts, last=True):
             pass

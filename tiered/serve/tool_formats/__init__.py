@@ -20,7 +20,8 @@ class ToolFormat(NamedTuple):
     """`opening` and `closing` (empty: the answer's end) enclose what `parse` reads.
 
     `bare`: an answer that begins with a brace may be a call without `opening`. `envelope` gives
-    what stands before and after the JSON arguments of a call to a tool of this name.
+    what stands before and after the JSON arguments of a call to a tool of this name; ValueError if
+    that cannot be enforced. `control` are control tokens that tell an answer's parts apart.
     """
 
     opening: str
@@ -28,10 +29,11 @@ class ToolFormat(NamedTuple):
     parse: Callable[[str], list[ToolCall]]  # ValueError: that is not a call
     envelope: Callable[[str], tuple[str, str]]
     bare: bool = False
+    control: tuple[str, ...] = ()
 
     @property
     def marks(self) -> tuple[str, ...]:
-        return tuple(mark for mark in (self.opening, self.closing) if mark)
+        return tuple(mark for mark in (self.opening, self.closing, *self.control) if mark)
 
 
 def find_format(template: str) -> ToolFormat | None:

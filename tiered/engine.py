@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,10 +12,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from tiered import kv_cache, memory, policies
+from tiered import kv_cache, memory
 from tiered.backend import Backend, open_backend
 from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
-from tiered.cache.floors import check_budget
 from tiered.checkpoints.damage import damaged, find_damage
 from tiered.config import EngineConfig, ModelConfig
 from tiered.formats import CheckpointError, open_checkpoint
@@ -24,23 +22,18 @@ from tiered.governor import Governor
 from tiered.gpu.accelerator import place_experts
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
-from tiered.policies import Space
 from tiered.prefetch import Prefetcher
-from tiered.slots import RamMemory
-from tiered.source import MappedExperts, TieredExperts
+from tiered.source import MappedExperts, TieredExperts, count, open_source
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
 from tiered.text.chat import ChatTemplate
 from tiered.text.sampling import Sampler, SamplingParams, log_softmax
 from tiered.text.stop_strings import StopStrings
 from tiered.text.tokenizer import Tokenizer, load_tokenizer
-from tiered.tier import Tier
 from tiered.tracing.trace import TraceInfo, TraceWriter
 from tiered.weights.dense import dense_bytes
 from tiered.weights.loader import WeightLoader
 from tiered.whole_blocks import WholeBlocks
-
-log = logging.getLogger("tiered")
 
 DEFAULT_CONTEXT = 4096  # tokens
 
@@ -84,7 +77,9 @@ class Engine:
             if choices.device == "cpu" and blocks.pays:
                 self.blocks = blocks
         self.plan = self._plan_memory()
-        self.source = self._open_source(stack)
+        self.source: MappedExperts | TieredExperts | None = None
+        if self.store is not None:
+            self.source = open_source(self.store, self.blocks, self.plan, choices, stack)
         self.governor: Governor | None = None
         self.prefetcher: Prefetcher | None = None
         if isinstance(self.source, TieredExperts) and choices.look_ahead:
@@ -130,20 +125,6 @@ class Engine:
             floor=max(blobs) * config.top_k,
             mappable=self.store is not None and self.store.mappable,
         )
-
-    def _open_source(self, stack: ExitStack) -> MappedExperts | TieredExperts | None:
-        if self.store is None:
-            return None
-        if self.plan.mapped:
-            return MappedExperts(self.store)
-        space = Space(self.plan.slots, tuple(self._blob_bytes))
-        policy = policies.create(self.choices.policy, space)
-        for warning in check_budget(space, self.config.top_k, policy):
-            log.warning(warning)
-        source = self.blocks or self.store
-        tier = Tier(RamMemory(space), source, policy, self.choices.readers)
-        stack.callback(tier.close)
-        return TieredExperts(tier, source.offsets)
 
     @property
     def _blob_bytes(self) -> list[int]:
@@ -370,14 +351,7 @@ class Engine:
         python = sum(parts.values()) - parts["waiting"] - self.backend.seconds
         reads = self.store.seconds if self.store else 0.0
         stats.parts = {**parts, "python": python, "reads": reads}
-        if isinstance(self.source, MappedExperts):
-            stats.hits = self.source.hits
-        elif isinstance(self.source, TieredExperts):
-            tier = self.source.tier.stats
-            stats.hits, stats.misses, stats.bytes_read = tier.hits, tier.misses, tier.bytes_read
-            stats.prefetches = tier.prefetches
-            stats.prefetches_used = tier.prefetches_used
-            stats.prefetches_wasted = tier.prefetches_wasted
+        count(self.source, stats)
         return stats
 
     def close(self) -> None:

@@ -7,7 +7,9 @@ import pytest
 from serving import make_checkpoint
 
 pytest.importorskip("starlette")
-ray = pytest.importorskip("ray")
+pytest.importorskip("ray")
+
+import ray
 
 from tiered.batch.lines import read_lines
 from tiered.batch.output import OutputFile

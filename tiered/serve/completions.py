@@ -148,11 +148,12 @@ class Completion:
             for choice in event.choices:
                 scores.add(choice.token, choice)
             return ""
-        if isinstance(event, Piece):
+        if isinstance(event, (Piece, Finish)):
+            # The end token has an entry, too: who scores a prompt leaves one new token out.
             if event.choice:
-                scores.add(event.token, event.choice)
+                scores.add(event.choice.token, event.choice)
             return event.text
-        return event.text if isinstance(event, Finish) else ""
+        return ""
 
     def prompt_text(self, index: int) -> str:
         if not self.echo:

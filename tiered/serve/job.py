@@ -93,13 +93,13 @@ class Job:
             self.first_token = now
         if request.constraint is not None:
             request.constraint.accept(token)
+        choice = None if raw is None else score(raw, token, request.logprobs or 0)
         if token in request.stop_ids:
-            self.end("stop")
+            self.end("stop", choice=choice)
             return
         self.tokens.append(token)
         self._counts[token] += 1
         text = self._stops.push(self._stream.push(token))
-        choice = None if raw is None else score(raw, token, request.logprobs or 0)
         self._on_event(Piece(text, token, choice))
         constraint = request.constraint
         if self._stops.stopped or (constraint is not None and constraint.finished):
@@ -107,7 +107,9 @@ class Job:
         elif self.num_new >= request.max_new_tokens or len(self.tokens) > context:
             self.end("length")
 
-    def end(self, reason: str, error: BaseException | None = None) -> None:
+    def end(
+        self, reason: str, error: BaseException | None = None, choice: Choice | None = None
+    ) -> None:
         """Send the last event."""
         text = ""
         if not self._stops.stopped and reason in ("stop", "length"):
@@ -120,6 +122,7 @@ class Job:
             self.num_new,
             self._stops.matched,
             error,
+            choice,
         )
         self._on_event(self.finish)
 

@@ -81,6 +81,7 @@ class Finish(NamedTuple):
     num_new: int
     stop: str | None = None  # the stop string that ended it
     error: BaseException | None = None
+    choice: Choice | None = None  # the end token, which is no part of the answer, if it came
 
 
 Event = PromptScores | Piece | Finish

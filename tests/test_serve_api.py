@@ -203,7 +203,7 @@ ERRORS = [
     ("/v1/completions", {"prompt": [99999]}, 400, "token id"),
     ("/v1/completions", {"prompt": ""}, 400, "empty"),
     ("/v1/completions", {"prompt": "\ud800"}, 400, "Unicode"),
-    ("/v1/embeddings", {"input": "x"}, 501, "no embeddings"),
+    ("/v1/embeddings", {"input": "x", "dimensions": 3}, 400, "dimensions"),
     ("/v1/messages", {"messages": HELLO}, 400, "max_tokens is missing"),
     ("/v1/responses", {"input": 3}, 400, "input must be"),
     ("/v1/chat/completions", {"messages": HELLO, "x": "y" * (1 << 20)}, 413, "larger than"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -232,6 +233,32 @@ class Engine:
         finally:
             self.kv.close(sequence)
 
+    def hidden_states(self, ids: Sequence[int]) -> np.ndarray:
+        """What the model makes of each token, after its last norm: float32 [len(ids), hidden_size].
+
+        A model that was trained to go on with a text was not trained to compare texts by these.
+        """
+        ids = self.checked(ids)
+        sequence = self.kv.open()
+        try:
+            return np.concatenate(
+                [
+                    self._forward(sequence, chunk, False, self.hidden_output)
+                    for chunk in self._chunks(ids)
+                ]
+            )
+        finally:
+            self.kv.close(sequence)
+
+    @cached_property
+    def hidden_output(self) -> Any:
+        """An output layer that ends with the norm: its head is the identity, on any device."""
+        size = self.config.hidden_size
+        identity = np.eye(size, dtype=np.float32).view(np.uint8).reshape(-1)
+        head = self.backend.matrix(identity, "f32", (size, size))
+        loader = WeightLoader(self.checkpoint, self.backend, self.choices.quantize)
+        return self.backend.output_layer(loader.required("norm"), head, self.config)
+
     def score_tokens(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
         """Decode a given answer token by token, as if it had been sampled.
 
@@ -278,14 +305,14 @@ class Engine:
         return [ids[start : start + size] for start in range(0, len(ids), size)]
 
     def _forward(
-        self, sequence: kv_cache.Sequence, ids: Sequence[int], last_only: bool
+        self, sequence: kv_cache.Sequence, ids: Sequence[int], last_only: bool, output: Any = None
     ) -> np.ndarray:
         """Append tokens and compute them; on an error the sequence is as it was before."""
         length = len(sequence.tokens)
         rows = np.array([len(ids) - 1]) if last_only else np.arange(len(ids))
         try:
             batch = self.kv.batch([(sequence, ids)])
-            logits = self.decoder.forward(batch, self.kv.pages, rows)
+            logits = self.decoder.forward(batch, self.kv.pages, rows, output)
             if not np.isfinite(logits.max()):
                 raise self._damage()
             return logits

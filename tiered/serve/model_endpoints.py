@@ -73,10 +73,6 @@ async def tokenizer_info(http: HttpRequest) -> Response:
     )
 
 
-async def embeddings(http: HttpRequest) -> Response:
-    raise ApiError("this model generates text, and gives no embeddings", 501)
-
-
 async def health(http: HttpRequest) -> Response:
     service = service_of(http)
     if service.draining or not service.scheduler.is_alive:

@@ -34,6 +34,7 @@ MOST_SHOWN = 5  # failed requests
     type=click.IntRange(1),
     help="Tokens of KV cache for all requests and remembered prefixes. Default: four contexts.",
 )
+@opt.prefill_chunk_option
 @opt.json_option
 @opt.engine_options
 def command(

@@ -34,6 +34,7 @@ from tiered.commands.output import notes
     type=click.IntRange(1),
     help="Tokens of KV cache for all requests and remembered prefixes. Default: four contexts.",
 )
+@opt.prefill_chunk_option
 @opt.option(
     "--timeout",
     type=click.FloatRange(1),
@@ -63,6 +64,7 @@ def command(
     parallel: int,
     queue: int,
     kv_tokens: int | None,
+    prefill_chunk: int,
     timeout: float,
     max_body: str,
     allow_origin: tuple[str, ...],
@@ -90,7 +92,7 @@ def command(
 
     path = find_model(model)
     context = choices["context"] or 4096
-    choices["kv_tokens"] = kv_tokens or 4 * context
+    choices |= {"kv_tokens": kv_tokens or 4 * context, "prefill_chunk": prefill_chunk}
     limits = Limits(body_bytes=parse_bytes(max_body), request_seconds=timeout)
     with (
         open_engine(path, choices) as engine,

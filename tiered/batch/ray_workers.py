@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from tiered.batch.worker import Worker
-from tiered.memory import default_limit
+from tiered.cluster import joined, shared_out
 from tiered.serve.errors import ApiError, error_body
 
 TRIES = 3  # workers that may die under a request before it is to blame
@@ -35,42 +35,22 @@ class RayWorkers:
         self._changed = asyncio.Condition()  # `workers` has one more
 
     async def __aenter__(self) -> RayWorkers:
-        import ray
-
-        self._ray = ray
-        self._is_ours = not ray.is_initialized()
-        if self._is_ours:
-            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-        try:
-            self._share_out(int(ray.cluster_resources().get("CPU", 0)), len(ray.nodes()))
+        with ExitStack() as stack:
+            self._ray = stack.enter_context(joined())
+            stack.callback(self._kill)
+            self.choices = shared_out(self._ray, self.choices, self.count)
             opened = await asyncio.gather(*(self._open() for _ in range(self.count)))
             self.workers.extend(opened)
-        except BaseException:
-            self.close()
-            raise
+            self._closing = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.close()
+        self._closing.close()
 
-    def close(self) -> None:
+    def _kill(self) -> None:
         for worker in self.workers:
             self._ray.kill(worker.actor)
         self.workers.clear()
-        if self._is_ours:
-            self._ray.shutdown()
-
-    def _share_out(self, cpus: int, num_nodes: int) -> None:
-        """Each worker's threads and, where nobody says, its memory."""
-        threads = self.choices.get("threads") or max(1, cpus // self.count)
-        if threads * self.count > cpus:
-            raise RuntimeError(
-                f"{self.count} workers of {threads} threads need {threads * self.count} CPUs, and "
-                f"Ray has {cpus}: give less --replicas or --threads"
-            )
-        self.choices = {**self.choices, "threads": threads}
-        if self.choices.get("ram") is None and self.choices.get("expert_ram") is None:
-            self.choices["ram"] = default_limit() // math.ceil(self.count / num_nodes)
 
     async def _open(self) -> RayWorker:
         """A worker that is ready; RuntimeError if its engine cannot be opened."""

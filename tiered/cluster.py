@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,3 +42,19 @@ def shared_out(ray: Any, choices: dict[str, Any], count: int) -> dict[str, Any]:
     if choices.get("ram") is None and choices.get("expert_ram") is None:
         choices["ram"] = default_limit() // math.ceil(count / len(ray.nodes()))
     return choices
+
+
+def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """(position in `calls`, result) of each call on the cluster, as they are done.
+
+    Ray repeats what a dying worker leaves undone. What `function` raises ends it.
+    """
+    with joined() as ray:
+        remote = ray.remote(num_cpus=1)(function)
+        waiting = {remote.remote(*call): position for position, call in enumerate(calls)}
+        while waiting:
+            (done, *_), _ = ray.wait(list(waiting))
+            try:
+                yield waiting.pop(done), ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None

@@ -198,6 +198,16 @@ def test_what_failed_by_our_fault_is_asked_again(tmp_path):
     assert asked == [*IDS, "r3"] and read(out)["r3"]["status_code"] == 200
 
 
+def test_a_link_stays_one(tmp_path):
+    out = tmp_path / "real.jsonl"
+    run(out, answering([]))
+    out.write_bytes(out.read_bytes()[:-1])
+    link = tmp_path / "out.jsonl"
+    link.symlink_to(out)
+    assert run(link, answering([])).answered == 1
+    assert link.is_symlink() and set(read(out)) == set(IDS)
+
+
 def test_an_output_of_something_else_is_left_as_it_is(tmp_path):
     out = tmp_path / "out.jsonl"
     for text in ("notes\n", '{"custom_id": "other", "response": {"status_code": 200}}\n', "[1]\n"):

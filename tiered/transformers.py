@@ -63,7 +63,7 @@ class TieredConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.choices()  # checked now rather than when the model is loaded
 
     def choices(self) -> EngineConfig:
-        values = {name: value for name, value in vars(self).items()}
+        values = dict(vars(self))
         del values["quant_method"], values["experts"]
         return EngineConfig(look_ahead=0, **values)
 
@@ -80,33 +80,39 @@ class TieredQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        found = {name: m for name, m in model.named_modules() if _is_experts(m)}
-        if not found:
-            raise ValueError(f"{type(model).__name__} has no experts that can be replaced")
-        for name, module in found.items():
-            _check(name, module)
-            for parameter in list(module._parameters):
-                delattr(module, parameter)
-            module._is_hf_initialized = True  # nothing is left that could be
+        found = _taken_out(model)
         path = self.quantization_config.experts
-        if path is None:
-            if not checkpoint_files:
-                raise ValueError("there are no files to read experts from: name a folder, or a hub")
+        if path is None and checkpoint_files:
             path = Path(checkpoint_files[0]).parent
+        if path is None:
+            raise ValueError("there is no file to read experts from: TieredConfig(experts=...)")
         dense = sum(p.numel() * p.element_size() for p in model.parameters())
         experts = StandaloneExperts(Path(path), self.quantization_config.choices(), dense)
+        # For those who do not close it: its threads end with the model.
+        close = weakref.finalize(model, experts.close)
         try:
             for name, module in found.items():
                 module.tiered = _place(name, module, experts)
         except BaseException:
-            experts.close()
+            close()
             raise
-        # For those who do not close it: its threads end with the model.
-        weakref.finalize(model, experts.close)
-        ignored = model._keys_to_ignore_on_load_unexpected
-        ignored = [] if ignored is None else ignored  # a list or a set, by transformers' version
-        model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, _IN_FILES])
         model.set_experts_implementation(NAME)
+
+
+def _taken_out(model: Any) -> dict[str, Any]:
+    """The modules of experts, by name, without their weights; nor are these missed in the files."""
+    found = {name: m for name, m in model.named_modules() if _is_experts(m)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no experts that can be replaced")
+    for name, module in found.items():
+        _check(name, module)
+        for parameter in list(module._parameters):
+            delattr(module, parameter)
+        module._is_hf_initialized = True  # nothing is left that could be
+    ignored = model._keys_to_ignore_on_load_unexpected
+    ignored = [] if ignored is None else ignored  # a list or a set, by transformers' version
+    model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, _IN_FILES])
+    return found
 
 
 class Place(NamedTuple):

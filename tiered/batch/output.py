@@ -23,7 +23,7 @@ class OutputFile:
     """
 
     def __init__(self, path: Path, ids: Collection[str]) -> None:
-        self.path = path
+        self.path = path = path.resolve()  # what a link leads to is rewritten, not the link
         self.done: set[str] = set()
         self._file = _locked(path)
         try:

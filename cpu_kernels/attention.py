@@ -10,14 +10,14 @@ from cpu_kernels.batch import PreparedBatch
 from cpu_kernels.flash import (
     ATTENTION,
     BATCH,
-    attend_blocks,
     attend_chunk_kernel,
-    attend_split,
-    merge_split,
+    run_attention,
 )
+from cpu_kernels.gating import multiply_sigmoid
 from cpu_kernels.inner import inner
 from cpu_kernels.kv import KV, KVPages, append, padded
-from cpu_kernels.linear import multiply, prepare_activations
+from cpu_kernels.latent import LatentAttentionLayer
+from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, word
 from cpu_kernels.norm import add, apply_norm, clip, rms_norm_rows, rms_scale, scaled_copy
 from cpu_kernels.record import Record, floats
@@ -113,17 +113,18 @@ def attention(layer, thread, num_threads, team):
     multiply(word(layer, ATTENTION.k), prepared, num_rows, out, width, thread, num_threads)
     out += 4 * kv_size
     multiply(word(layer, ATTENTION.v), prepared, num_rows, out, width, thread, num_threads)
+    gate, gates = word(layer, ATTENTION.gate), word(batch, BATCH.gates)
+    if gate:
+        multiply(gate, prepared, num_rows, gates, q_size, thread, num_threads)
     barrier(team)
     _finish_heads(layer, thread, num_threads)
     barrier(team)
-    if word(batch, BATCH.split):
-        attend_split(layer, thread, team)
-        barrier(team)
-        merge_split(layer, thread, num_threads)
-    else:
-        attend_blocks(layer, thread, team)
-    barrier(team)
+    run_attention(layer, thread, num_threads, team)
     attended, prepared = word(batch, BATCH.attended), word(batch, BATCH.prepared_out)
+    if gate:
+        lo, hi = share(num_rows * q_size, thread, num_threads)
+        multiply_sigmoid(attended + 4 * lo, gates + 4 * lo, hi - lo)
+        barrier(team)
     prepare_activations(attended, q_size, num_rows, q_size, prepared, thread, num_threads)
     barrier(team)
     out = word(batch, BATCH.out)
@@ -141,17 +142,37 @@ class Geometry(NamedTuple):
     num_kv_heads: int
     head_dim: int
     padded_dim: int
+    is_gated: bool
+
+    def rooms(self, num_rows: int) -> dict[str, int]:
+        """Bytes, by field of BATCH."""
+        width = self.num_heads * self.head_dim
+        return {
+            "prepared": prepared_bytes(num_rows, self.hidden_size),
+            "projected": 4 * num_rows * (width + 2 * self.num_kv_heads * self.head_dim),
+            "attended": 4 * num_rows * width,
+            "prepared_out": prepared_bytes(num_rows, width),
+            "gates": 4 * num_rows * width if self.is_gated else 0,
+        }
+
+    def head_rows(self, num_rows: int) -> None:
+        """Only latent attention needs them."""
 
 
 class AttentionLayer:
     """A layer's weights, ready for `Attention.run`. `weights` and `config` have the attributes of
     tiered.backend.AttentionWeights and tiered.config.ModelConfig, its matrices are Matrix."""
 
-    def __init__(self, weights: Any, config: Any, batch: Record, rope: RopeTable) -> None:
+    op = attention
+
+    def __init__(
+        self, weights: Any, config: Any, index: int, batch: Record, rope: RopeTable
+    ) -> None:
         c = config
         self.geometry = Geometry(
-            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, padded(c.head_dim)
-        )
+            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, padded(c.head_dim),
+            weights.gate is not None,
+        )  # fmt: skip
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         if c.qk_norm not in ("", "head", "full"):
             raise ValueError(f'qk_norm must be "", "head" or "full", not {c.qk_norm!r}')
@@ -163,15 +184,16 @@ class AttentionLayer:
             ("k", (kv_size, c.hidden_size)),
             ("v", (kv_size, c.hidden_size)),
             ("o", (c.hidden_size, q_size)),
+            *([("gate", (q_size, c.hidden_size))] if weights.gate is not None else []),
         ):
             if tuple(getattr(weights, name).shape) != shape:
                 raise ValueError(
                     f"attention weight {name} must have shape {shape}, "
                     f"not {tuple(getattr(weights, name).shape)}"
                 )
-        self.rope, self._coarse = rope, rope.coarse
+        self.rope = rope
         self._weights = weights  # the record has only their addresses
-        self.record = Record(
+        self.record = self.attention = Record(
             ATTENTION,
             batch=batch.address,
             num_heads=c.num_heads,
@@ -179,8 +201,8 @@ class AttentionLayer:
             head_dim=c.head_dim,
             padded_dim=padded(c.head_dim),
             group=c.num_heads // c.num_kv_heads,
-            window=c.sliding_window,
-            sinks=floats(getattr(weights, "sinks", None), "sinks", c.num_heads),
+            window=c.window(index),
+            sinks=floats(weights.sinks, "sinks", c.num_heads),
             hidden_size=c.hidden_size,
             eps=float(c.norm_eps),
             norm=floats(weights.norm, "norm", c.hidden_size),
@@ -188,11 +210,12 @@ class AttentionLayer:
             k=weights.k.address,
             v=weights.v.address,
             o=weights.o.address,
+            gate=0 if weights.gate is None else weights.gate.address,
             q_norm=floats(weights.q_norm, "q_norm", norm_shapes[0]) if has_norm else None,
             k_norm=floats(weights.k_norm, "k_norm", norm_shapes[1]) if has_norm else None,
             full_norm=int(full),
             clip=float(c.clip_qkv),
-            query_scale=c.head_dim**-0.5,
+            query_scale=float(c.query_scale or c.head_dim**-0.5),
             fine=rope.fine,
             coarse=rope.coarse,
             half=rope.half,
@@ -200,25 +223,7 @@ class AttentionLayer:
             multiply=multiply_kernel("f32"),
             attend_chunk=attend_chunk_kernel(),
         )
-        self._kv: Record | None = None
         _ = attention.address  # compiled before the first token
-
-    def use(self, kv: KVPages, index: int, num_positions: int) -> None:
-        """Keep keys and values in layer `index` of kv; be ready for so many positions."""
-        record = kv.records[index]
-        if record is not self._kv:
-            g = self.geometry
-            if (kv.num_kv_heads, kv.head_dim) != (g.num_kv_heads, g.head_dim):
-                raise ValueError(
-                    f"the KV cache has {kv.num_kv_heads} heads of {kv.head_dim} values, "
-                    f"the layer {g.num_kv_heads} of {g.head_dim}"
-                )
-            self.record.set(kv=record.address)
-            self._kv = record
-        self.rope.reserve(num_positions)
-        if self._coarse is not self.rope.coarse:
-            self.record.set(coarse=self.rope.coarse)
-            self._coarse = self.rope.coarse
 
 
 class Attention:
@@ -232,25 +237,42 @@ class Attention:
         self._batch = PreparedBatch(team.num_threads)
         self._ropes: dict[Any, RopeTable] = {}
 
-    def layer(self, weights: Any, config: Any) -> AttentionLayer:
-        key = config.rope, config.head_dim
-        if key not in self._ropes:
-            self._ropes[key] = RopeTable(config.rope, config.head_dim, config.context_length)
-        return AttentionLayer(weights, config, self._batch.record, self._ropes[key])
+    def layer(self, weights: Any, config: Any, index: int) -> AttentionLayer:
+        return AttentionLayer(weights, config, index, self._batch.record, self._rope(config))
 
-    def run(
-        self, x: np.ndarray, layer: AttentionLayer, kv: KVPages, index: int, batch: Any
-    ) -> None:
+    def latent_layer(self, weights: Any, config: Any, index: int) -> LatentAttentionLayer:
+        rope = self._rope(config)
+        return LatentAttentionLayer(weights, config, index, self._batch.record, rope)
+
+    def run(self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
         """x += attention(norm(x)): float32 [num_tokens, hidden_size]; appends keys and values."""
         if not len(x):
             return
         self._batch.prepare(x, batch, kv, layer.geometry)
-        layer.use(kv, index, self._batch.num_positions)
-        self._team.run(attention.address, layer.record.address)
+        self._use(layer, kv, index)
+        self._team.run(layer.op.address, layer.record.address)
+
+    def _rope(self, config: Any) -> RopeTable:
+        key = config.rope, config.head_dim
+        if key not in self._ropes:
+            self._ropes[key] = RopeTable(config.rope, config.head_dim, config.context_length)
+        return self._ropes[key]
+
+    def _use(self, layer: Any, kv: KVPages, index: int) -> None:
+        """Keep keys and values in layer `index` of kv; be ready for the batch's positions."""
+        g, record, rope = layer.geometry, layer.attention, layer.rope
+        if (kv.num_kv_heads, kv.head_dim) != (g.num_kv_heads, g.head_dim):
+            raise ValueError(
+                f"the KV cache has {kv.num_kv_heads} heads of {kv.head_dim} values, "
+                f"the layer {g.num_kv_heads} of {g.head_dim}"
+            )
+        rope.reserve(self._batch.num_positions)
+        if not record.is_filled_for(kv.records[index], rope.coarse):
+            record.set(kv=kv.records[index].address, coarse=rope.coarse)
+            record.filled_for = kv.records[index], rope.coarse
 
 
 def kv_pages(config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages:
-    """Room for the keys and values of all layers of a model."""
-    return KVPages(
-        config.num_layers, config.num_kv_heads, config.head_dim, num_pages, page_size, dtype
-    )
+    """Room for the keys and values of all layers of a model that have them."""
+    layers = config.attention_layers
+    return KVPages(layers, config.num_kv_heads, config.head_dim, num_pages, page_size, dtype)

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels.attention import Attention, AttentionLayer, kv_pages
+from cpu_kernels.delta import DeltaLayer, DeltaNet, RecurrentState
 from cpu_kernels.embed import Embedding
 from cpu_kernels.experts import Combine, ExpertLayer
 from cpu_kernels.feed_forward import FeedForwardLayer
 from cpu_kernels.head import Head, OutputLayer
 from cpu_kernels.isa import choose
 from cpu_kernels.kv import KVPages
+from cpu_kernels.latent import LatentAttentionLayer
 from cpu_kernels.linear import Matrix
 from cpu_kernels.record import Scratch
 from cpu_kernels.route import Router, RouterLayer, Routing
@@ -43,6 +45,7 @@ class CpuBackend:
         self._team = Team(threads)
         self._embedding = Embedding(self._team)
         self._attention = Attention(self._team)
+        self._delta = DeltaNet(self._team)
         self._router = Router(self._team)
         # Look-ahead may run beside the forward pass, and must not use its memory.
         self._guesser = Router(self._team)
@@ -57,23 +60,34 @@ class CpuBackend:
 
     # -- layers, prepared once --
 
-    def attention_layer(self, weights: Any, config: Any) -> AttentionLayer:
-        return self._attention.layer(weights, config)
+    def attention_layer(self, weights: Any, config: Any, index: int = 0) -> AttentionLayer:
+        return self._attention.layer(weights, config, index)
 
-    def router_layer(self, norm: np.ndarray, router: Matrix, config: Any) -> RouterLayer:
-        return RouterLayer(norm, router, config)
+    def latent_attention_layer(
+        self, weights: Any, config: Any, index: int = 0
+    ) -> LatentAttentionLayer:
+        return self._attention.latent_layer(weights, config, index)
 
-    def expert_layer(self, layout: Any, config: Any) -> ExpertLayer:
-        layer = ExpertLayer(layout, self._isa, self.exact, self._workspace)
+    def delta_layer(self, weights: Any, config: Any, number: int) -> DeltaLayer:
+        return self._delta.layer(weights, config, number)
+
+    def recurrent_state(self, config: Any) -> RecurrentState:
+        return RecurrentState(config)
+
+    def router_layer(
+        self, norm: np.ndarray, router: Matrix, config: Any, correction: np.ndarray | None = None
+    ) -> RouterLayer:
+        return RouterLayer(norm, router, config, correction)
+
+    def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> ExpertLayer:
+        layer = ExpertLayer(layout, config, self._isa, self.exact, self._workspace, biases)
         self._hidden_size = layer.hidden_size  # of all layers
         return layer
 
     def feed_forward_layer(
         self, weights: Any, config: Any, norm: np.ndarray | None = None
     ) -> FeedForwardLayer:
-        return FeedForwardLayer(
-            weights, self._isa, self.exact, self._workspace, norm, config.norm_eps
-        )
+        return FeedForwardLayer(weights, config, self._isa, self.exact, self._workspace, norm)
 
     def output_layer(self, norm: np.ndarray, head: Matrix, config: Any) -> OutputLayer:
         return OutputLayer(norm, head, config)
@@ -86,10 +100,11 @@ class CpuBackend:
     def embed(self, table: Matrix, tokens: np.ndarray) -> np.ndarray:
         return self._embedding.run(table, tokens)
 
-    def attention(
-        self, x: np.ndarray, layer: AttentionLayer, kv: KVPages, index: int, batch: Any
-    ) -> None:
-        self._attention.run(x, layer, kv, index, batch)
+    def attention(self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
+        if isinstance(layer, DeltaLayer):
+            self._delta.run(x, layer, batch)
+        else:
+            self._attention.run(x, layer, kv, index, batch)
 
     def route(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
         return self._router.route(x, layer)

@@ -9,7 +9,6 @@ from numba import njit
 
 from cpu_kernels.flash import BATCH, BLOCK_ROWS, partial_bytes, workspace_bytes
 from cpu_kernels.kv import CHUNK, KV, KVPages
-from cpu_kernels.linear import prepared_bytes
 from cpu_kernels.memory import load_i32, store_word, word
 from cpu_kernels.record import Record, Scratch
 
@@ -91,7 +90,7 @@ class PreparedBatch:
             max_pages=max_pages,
             blocks=self._scratch.room("blocks", 16 * num_rows),
         )
-        largest = _plan(self.record.address, kv.records[0].address, num_sequences)
+        largest = _plan(self.record.address, kv.any_record.address, num_sequences)
         if largest < 0:
             raise ValueError(f"attention cannot use this batch: {_REASONS[largest]}")
         self.num_positions = largest + 1
@@ -104,20 +103,18 @@ class PreparedBatch:
         partials = num_chunks * num_rows * g.num_heads * partial
         split = num_rows <= SPLIT_ROWS and partials <= SPLIT_BYTES
         workspace = -(-workspace_bytes(g.padded_dim, g.num_heads // g.num_kv_heads) // 64) * 64
-        width, room = g.num_heads * g.head_dim, self._scratch.room
+        room = self._scratch.room
         self.record.set(
             num_chunks=num_chunks,
             split=int(split),
             normed=room("normed", 4 * num_rows * g.hidden_size),
-            prepared=room("prepared", prepared_bytes(num_rows, g.hidden_size)),
-            projected=room("projected", 4 * num_rows * (width + 2 * g.num_kv_heads * g.head_dim)),
             queries=room("queries", 4 * num_rows * g.num_heads * g.padded_dim),
             workspaces=room("workspaces", self._num_threads * workspace),
             workspace_bytes=workspace,
             partials=room("partials", partials if split else 0),
-            attended=room("attended", 4 * num_rows * width),
-            prepared_out=room("prepared_out", prepared_bytes(num_rows, width)),
             out=room("out", 4 * num_rows * g.hidden_size),
+            head_rows=g.head_rows(num_rows),
+            **{name: room(name, nbytes) for name, nbytes in g.rooms(num_rows).items()},
         )
 
 

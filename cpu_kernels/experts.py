@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from cpu_kernels.activations import prepare_activations
-from cpu_kernels.exponential import exp
+from cpu_kernels.gating import ACTIVATIONS, activate
 from cpu_kernels.isa import Isa
 from cpu_kernels.lanes import by_lanes
 from cpu_kernels.linear import FEW_ROWS, ROW_BLOCK, products_of
@@ -26,25 +26,14 @@ from cpu_kernels.workspace import Workspace
 # What it costs to decode a row of weights, in rows of activations multiplied with it.
 DECODING_COST = 2
 
+# `biases`, if any: float32 [num_experts, 2 * expert_size + hidden_size] of gate, up and down, of
+# which job i takes row experts[i].
 EXPERTS = fields(
-    "h num_rows hidden_size expert_size num_jobs addresses starts pairs top_k out "
-    "gate_few gate_many up_few up_many down_few down_many "
+    "h num_rows hidden_size expert_size num_jobs addresses starts pairs experts top_k out "
+    "gate_few gate_many up_few up_many down_few down_many activation limit biases "
     "prepared gate_out up_out inner_prepared identity"
 )
 COMBINE = fields("x out weights num_rows top_k hidden_size")
-
-
-@emitted("void", "i64 i64 i64")
-def silu_multiply(k, gate, up, count):
-    """gate = gate * sigmoid(gate) * up, of `count` float32."""
-
-    def do(offset, lanes):
-        g = k.load(gate + offset, f32(lanes))
-        one, zero = k.constant(f32(lanes), 1.0), k.constant(f32(lanes), 0.0)
-        sigmoid = one / (exp(k, zero - g) + 1.0)
-        k.store(gate + offset, g * sigmoid * k.load(up + offset, f32(lanes)))
-
-    by_lanes(k, count, do)
 
 
 @emitted("void", "i64 i64 i64 f32")
@@ -92,13 +81,24 @@ def _part_of_job(before, num_rows, features, low, high):
 
 
 @njit(error_model="numpy")
+def _bias(r, job, matrix):
+    """Address of what a job's gate (0), up (1) or down (2) adds; 0: nothing."""
+    if word(r, EXPERTS.biases) == 0:
+        return 0
+    size, expert = word(r, EXPERTS.expert_size), load_i32(word(r, EXPERTS.experts), job)
+    start = np.int64(expert) * (2 * size + word(r, EXPERTS.hidden_size)) + matrix * size
+    return word(r, EXPERTS.biases) + 4 * start
+
+
+@njit(error_model="numpy")
 def _gate_and_up(r, thread, num_threads):
-    """This thread's share of silu(gate h) * (up h), for every row of every job."""
+    """This thread's share of the activated gate h, times up h, for every row of every job."""
     starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
     hidden, size = word(r, EXPERTS.hidden_size), word(r, EXPERTS.expert_size)
     prepared, identity = word(r, EXPERTS.prepared), word(r, EXPERTS.identity)
     gate_out, up_out = word(r, EXPERTS.gate_out), word(r, EXPERTS.up_out)
     pairs, top_k = word(r, EXPERTS.pairs), word(r, EXPERTS.top_k)
+    activation, limit = word(r, EXPERTS.activation), load_f32(r, 2 * EXPERTS.limit)
     low, high = share(_total_cost(starts, num_jobs, size), thread, num_threads)
     before = 0
     for job in range(num_jobs):
@@ -118,14 +118,15 @@ def _gate_and_up(r, thread, num_threads):
             else:
                 kernel = word(r, EXPERTS.up_few) if few else word(r, EXPERTS.up_many)
             y = gate_out if matrix == 0 else up_out
-            weights = word(addresses, matrix)
+            weights, bias = word(addresses, matrix), _bias(r, job, matrix)
             arguments = (
-                weights, hidden, first, last, prepared, x_rows, top_k, num_rows, y, y_rows, size, 0
+                weights, hidden, first, last, prepared, x_rows, top_k, num_rows, y, y_rows, size,
+                bias,
             )  # fmt: skip
             call_kernel(kernel, arguments)
         for i in range(row, row + num_rows):
             at = 4 * (i * size + first)
-            silu_multiply(gate_out + at, up_out + at, last - first)
+            activate(activation, limit, gate_out + at, up_out + at, last - first)
 
 
 @njit(error_model="numpy")
@@ -147,9 +148,10 @@ def _down(r, thread, num_threads):
             kernel = word(r, EXPERTS.down_few) if few else word(r, EXPERTS.down_many)
             weights = word(word(r, EXPERTS.addresses) + 24 * job, 2)
             x_rows = identity + 4 * row
-            y_rows = pairs + 4 * (row + np.int64(load_i32(starts, 0)))
+            y_rows, bias = pairs + 4 * (row + np.int64(load_i32(starts, 0))), _bias(r, job, 2)
             arguments = (
-                weights, size, first, last, prepared, x_rows, 1, num_rows, out, y_rows, hidden, 0
+                weights, size, first, last, prepared, x_rows, 1, num_rows, out, y_rows, hidden,
+                bias,
             )  # fmt: skip
             call_kernel(kernel, arguments)
 
@@ -201,10 +203,19 @@ def _combine(r, thread, num_threads, team):
 class ExpertLayer:
     """The sizes and number formats of a layer's experts, ready to run.
 
-    `layout`'s gate, up and down have `format` and `shape`.
+    `layout`'s gate, up and down have `format` and `shape`; `config` says `activation` and
+    `activation_limit`; `biases`, if any, has float32 arrays gate, up and down, a row per expert.
     """
 
-    def __init__(self, layout: Any, isa: Isa, exact: bool, workspace: Workspace) -> None:
+    def __init__(
+        self,
+        layout: Any,
+        config: Any,
+        isa: Isa,
+        exact: bool,
+        workspace: Workspace,
+        biases: Any = None,
+    ) -> None:
         self.expert_size, self.hidden_size = layout.gate.shape
         if layout.up.shape != layout.gate.shape or layout.down.shape != layout.gate.shape[::-1]:
             raise ValueError(
@@ -212,16 +223,36 @@ class ExpertLayer:
                 f"{layout.up.shape}, {layout.down.shape}"
             )
         self.workspace = workspace
-        self.record = Record(EXPERTS, hidden_size=self.hidden_size, expert_size=self.expert_size)
+        if config.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, not {config.activation!r}"
+            )
+        self.record = Record(
+            EXPERTS,
+            hidden_size=self.hidden_size,
+            expert_size=self.expert_size,
+            activation=ACTIVATIONS.index(config.activation),
+            limit=float(config.activation_limit),
+        )
+        self._has_biases = biases is not None
+        if biases is not None:
+            self._set_biases(biases)
         for name in ("gate", "up", "down"):
             few, many = products_of(isa, getattr(layout, name).format, exact)
             self.record.set(**{f"{name}_few": few, f"{name}_many": many})
         _ = _experts.address  # compiled now rather than in the first token
 
+    def _set_biases(self, biases: Any) -> None:
+        count, sizes = len(biases.gate), (self.expert_size, self.expert_size, self.hidden_size)
+        for array, size in zip(biases, sizes, strict=True):
+            if array.shape != (count, size):
+                raise ValueError(f"biases must have shape {(count, size)}, not {array.shape}")
+        self.record.set(biases=np.concatenate(biases, axis=1, dtype=np.float32))
+
     def run(
         self, team: Team, h: np.ndarray, addresses: np.ndarray, jobs: Any, out: np.ndarray
     ) -> None:
-        """See Backend.experts. `jobs` has `starts` and `pairs`."""
+        """See Backend.experts. `jobs` has `experts`, `starts` and `pairs`."""
         num_jobs, num_pairs = len(jobs.starts) - 1, len(jobs.pairs)
         if num_jobs < 1:
             return
@@ -234,6 +265,8 @@ class ExpertLayer:
         space.arrays["addresses"][:num_jobs] = addresses
         space.arrays["starts"][: num_jobs + 1] = jobs.starts
         space.arrays["pairs"][:num_pairs] = jobs.pairs
+        if self._has_biases:
+            space.arrays["experts"][:num_jobs] = jobs.experts
         team.run(_experts.address, self.record.address)
 
     def _fill(self, h: np.ndarray, out: np.ndarray, num_jobs: int, num_pairs: int) -> None:

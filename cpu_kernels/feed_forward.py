@@ -13,23 +13,16 @@ from cpu_kernels.experts import (
     prepare_h,
     run_experts,
 )
-from cpu_kernels.exponential import exp
+from cpu_kernels.gating import sigmoid
 from cpu_kernels.isa import Isa
 from cpu_kernels.linear import multiply
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import apply_norm, rms_scale
 from cpu_kernels.record import Record, fields
-from cpu_kernels.simd import emitted, f32
 from cpu_kernels.team import Team, barrier, op, share
 from cpu_kernels.workspace import Workspace
 
 FEED_FORWARD = fields("experts x norm eps scale scores")
-
-
-@emitted("f32", "f32")
-def sigmoid(k, value):
-    one = k.constant(f32(1), 1.0)
-    return one / (exp(k, k.constant(f32(1), 0.0) - value) + 1.0)
 
 
 @op
@@ -72,15 +65,15 @@ class FeedForwardLayer:
     def __init__(
         self,
         weights: Any,
+        config: Any,
         isa: Isa,
         exact: bool,
         workspace: Workspace,
         norm: np.ndarray | None = None,
-        norm_eps: float = 0.0,
     ) -> None:
         self.weights, self.workspace = weights, workspace
         layout = _Layout(weights.gate, weights.up, weights.down)
-        self.layer = ExpertLayer(layout, isa, exact, workspace)
+        self.layer = ExpertLayer(layout, config, isa, exact, workspace)
         addresses = [matrix.data.ctypes.data for matrix in layout]
         self._addresses, self._version = np.array([addresses], np.int64), 0
         self.layer.record.set(num_jobs=1, top_k=1)
@@ -88,7 +81,7 @@ class FeedForwardLayer:
         self.record = Record(
             FEED_FORWARD,
             experts=self.layer.record.address,
-            eps=float(norm_eps),
+            eps=float(config.norm_eps),
             scale=weights.scale.address if weights.scale is not None else 0,
         )
         _ = _feed_forward.address

@@ -20,7 +20,7 @@ from cpu_kernels.products import kernel
 from cpu_kernels.record import fields
 from cpu_kernels.simd import emitted
 from cpu_kernels.softmax import HEADER, empty_row, finish, merge, scale_row, softmax_row
-from cpu_kernels.team import next_task
+from cpu_kernels.team import barrier, next_task
 
 BLOCK_ROWS = 64
 STRIP = 32  # query heads whose scores are kept at once: 32 KiB, the first-level cache
@@ -29,12 +29,13 @@ PACK_FROM = 24  # query heads from which it pays to copy a chunk's keys and valu
 # What attention needs to know of a batch, the same in all layers ...
 BATCH = fields(
     "num_rows positions sequences tables max_pages num_blocks blocks num_chunks split x queries "
-    "normed projected attended partials workspaces workspace_bytes prepared prepared_out out"
+    "normed projected attended partials workspaces workspace_bytes prepared prepared_out out "
+    "values head_rows gates"
 )
 # ... and of a layer. `kv` is the address of a record of KV.
 ATTENTION = fields(
     "batch kv num_heads num_kv_heads head_dim padded_dim group window sinks hidden_size eps norm "
-    "q k v o q_norm k_norm full_norm clip query_scale fine coarse half adjacent "
+    "q k v o gate q_norm k_norm full_norm clip query_scale fine coarse half adjacent "
     "multiply attend_chunk"
 )
 
@@ -320,3 +321,15 @@ def merge_split(layer, thread, num_threads):
             part = _partials(layer, chunk, head, row) + query * size
             merge(total, part, word(layer, ATTENTION.padded_dim))
         _finish_row(layer, row, head, query, total)
+
+
+@inner
+def run_attention(layer, thread, num_threads, team):
+    """From queries and the KV cache to `attended`; ends with a barrier."""
+    if word(word(layer, ATTENTION.batch), BATCH.split):
+        attend_split(layer, thread, team)
+        barrier(team)
+        merge_split(layer, thread, num_threads)
+    else:
+        attend_blocks(layer, thread, team)
+    barrier(team)

@@ -7,6 +7,8 @@ products of attention read memory in order. int8 has one scale per token and hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cpu_kernels.inner import inner
@@ -31,14 +33,14 @@ def padded(head_dim: int) -> int:
 
 
 class KVPages:
-    """Keys and values of `num_pages` pages in each of `num_layers` layers.
+    """Keys and values of `num_pages` pages in each of `layers`, a number of them or their indices.
 
     `dtype` is "f32", "f16" or "int8"; `page_size` must be a multiple of 16 that divides 256.
     """
 
     def __init__(
         self,
-        num_layers: int,
+        layers: int | Sequence[int],
         num_kv_heads: int,
         head_dim: int,
         num_pages: int,
@@ -51,22 +53,23 @@ class KVPages:
             raise ValueError(
                 f"page_size must be {LANES} times a power of two, at most {CHUNK}, not {page_size}"
             )
-        shape = num_layers, num_pages, num_kv_heads
+        layers = range(layers) if isinstance(layers, int) else layers
+        shape = len(layers), num_pages, num_kv_heads
         self.num_pages, self.page_size, self.dtype = num_pages, page_size, dtype
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         # Zeroed memory is not touched before it is used: a large context costs what is in it.
         self.keys = np.zeros((*shape, head_dim, page_size), DTYPES[dtype])
         self.values = np.zeros((*shape, page_size, padded(head_dim)), DTYPES[dtype])
-        scales = shape if dtype == "int8" else (num_layers, 0, 0)
+        scales = shape if dtype == "int8" else (len(layers), 0, 0)
         self.scales = np.zeros((*scales, 2, page_size), np.float32)
-        self.records = [
-            Record(
+        self.records = {  # by layer
+            layer: Record(
                 KV,
                 kind=KINDS.index(dtype),
                 element_bytes=ELEMENT_BYTES[dtype],
-                keys=self.keys[layer],
-                values=self.values[layer],
-                scales=self.scales[layer],
+                keys=self.keys[number],
+                values=self.values[number],
+                scales=self.scales[number],
                 num_pages=num_pages,
                 page_size=page_size,
                 num_heads=num_kv_heads,
@@ -76,8 +79,13 @@ class KVPages:
                 value_page=padded(head_dim) * page_size * ELEMENT_BYTES[dtype],
                 multiply=multiply_kernel(dtype),
             )
-            for layer in range(num_layers)
-        ]
+            for number, layer in enumerate(layers)
+        }
+
+    @property
+    def any_record(self) -> Record:
+        """One that tells the sizes that all have."""
+        return next(iter(self.records.values()))
 
 
 @emitted("f32", "i64 i64")

@@ -103,6 +103,29 @@ def multiply(matrix, prepared, n, y, ldy, thread, num_threads):
 
 
 @njit(error_model="numpy")
+def multiply_heads(matrix, num_heads, prepared, n, head_rows, y, ldy, thread, num_threads):
+    """This thread's share of a product in which each head has rows of the matrix, and rows of
+    activations, of its own: the matrix's rows are those of head 0, then of head 1, ...;
+    `head_rows` (address of int32 [num_heads, n]) says which prepared rows belong to a head, and
+    which rows of y (`ldy` float32 apart) their results go to."""
+    per_head = word(matrix, ROWS) // num_heads
+    blocks = (per_head + ROW_BLOCK - 1) // ROW_BLOCK
+    product = word(matrix, FEW) if n <= FEW_ROWS else word(matrix, MANY)
+    task, end = share(num_heads * blocks, thread, num_threads)
+    while task < end:
+        head, block = task // blocks, task % blocks
+        stop = min(block + end - task, blocks)
+        weights = word(matrix, DATA) + head * per_head * word(matrix, ROW_BYTES)
+        rows, last = head_rows + 4 * head * n, min(stop * ROW_BLOCK, per_head)
+        arguments = (
+            weights, word(matrix, COLUMNS), block * ROW_BLOCK, last,
+            prepared, rows, 1, n, y, rows, ldy, 0,
+        )  # fmt: skip
+        call_kernel(product, arguments)
+        task += stop - block
+
+
+@njit(error_model="numpy")
 def gather_rows(matrix, ids, n, y, ldy, thread, num_threads):
     """This thread's share of the rows ids (address of int32 [n]) of a matrix, as float32."""
     first, last = share(n, thread, num_threads)
@@ -119,6 +142,7 @@ __all__ = [
     "Matrix",
     "gather_rows",
     "multiply",
+    "multiply_heads",
     "prepare_activations",
     "prepared_bytes",
 ]

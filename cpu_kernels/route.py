@@ -1,4 +1,9 @@
-"""The router: norm, logits, softmax over all experts, and the best `top_k` of them."""
+"""The router: norm, logits, a score for each expert, and the best `top_k` of them.
+
+Scores are the softmax over all experts, or each logit's sigmoid. What an expert is chosen by may
+differ from the score it is weighted with: by a correction that balances the load, and by groups of
+experts of which only the best are used. https://arxiv.org/abs/2412.19437
+"""
 
 from __future__ import annotations
 
@@ -17,9 +22,11 @@ from cpu_kernels.simd import emitted, f32
 from cpu_kernels.team import Team, barrier, op, share
 
 ROUTER = fields(
-    "num_rows x norm eps h hidden_size router num_experts top_k normalize prepared logits experts "
-    "weights"
+    "num_rows x norm eps h hidden_size router num_experts top_k scoring correction num_groups "
+    "used_groups normalize scale prepared logits choices group_scores experts weights"
 )
+SCORINGS = ("softmax", "sigmoid")  # a scoring's number in records is its place here
+TAKEN = np.float32(-np.inf)
 
 
 @emitted("void", "i64 i64")
@@ -51,24 +58,106 @@ def softmax(k, x, count):
     by_lanes(k, count, divide)
 
 
+@emitted("void", "i64 i64")
+def sigmoids(k, x, count):
+    """In place, over `count` float32."""
+
+    def do(offset, lanes):
+        one, zero = k.constant(f32(lanes), 1.0), k.constant(f32(lanes), 0.0)
+        value = k.load(x + offset, f32(lanes), align=4)
+        k.store(x + offset, one / (exp(k, zero - value) + 1.0), align=4)
+
+    by_lanes(k, count, do)
+
+
+@emitted("void", "i64 i64 i64 i64")
+def add_correction(k, scores, correction, choices, count):
+    """choices = scores + correction, over `count` float32."""
+
+    def do(offset, lanes):
+        value = k.load(scores + offset, f32(lanes), align=4)
+        value = value + k.load(correction + offset, f32(lanes), align=4)
+        k.store(choices + offset, value, align=4)
+
+    by_lanes(k, count, do)
+
+
 @inner
-def choose_experts(scores, num_experts, top_k, normalize, experts, weights):
-    """Write the `top_k` largest scores, the largest first and of equal ones the first, and which
-    they are. `scores`, not negative, are used up. All are addresses."""
+def _group_score(choices, first, last, num_best):
+    """The sum of the `num_best` (1 or 2) largest."""
+    best, second = TAKEN, TAKEN
+    for expert in range(first, last):
+        value = load_f32(choices, expert)
+        if value > best:
+            best, second = value, best
+        elif value > second:
+            second = value
+    return best + second if num_best == 2 else best
+
+
+@inner
+def keep_groups(choices, num_experts, num_groups, used_groups, num_best, group_scores):
+    """Take the experts of all but the best `used_groups` groups out of the choice."""
+    size = num_experts // num_groups
+    for group in range(num_groups):
+        score = _group_score(choices, group * size, (group + 1) * size, num_best)
+        store_f32(group_scores, group, score)
+    for group in range(num_groups):
+        score, num_better = load_f32(group_scores, group), 0
+        for other in range(num_groups):
+            value = load_f32(group_scores, other)
+            num_better += 1 if value > score or (value == score and other < group) else 0
+        if num_better >= used_groups:
+            for expert in range(group * size, (group + 1) * size):
+                store_f32(choices, expert, TAKEN)
+
+
+@inner
+def choose_experts(choices, scores, num_experts, top_k, normalize, scale, experts, weights):
+    """Write which experts have the `top_k` largest choices, the largest first and of equal ones the
+    first, and their scores, times `scale`. `choices` are used up. All are addresses."""
     total = np.float32(0.0)
     for rank in range(top_k):
-        best, most = -1, np.float32(0.0)
+        best, most = -1, TAKEN
         for expert in range(num_experts):
-            score = load_f32(scores, expert)
-            if score != np.float32(-1.0) and (best < 0 or score > most):
-                best, most = expert, score
-        store_f32(scores, best, np.float32(-1.0))
+            choice = load_f32(choices, expert)
+            if choice != TAKEN and (best < 0 or choice > most):
+                best, most = expert, choice
+        score = load_f32(scores, best)
+        store_f32(choices, best, TAKEN)
         store_i32(experts, rank, best)
-        store_f32(weights, rank, most)
-        total += most
+        store_f32(weights, rank, score)
+        total += score
     if normalize:
         for rank in range(top_k):
             store_f32(weights, rank, load_f32(weights, rank) / total)
+    if scale != np.float32(1.0):
+        for rank in range(top_k):
+            store_f32(weights, rank, load_f32(weights, rank) * scale)
+
+
+@inner
+def _route_row(r, row):
+    num_experts, top_k = word(r, ROUTER.num_experts), word(r, ROUTER.top_k)
+    scores = word(r, ROUTER.logits) + 4 * row * num_experts
+    choices, num_groups = scores, word(r, ROUTER.num_groups)
+    sigmoid = word(r, ROUTER.scoring) == 1
+    if sigmoid:
+        sigmoids(scores, num_experts)
+    else:
+        softmax(scores, num_experts)
+    if word(r, ROUTER.correction):
+        choices = word(r, ROUTER.choices) + 4 * row * num_experts
+        add_correction(scores, word(r, ROUTER.correction), choices, num_experts)
+    if num_groups > 1:
+        used, group_scores = word(r, ROUTER.used_groups), word(r, ROUTER.group_scores)
+        group_scores += 4 * row * num_groups
+        num_best = 2 if sigmoid and num_groups < num_experts else 1
+        keep_groups(choices, num_experts, num_groups, used, num_best, group_scores)
+    experts = word(r, ROUTER.experts) + 4 * row * top_k
+    weights = word(r, ROUTER.weights) + 4 * row * top_k
+    normalize, scale = word(r, ROUTER.normalize), load_f32(r, 2 * ROUTER.scale)
+    choose_experts(choices, scores, num_experts, top_k, normalize, scale, experts, weights)
 
 
 @op
@@ -83,16 +172,11 @@ def route(r, thread, num_threads, team):
     prepare_activations(h, hidden_size, num_rows, hidden_size, prepared, thread, num_threads)
     barrier(team)
     logits, num_experts = word(r, ROUTER.logits), word(r, ROUTER.num_experts)
-    router, top_k = word(r, ROUTER.router), word(r, ROUTER.top_k)
+    router = word(r, ROUTER.router)
     multiply(router, prepared, num_rows, logits, num_experts, thread, num_threads)
     barrier(team)
     for row in range(lo, hi):
-        scores = logits + 4 * row * num_experts
-        softmax(scores, num_experts)
-        experts = word(r, ROUTER.experts) + 4 * row * top_k
-        weights = word(r, ROUTER.weights) + 4 * row * top_k
-        normalize = word(r, ROUTER.normalize)
-        choose_experts(scores, num_experts, top_k, normalize, experts, weights)
+        _route_row(r, row)
 
 
 class Routing(NamedTuple):
@@ -102,16 +186,24 @@ class Routing(NamedTuple):
 
 class RouterLayer:
     """A layer's router: `norm` is float32 [hidden_size], `router` a Matrix [num_experts,
-    hidden_size]; `config` has the attributes of tiered.config.ModelConfig."""
+    hidden_size], `correction` float32 [num_experts] or None; `config` has the attributes of
+    tiered.config.ModelConfig."""
 
-    def __init__(self, norm: np.ndarray, router: Any, config: Any) -> None:
+    def __init__(
+        self, norm: np.ndarray, router: Any, config: Any, correction: np.ndarray | None = None
+    ) -> None:
         if tuple(router.shape) != (config.num_experts, config.hidden_size):
             raise ValueError(
                 f"the router must have shape {(config.num_experts, config.hidden_size)}, "
                 f"not {tuple(router.shape)}"
             )
         self.hidden_size, self.num_experts = config.hidden_size, config.num_experts
-        self.top_k = config.top_k
+        self.top_k, self.num_groups = config.top_k, max(config.expert_groups, 1)
+        if config.router_scoring not in SCORINGS:
+            raise ValueError(
+                f"router_scoring must be one of {', '.join(SCORINGS)}, "
+                f"not {config.router_scoring!r}"
+            )
         self.norm = floats(norm, "norm", config.hidden_size)
         self._router = router  # the record has only its address
         # Look-ahead may guess in one thread while another routes: each has a record.
@@ -123,7 +215,12 @@ class RouterLayer:
                 router=router.address,
                 num_experts=config.num_experts,
                 top_k=config.top_k,
+                scoring=SCORINGS.index(config.router_scoring),
+                correction=floats(correction, "correction", config.num_experts),
+                num_groups=self.num_groups,
+                used_groups=config.used_groups,
                 normalize=int(config.normalize_top_k),
+                scale=float(config.routing_scale),
             )
             for _ in range(2)
         )
@@ -178,6 +275,8 @@ class Router:
             h=h,
             prepared=room("prepared", prepared_bytes(num_rows, layer.hidden_size)),
             logits=room("logits", 4 * num_rows * layer.num_experts),
+            choices=room("choices", 4 * num_rows * layer.num_experts),
+            group_scores=room("group_scores", 4 * num_rows * layer.num_groups),
             experts=chosen.experts,
             weights=chosen.weights,
         )

@@ -41,7 +41,7 @@ class Workspace:
             grow(name, inner)
         if count > self._reserved[2]:
             count *= 2
-            for name in ("starts", "pairs"):
+            for name in ("starts", "pairs", "experts"):
                 self.arrays[name] = np.zeros(count, np.int32)
             self.arrays["identity"] = np.arange(count, dtype=np.int32)
             self.arrays["addresses"] = np.zeros((count, 3), np.int64)

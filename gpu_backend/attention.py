@@ -17,8 +17,9 @@ from gpu_backend.rope import RopeTable
 class AttentionLayer:
     """A layer's weights, prepared. `weights` and `config` are tiered's, or like them."""
 
-    def __init__(self, weights: Any, config: Any, device: torch.device) -> None:
+    def __init__(self, weights: Any, config: Any, index: int, device: torch.device) -> None:
         self.config = config
+        self.window: int = config.window(index)
         self.norm = torch.tensor(weights.norm, device=device)
         self.q, self.k, self.v, self.o = (
             matrix.load() for matrix in (weights.q, weights.k, weights.v, weights.o)
@@ -53,7 +54,7 @@ class AttentionLayer:
                 q[part.rows].transpose(0, 1)[None],
                 keys.transpose(0, 1)[None],
                 values.transpose(0, 1)[None],
-                attn_mask=part.mask(config.sliding_window),
+                attn_mask=part.mask(self.window),
                 enable_gqa=config.num_heads != config.num_kv_heads,
             )[0].transpose(0, 1)
         x += self.o.multiply(Rows(out.reshape(len(x), -1), arithmetic))

@@ -76,13 +76,25 @@ class GpuBackend:
 
     # -- layers, prepared once --
 
-    def attention_layer(self, weights: Any, config: Any) -> AttentionLayer:
-        return AttentionLayer(weights, config, self._torch)
+    def attention_layer(self, weights: Any, config: Any, index: int = 0) -> AttentionLayer:
+        _check_model(config)
+        return AttentionLayer(weights, config, index, self._torch)
 
-    def router_layer(self, norm: np.ndarray, router: Matrix, config: Any) -> RouterLayer:
-        return RouterLayer(norm, router, config, self._torch)
+    def latent_attention_layer(self, weights: Any, config: Any, index: int = 0) -> None:
+        _check_model(config)
 
-    def expert_layer(self, layout: Any, config: Any) -> Any:
+    def delta_layer(self, weights: Any, config: Any, number: int) -> None:
+        _check_model(config)
+
+    def recurrent_state(self, config: Any) -> None:
+        _check_model(config)
+
+    def router_layer(
+        self, norm: np.ndarray, router: Matrix, config: Any, correction: np.ndarray | None = None
+    ) -> RouterLayer:
+        return RouterLayer(norm, router, config, correction, self._torch)
+
+    def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> Any:
         for tensor in (layout.gate, layout.up, layout.down):
             check_format(tensor.format)
         self._hidden_size = config.hidden_size
@@ -181,6 +193,22 @@ class GpuBackend:
         if self._rows is None or self._rows.x is not h:
             self._rows = Rows(h, self.arithmetic)
         return self._rows
+
+
+def _check_model(config: Any) -> None:
+    """RuntimeError for models that need what only the CPU computes so far."""
+    missing = {
+        "attention sinks": config.attention_sinks,
+        "biases of experts": config.expert_biases,
+        "latent attention": config.latent.kv_rank > 0,
+        "recurrent layers": bool(config.delta_layers),
+        f"the activation {config.activation}": config.activation != "silu",
+    }
+    if lacks := [name for name, needed in missing.items() if needed]:
+        raise RuntimeError(
+            f"{config.model_type} needs {', '.join(lacks)}, which is not computed on a GPU yet: "
+            "use --device cpu"
+        )
 
 
 def _interpreted() -> bool:

@@ -44,6 +44,26 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
+def gated(gate, up, config):
+    if config.activation == "silu":
+        return silu(gate) * up
+    assert config.activation == "clamped_silu"
+    limit = config.activation_limit
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return gate * sigmoid(1.702 * gate) * (up + 1)
+
+
+def only_best_groups(choices, config):
+    """-inf for the experts of other groups."""
+    groups = choices.reshape(len(choices), config.expert_groups, -1)
+    num_best = 2 if config.router_scoring == "sigmoid" else 1
+    scores = np.sort(groups, -1)[..., -num_best:].sum(-1)
+    dropped = np.argsort(-scores, -1, kind="stable")[:, config.used_groups :]
+    masked = groups.copy()
+    np.put_along_axis(masked, dropped[..., None], -np.inf, 1)
+    return masked.reshape(choices.shape)
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
@@ -82,15 +102,15 @@ class NaiveBackend:
     def matrix(self, data, format, shape, bias=None):
         return NaiveMatrix(data, format, shape, bias)
 
-    def attention_layer(self, weights, config):
-        return weights, config
+    def attention_layer(self, weights, config, index=0):
+        return weights, config, config.window(index)
 
-    def router_layer(self, norm, router, config):
-        return norm, router, config
+    def router_layer(self, norm, router, config, correction=None):
+        return norm, router, config, correction
 
-    def expert_layer(self, layout, config):
+    def expert_layer(self, layout, config, biases=None):
         self.hidden_size = config.hidden_size
-        return layout
+        return layout, config, biases
 
     def feed_forward_layer(self, weights, config, norm=None):
         return weights, config, norm
@@ -103,7 +123,7 @@ class NaiveBackend:
         return table.weight[tokens].copy()
 
     def attention(self, x, layer, kv, index, batch):
-        w, c = layer
+        w, c, window = layer
         h = rms_norm(x, w.norm, c.norm_eps)
         q, k, v = w.q(h), w.k(h), w.v(h)
         if c.qk_norm == "full":
@@ -124,40 +144,54 @@ class NaiveBackend:
         for row in range(len(x)):
             table = batch.page_tables[batch.sequences[row]]
             start = 0
-            if c.sliding_window:
-                start = max(0, batch.positions[row] + 1 - c.sliding_window)
+            if window:
+                start = max(0, batch.positions[row] + 1 - window)
             at = np.arange(start, batch.positions[row] + 1)
             keys, values = (t[index, table[at // page_size], at % page_size] for t in kv)
             group = c.num_heads // c.num_kv_heads
             keys, values = np.repeat(keys, group, 1), np.repeat(values, group, 1)
-            scores = softmax(np.einsum("hd,thd->ht", q[row], keys) / np.sqrt(c.head_dim))
+            scores = np.einsum("hd,thd->ht", q[row], keys) / np.sqrt(c.head_dim)
+            if w.sinks is not None:  # one more score, whose value is zero
+                scores = np.concatenate([scores, w.sinks[:, None]], 1)
+                values = np.concatenate([values, np.zeros_like(values[:1])])
+            scores = softmax(scores)
             out[row] = np.einsum("ht,thd->hd", scores, values)
         x += w.o(out.reshape(len(x), -1))
 
     def route(self, x, layer):
-        norm, _, config = layer
+        norm, config = layer[0], layer[2]
         h = rms_norm(x, norm, config.norm_eps)
         return h, self.guess(h, layer)
 
     def guess(self, h, layer):
-        _, router, config = layer
-        scores = softmax(router(h))
-        experts = np.argsort(-scores, -1, kind="stable")[:, : config.top_k].astype(np.int32)
+        _, router, config, correction = layer
+        logits = router(h)
+        scores = softmax(logits) if config.router_scoring == "softmax" else sigmoid(logits)
+        choices = scores if correction is None else scores + correction
+        if config.expert_groups > 1:
+            choices = only_best_groups(choices, config)
+        experts = np.argsort(-choices, -1, kind="stable")[:, : config.top_k].astype(np.int32)
         weights = np.take_along_axis(scores, experts, -1)
         if config.normalize_top_k:
             weights /= weights.sum(-1, keepdims=True)
-        return Routing(experts, weights)
+        return Routing(experts, weights * np.float32(config.routing_scale))
 
     def experts(self, h, layer, addresses, jobs, out):
+        layout, config, biases = layer
         top_k = len(out) // len(h)
         for i in range(len(jobs.experts)):
             gate, up, down = (
-                NaiveMatrix(at_address(a, t.nbytes), t.format, t.shape)
-                for a, t in zip(addresses[i], layer, strict=True)
+                NaiveMatrix(at_address(a, t.nbytes), t.format, t.shape, bias)
+                for a, t, bias in zip(
+                    addresses[i],
+                    layout,
+                    [None] * 3 if biases is None else [b[jobs.experts[i]] for b in biases],
+                    strict=True,
+                )
             )
             pairs = jobs.pairs[jobs.starts[i] : jobs.starts[i + 1]]
             rows = h[pairs // top_k]
-            out[pairs] = down(silu(gate(rows)) * up(rows))
+            out[pairs] = down(gated(gate(rows), up(rows), config))
 
     def pair_outputs(self, num_pairs):
         return np.empty((num_pairs, self.hidden_size), np.float32)
@@ -169,7 +203,7 @@ class NaiveBackend:
         w, config, norm = layer
         if h is None:
             h = rms_norm(x, norm, config.norm_eps)
-        y = w.down(silu(w.gate(h)) * w.up(h))
+        y = w.down(gated(w.gate(h), w.up(h), config))
         x += y if w.scale is None else y * sigmoid(w.scale(h))
 
     def output_layer(self, norm, head, config):

@@ -71,7 +71,7 @@ def selecting_weights(c, seed=0):
 
 def prepared(weights):
     """The same for Attention.layer."""
-    out = {"q_norm": None, "k_norm": None}
+    out = {"q_norm": None, "k_norm": None, "sinks": None}
     for name, value in weights.items():
         value = value.astype(np.float32)
         if value.ndim == 2:
@@ -86,7 +86,7 @@ class Runner:
 
     def __init__(self, team, c, weights, dtype="f32", page_size=32, max_tokens=600, sequences=1):
         self.attention = Attention(team)
-        self.layer = self.attention.layer(prepared(weights), c)
+        self.layer = self.attention.layer(prepared(weights), c, 0)
         max_pages = -(-max_tokens // page_size)
         pages = np.random.default_rng(1).permutation(max_pages * sequences)
         self.tables = pages.astype(np.int32).reshape(sequences, max_pages)
@@ -294,9 +294,9 @@ def test_impossible_layers_and_caches_are_refused(teams):
     weights = random_weights(c)
     attention = Attention(teams[1])
     with pytest.raises(ValueError, match="shape"):
-        attention.layer(prepared(weights), config(num_heads=8))
+        attention.layer(prepared(weights), config(num_heads=8), 0)
     with pytest.raises(ValueError, match="norm must have"):
-        attention.layer(prepared({**weights, "norm": np.ones(3)}), c)
+        attention.layer(prepared({**weights, "norm": np.ones(3)}), c, 0)
     with pytest.raises(ValueError, match="f32, f16 or int8"):
         KVPages(1, 1, 16, 1, 64, "bf16")
     for page_size in (0, 8, 48, 512):

@@ -1,5 +1,6 @@
 """A layer's experts, the dense feed-forward and the weighted sum against float64."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +16,12 @@ from cpu_kernels.isa import choose
 from cpu_kernels.linear import Matrix
 from cpu_kernels.team import Team
 from cpu_kernels.workspace import Workspace
+from tiered.backend import ExpertBiases
 from tiered.experts import ExpertJobs, Routing, expert_layout, group_by_expert
 
 ISA = choose()
+CONFIG = SimpleNamespace(activation="silu", activation_limit=0.0, norm_eps=1e-5)
+CLAMPED = SimpleNamespace(activation="clamped_silu", activation_limit=1.5, norm_eps=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +103,7 @@ def test_experts(formats, num_tokens, num_experts, top_k, hidden, size, exact, s
     addresses = addresses_of(blobs, layout, jobs.experts)
     results = []
     for threads in (1, 2, 3):
-        layer = ExpertLayer(layout, ISA, exact, Workspace())
+        layer = ExpertLayer(layout, CONFIG, ISA, exact, Workspace())
         out = np.full((num_tokens * top_k, unit * hidden), np.nan, np.float32)
         with Team(threads) as team:
             layer.run(team, h, addresses, jobs, out)
@@ -118,7 +122,7 @@ def test_jobs_one_by_one_give_the_same(teams):
     jobs, _ = random_jobs(rng, 13, 6, 2)
     blobs = [random_blob(rng, layout) for _ in range(6)]
     h = rng.standard_normal((13, 96)).astype(np.float32)
-    layer = ExpertLayer(layout, ISA, False, Workspace())
+    layer = ExpertLayer(layout, CONFIG, ISA, False, Workspace())
     whole, parts = np.zeros((2, 26, 96), np.float32)
     layer.run(teams[2], h, addresses_of(blobs, layout, jobs.experts), jobs, whole)
     for i in range(len(jobs.experts)):
@@ -127,9 +131,36 @@ def test_jobs_one_by_one_give_the_same(teams):
     assert (whole == parts).all()
 
 
+@pytest.mark.parametrize("num_tokens", [1, 30])
+def test_biases_and_a_clamped_activation(num_tokens, teams):
+    rng = np.random.default_rng(4)
+    layout = expert_layout(96, 64, "mxfp4", "mxfp4", "mxfp4")
+    jobs, _ = random_jobs(rng, num_tokens, 6, 2)
+    blobs = [random_blob(rng, layout) for _ in range(6)]
+    h = rng.standard_normal((num_tokens, 96)).astype(np.float32)
+    biases = ExpertBiases(*(rng.standard_normal((6, n)).astype(np.float32) for n in (64, 64, 96)))
+    results = []
+    for team in teams.values():
+        layer = ExpertLayer(layout, CLAMPED, ISA, True, Workspace(), biases)
+        out = np.full((2 * num_tokens, 96), np.nan, np.float32)
+        layer.run(team, h, addresses_of(blobs, layout, jobs.experts), jobs, out)
+        results.append(out)
+    assert (results[0] == results[1]).all()
+    for i, e in enumerate(jobs.experts):
+        pairs = jobs.pairs[jobs.starts[i] : jobs.starts[i + 1]]
+        rows = h[pairs // 2].astype(np.float64)
+        gate, up, down = (
+            to_float64(blobs[e][t.offset : t.offset + t.nbytes], t.format, t.shape) for t in layout
+        )
+        g = np.minimum(rows @ gate.T + biases.gate[e], 1.5)
+        u = np.clip(rows @ up.T + biases.up[e], -1.5, 1.5)
+        want = (g / (1 + np.exp(-1.702 * g)) * (u + 1)) @ down.T + biases.down[e]
+        assert_close(results[0][pairs], want, True)
+
+
 def test_no_jobs(teams):
     layout = expert_layout(64, 32, "q4_0", "q4_0", "q4_0")
-    layer = ExpertLayer(layout, ISA, False, Workspace())
+    layer = ExpertLayer(layout, CONFIG, ISA, False, Workspace())
     out = np.ones((2, 64), np.float32)
     empty = ExpertJobs(np.zeros(0, np.int32), np.zeros(1, np.int32), np.zeros(0, np.int32))
     h = np.zeros((1, 64), np.float32)
@@ -176,7 +207,7 @@ def test_feed_forward(num_rows, with_norm, with_scale, teams):
     results = []
     for team in teams.values():
         layer = FeedForwardLayer(
-            Weights(*matrices, scale), ISA, False, Workspace(), norm if with_norm else None, 1e-5
+            Weights(*matrices, scale), CONFIG, ISA, False, Workspace(), norm if with_norm else None
         )
         got = x.copy()
         layer.run(team, got, None if with_norm else h)

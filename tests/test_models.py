@@ -6,7 +6,8 @@ import tiny
 
 from tiered import models
 from tiered.checkpoints.facts import Facts
-from tiered.config import RopeConfig
+from tiered.checkpoints.hf_config import hf_dense_layers
+from tiered.config import LatentConfig, RopeConfig
 from tiered.formats import open_checkpoint
 
 FACTS = {
@@ -15,7 +16,22 @@ FACTS = {
     "olmoe": dict(expert_size=64, qk_norm="full", normalize_top_k=False),
     "qwen2_moe": dict(expert_size=64, shared_expert_size=96, normalize_top_k=False),
     "qwen3_moe": dict(expert_size=64, qk_norm="head", normalize_top_k=True),
-}
+    "gpt_oss": dict(attention_sinks=True, expert_biases=True, sliding_window=24, full_layers={1}),
+    "glm4_moe": dict(router_scoring="sigmoid", shared_expert_size=128, dense_layers={0},
+                     routing_scale=1.5, expert_groups=4, used_groups=2, qk_norm="head"),
+    "minimax_m2": dict(router_scoring="sigmoid", qk_norm="full", normalize_top_k=True),
+    "ernie4_5_moe": dict(router_scoring="softmax", shared_expert_size=128, dense_layers={0}),
+    "deepseek_v2": dict(latent=LatentConfig(32, 0, 32, 16, 32), dense_layers={0},
+                        normalize_top_k=False, routing_scale=1.5, num_kv_heads=1, head_dim=48),
+    "deepseek_v3": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid",
+                        expert_groups=4, used_groups=2, query_scale=48**-0.5),
+    "qwen3_next": dict(delta_layers={0}, gated_attention=True, shared_expert_size=96),
+    "qwen3_5_moe": dict(delta_layers={0}, gated_attention=True, normalize_top_k=True),
+    "qwen3_5_moe_text": dict(delta_layers={0}, gated_attention=True, qk_norm="head"),
+    "glm4_moe_lite": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
+}  # fmt: skip
+HF_NAMES_IT = {"qwen3_5_moe_text": "qwen3_5_moe"}  # others: itself
+GGUF_NAMES_IT = {"deepseek_v3": "deepseek_v2", "glm4_moe_lite": "deepseek_v2", **HF_NAMES_IT}
 
 
 def test_every_architecture_is_tested():
@@ -27,16 +43,24 @@ def test_both_kinds_of_files_say_the_same(tmp_path, model_type):
     hf = tiny.hf_checkpoint(tmp_path / "hf", model_type)
     file = tiny.gguf_checkpoint(tmp_path / "tiny.gguf", model_type)
     with open_checkpoint(hf) as a, open_checkpoint(file) as b:
+        assert a.config.model_type == HF_NAMES_IT.get(model_type, model_type)
+        assert b.config.model_type == GGUF_NAMES_IT.get(model_type, model_type)
         for config in (a.config, b.config):
-            assert config.model_type == model_type
             assert config.top_k == (0 if model_type == "llama" else 2)
             assert config.eos_ids == (319,)
             for name, value in FACTS[model_type].items():
                 assert getattr(config, name) == value, name
-        assert a.tensors.keys() == b.tensors.keys()
-        assert a.config.rope.pairs == "half"
-        family = model_type in ("llama", "mixtral")
-        assert b.config.rope.pairs == ("adjacent" if family else "half")
+        # What one kind has in one matrix and the other in two, or as a logarithm.
+        views = {"kv_b", "k_b", "v_b", "qkvz", "qkv", "z", "a_log", "decay"}
+        names = [{n for n in c.tensors if n.split(".")[-1] not in views} for c in (a, b)]
+        assert names[0] == names[1]
+        assert a.config.rope.dim == b.config.rope.dim
+        assert a.config.rope.pairs == ("adjacent" if model_type in ADJACENT else "half")
+        adjacent = model_type in (*ADJACENT, *tiny.ADJACENT)
+        assert b.config.rope.pairs == ("adjacent" if adjacent else "half")
+
+
+ADJACENT = "ernie4_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"
 
 
 def test_clipping_and_dense_layers(tmp_path):
@@ -46,7 +70,7 @@ def test_clipping_and_dense_layers(tmp_path):
     with open_checkpoint(file) as checkpoint:
         assert checkpoint.config.clip_qkv == 3.5
     facts = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [1]}
-    assert models.hf_dense_layers(Facts(facts, tmp_path)) == {0, 1, 2, 4}
+    assert hf_dense_layers(Facts(facts, tmp_path)) == {0, 1, 2, 4}
 
 
 def test_gguf_rope_scaling(tmp_path):

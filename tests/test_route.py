@@ -31,22 +31,32 @@ def naive_norm(x, norm):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * norm
 
 
-def naive_choice(logits, top_k, normalize):
+def naive_choice(logits, c, correction=None):
     """Experts and weights of one row, from float64 logits."""
     scores = np.exp(logits - logits.max())
     scores /= scores.sum()
-    experts = sorted(range(len(scores)), key=lambda e: (-scores[e], e))[:top_k]
+    if c.router_scoring == "sigmoid":
+        scores = 1 / (1 + np.exp(-logits))
+    choices = scores if correction is None else scores + correction
+    size = len(scores) // c.expert_groups
+    num_best = 2 if c.router_scoring == "sigmoid" else 1
+    groups = [sorted(choices[g * size :][:size])[-num_best:] for g in range(c.expert_groups)]
+    ranked = sorted(range(c.expert_groups), key=lambda g: (-sum(groups[g]), g))
+    allowed = [e for e in range(len(scores)) if e // size in ranked[: c.used_groups]]
+    experts = sorted(allowed, key=lambda e: (-choices[e], e))[: c.top_k]
     weights = scores[experts]
-    return experts, weights / weights.sum() if normalize else weights
+    return experts, c.routing_scale * (weights / weights.sum() if c.normalize_top_k else weights)
 
 
-def config(num_experts, top_k, hidden_size, normalize=True):
+def config(num_experts, top_k, hidden_size, normalize=True, **more):
+    given = dict(router_scoring="softmax", routing_scale=1.0, expert_groups=1, used_groups=1)
     return SimpleNamespace(
         num_experts=num_experts,
         top_k=top_k,
         hidden_size=hidden_size,
         normalize_top_k=normalize,
         norm_eps=EPS,
+        **(given | more),
     )
 
 
@@ -60,21 +70,44 @@ def test_the_best_experts_are_chosen(team, num_experts, top_k, hidden_size, norm
         x = random.standard_normal((num_rows, hidden_size)).astype(np.float32)
         norm = random.random(hidden_size) + 0.5
         weight = random.standard_normal((num_experts, hidden_size))
-        layer = RouterLayer(
-            norm, float_matrix(weight), config(num_experts, top_k, hidden_size, normalize)
-        )
+        c = config(num_experts, top_k, hidden_size, normalize)
+        layer = RouterLayer(norm, float_matrix(weight), c)
         router = Router(team)
         h, routing = router.route(x, layer)
         reference = naive_norm(x, norm)
         np.testing.assert_allclose(h, reference, rtol=1e-5, atol=1e-6)
         for row in range(num_rows):
-            experts, weights = naive_choice(weight @ reference[row], top_k, normalize)
+            experts, weights = naive_choice(weight @ reference[row], c)
             assert routing.experts[row].tolist() == experts
             # A logit of size 10 is known to about 1e-6 of itself, and its exponential as well.
             np.testing.assert_allclose(routing.weights[row], weights, rtol=5e-5)
         guess = router.guess(h, layer)
         assert (guess.experts == routing.experts).all()
         assert (guess.weights == routing.weights).all()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(router_scoring="sigmoid"),
+        dict(router_scoring="sigmoid", routing_scale=2.5, expert_groups=4, used_groups=2),
+        dict(expert_groups=8, used_groups=3, routing_scale=16.0),
+        dict(router_scoring="sigmoid", expert_groups=32, used_groups=8),
+    ],
+)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_other_scores_corrections_and_groups(team, more, normalize, corrected):
+    c, random = config(32, 4, 32, normalize, **more), np.random.default_rng(5)
+    x = random.standard_normal((40, 32)).astype(np.float32)
+    weight = random.standard_normal((32, 32)) / 4  # sigmoids of larger logits are equal
+    correction = random.standard_normal(32).astype(np.float32) if corrected else None
+    layer = RouterLayer(np.ones(32), float_matrix(weight), c, correction)
+    _, routing = Router(team).route(x, layer)
+    for row, h in enumerate(naive_norm(x, np.ones(32))):
+        experts, weights = naive_choice(weight @ h, c, correction)
+        assert routing.experts[row].tolist() == experts
+        np.testing.assert_allclose(routing.weights[row], weights, rtol=5e-5)
 
 
 def route_logits(team, logits, top_k, normalize=True):

@@ -70,9 +70,12 @@ class Client:
 
 
 def run_all(scheduler, requests):
-    clients = [Client() for _ in requests]
+    """All arrive before the first is looked at: who is admitted must not depend on the moment."""
+    clients, all_here = [Client() for _ in requests], threading.Event()
+    scheduler.call(all_here.wait)
     for client, request in zip(clients, requests, strict=True):
         scheduler.submit(request, client.events.put)
+    all_here.set()
     return [client.result() for client in clients]
 
 

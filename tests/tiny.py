@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,79 +13,265 @@ from pack import bf16, pack
 
 SIZES = dict(vocab=320, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, experts=8, top_k=2)
 SIZES |= dict(expert_size=64, ffn_size=96, shared_size=96, context=256)
+SIZES |= dict(key_heads=2, value_heads=4, delta_dim=32, conv_size=4)  # of DeltaNet
+SIZES |= dict(q_rank=32, kv_rank=32, nope_dim=32, rope_dim=16, value_dim=32)  # of latent attention
+NUM_SHARED = 2  # experts that every token uses, where there are several
 K_QUANT_SIZES = dict(hidden=256, head_dim=64, expert_size=256, ffn_size=256, shared_size=256)
+K_QUANT_SIZES |= dict(q_rank=256, kv_rank=256, nope_dim=256, value_dim=256, delta_dim=64)
 
-ARCHITECTURES = "llama", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"
-GGUF_NAMES = dict(olmoe="olmoe", qwen2_moe="qwen2moe", qwen3_moe="qwen3moe")  # others: llama
+
+class Kind(NamedTuple):
+    """What an architecture has, and what it is called."""
+
+    gguf: str
+    ffn_norm: str = "ffn_norm"  # in GGUF
+    biases: str = ""  # of which of q, k, v, o
+    qk_norm: str = ""
+    latent: int = 0  # latent attention, whose queries are made in so many steps
+    sinks: bool = False
+    mlp: str = "mlp."  # in Hugging Face folders, as are the next four
+    router: str = "gate"
+    experts: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
+    shared: str = ""
+    correction: str = ""
+    gated_shared: bool = False
+    expert_biases: bool = False  # and experts fused, transposed and interleaved
+    dense: tuple[int, ...] = ()  # layers without experts
+    half_rope: bool = False
+    delta: str = ""  # Qwen's DeltaNet in all but every second layer; its rows "mixed" or "apart"
+    prefix: str = "model."
+
+
+_DEEPSEEK = Kind("deepseek2", latent=1, shared="shared_experts.", dense=(0,))
+_QWEN = Kind("qwen35moe", ffn_norm="post_attention_norm", qk_norm="head", delta="apart",
+             shared="shared_expert.", gated_shared=True)  # fmt: skip
+_CORRECTION = "gate.e_score_correction_bias"
+KINDS = {
+    "llama": Kind("llama", experts=None),
+    "mixtral": Kind("llama", mlp="block_sparse_moe.", experts=("w1", "w3", "w2")),
+    "olmoe": Kind("olmoe", qk_norm="full"),
+    "qwen2_moe": Kind("qwen2moe", biases="qkv", shared="shared_expert.", gated_shared=True),
+    "qwen3_moe": Kind("qwen3moe", qk_norm="head"),
+    "gpt_oss": Kind("gpt-oss", ffn_norm="post_attention_norm", biases="qkvo", sinks=True,
+                    router="router", expert_biases=True),
+    "glm4_moe": Kind("glm4moe", ffn_norm="post_attention_norm", biases="qkv", qk_norm="head",
+                     shared="shared_experts.", correction=_CORRECTION, dense=(0,), half_rope=True),
+    "minimax_m2": Kind("minimax-m2", qk_norm="full", mlp="block_sparse_moe.",
+                       experts=("w1", "w3", "w2"), correction="e_score_correction_bias",
+                       half_rope=True),
+    "ernie4_5_moe": Kind("ernie4_5-moe", shared="shared_experts.", dense=(0,),
+                         correction="moe_statics.e_score_correction_bias"),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK._replace(latent=2, correction=_CORRECTION),
+    "glm4_moe_lite": _DEEPSEEK._replace(latent=2, correction=_CORRECTION),
+    "qwen3_next": _QWEN._replace(gguf="qwen3next", delta="mixed"),
+    "qwen3_5_moe": _QWEN._replace(prefix="model.language_model."),
+    "qwen3_5_moe_text": _QWEN,
+}  # fmt: skip
+ARCHITECTURES = tuple(KINDS)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
+DENSE = "llama"
+ADJACENT = "llama", "mixtral"  # GGUF has the values that rotate together side by side, HF not
 
 
 class Weight(NamedTuple):
-    hf: str
-    gguf: str  # "" for one expert's matrix; GGUF has all of a layer in one
+    hf: str  # "" for what only GGUF has
+    gguf: str  # "" for what GGUF does not have, or fuses: one expert's matrix
     values: np.ndarray  # float32
 
 
-def weights(model_type: str, seed: int = 0, tied: bool = False, **sizes: int) -> list[Weight]:
-    """All tensors of a random model; matrices are scaled so that activations stay finite."""
-    s = {**SIZES, **sizes}
-    rng = np.random.default_rng(seed)
-    found: list[Weight] = []
+class _Weights:
+    """Random tensors, one after the other."""
 
-    def add(hf: str, gguf: str, *shape: int, scale: float = 1.0) -> None:
-        values = rng.standard_normal(shape, np.float32)
-        if len(shape) > 1:
-            values *= scale / np.sqrt(np.float32(shape[-1]))
-        elif hf.endswith(".bias"):
+    def __init__(self, model_type: str, seed: int, sizes: dict[str, int]) -> None:
+        self.kind, self.s = KINDS[model_type], sizes
+        self.rng = np.random.default_rng(seed)
+        self.found: list[Weight] = []
+
+    def add(self, hf: str, gguf: str, *shape: int, scale: float = 1.0) -> None:
+        """Matrices are scaled so that activations stay finite; other vectors than biases are
+        about 1."""
+        values = self.rng.standard_normal(shape, np.float32)
+        is_bias = hf.endswith(("bias", "sinks"))
+        if is_bias:
             values *= np.float32(0.1)
+        elif len(shape) > 1:
+            values *= scale / np.sqrt(np.float32(shape[-1]))
         else:
             values = 1 + np.float32(0.1) * values
-        found.append(Weight(hf + ("" if hf.endswith("bias") else ".weight"), gguf, values))
+        self.found.append(Weight(hf + ("" if is_bias else ".weight"), gguf, values))
 
-    hidden, q, kv = s["hidden"], s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
-    add("model.embed_tokens", "token_embd.weight", s["vocab"], hidden, scale=np.sqrt(hidden))
-    add("model.norm", "output_norm.weight", hidden)
+    def matrix(self, *shape: int) -> np.ndarray:
+        return self.rng.standard_normal(shape, np.float32) / np.sqrt(np.float32(shape[-1]))
+
+    def norm(self, hf: str, gguf: str, size: int) -> None:
+        """Hugging Face has Qwen's newer norms less 1."""
+        self.add(hf, gguf, size)
+        if self.kind.delta:
+            weight = self.found.pop()
+            self.found += [weight._replace(gguf="", values=weight.values - 1)]
+            self.found += [weight._replace(hf="")]
+
+    def attention(self, hf: str, gg: str) -> None:
+        kind, s, hidden = self.kind, self.s, self.s["hidden"]
+        q, kv = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
+        gates = q if kind.delta else 0
+        for name, size in ("q", q + gates), ("k", kv), ("v", kv):
+            self.add(f"{hf}{name}_proj", f"{gg}attn_{name}.weight", size, hidden)
+            if name in kind.biases:
+                self.add(f"{hf}{name}_proj.bias", f"{gg}attn_{name}.bias", size)
+        self.add(hf + "o_proj", gg + "attn_output.weight", hidden, q)
+        if "o" in kind.biases:
+            self.add(hf + "o_proj.bias", gg + "attn_output.bias", hidden)
+        if kind.qk_norm:
+            full = kind.qk_norm == "full"
+            self.norm(hf + "q_norm", gg + "attn_q_norm.weight", q if full else s["head_dim"])
+            self.norm(hf + "k_norm", gg + "attn_k_norm.weight", kv if full else s["head_dim"])
+        if kind.sinks:
+            self.add(hf + "sinks", gg + "attn_sinks.weight", s["heads"])
+
+    def latent_attention(self, hf: str, gg: str) -> None:
+        s, hidden, heads, q_rank = self.s, self.s["hidden"], self.s["heads"], self.s["q_rank"]
+        rank, nope, value = s["kv_rank"], s["nope_dim"], s["value_dim"]
+        q_size = heads * (nope + s["rope_dim"])
+        if self.kind.latent == 2:
+            self.add(hf + "q_a_proj", gg + "attn_q_a.weight", q_rank, hidden)
+            self.add(hf + "q_a_layernorm", gg + "attn_q_a_norm.weight", q_rank)
+            self.add(hf + "q_b_proj", gg + "attn_q_b.weight", q_size, q_rank)
+        else:
+            self.add(hf + "q_proj", gg + "attn_q.weight", q_size, hidden)
+        compressed = rank + s["rope_dim"]
+        self.add(hf + "kv_a_proj_with_mqa", gg + "attn_kv_a_mqa.weight", compressed, hidden)
+        self.add(hf + "kv_a_layernorm", gg + "attn_kv_a_norm.weight", rank)
+        self.add(hf + "kv_b_proj", "", heads * (nope + value), rank)
+        both = self.found[-1].values.reshape(heads, nope + value, rank)
+        k_b = np.ascontiguousarray(both[:, :nope].swapaxes(1, 2))
+        self.found.append(Weight("", gg + "attn_k_b.weight", k_b))
+        self.found.append(Weight("", gg + "attn_v_b.weight", both[:, nope:].copy()))
+        self.add(hf + "o_proj", gg + "attn_output.weight", hidden, heads * value)
+
+    def delta(self, hf: str, gg: str) -> None:
+        s, keys, heads = self.s, self.s["key_heads"], self.s["value_heads"]
+        dim, hidden = s["delta_dim"], s["hidden"]
+        parts = dict(q=keys * dim, k=keys * dim, v=heads * dim, z=heads * dim, b=heads, a=heads)
+        q, k, v, z, b, a = (self.matrix(rows, hidden) for rows in parts.values())
+        o = self.matrix(hidden, heads * dim)
+        conv = self.rng.standard_normal((2 * keys * dim + heads * dim, s["conv_size"]), np.float32)
+        a_log = np.log(self.rng.uniform(0.5, 8, heads)).astype(np.float32)
+        dt_bias = self.rng.standard_normal(heads, np.float32)
+        norm = 1 + self.rng.standard_normal(dim, np.float32) / 10
+        both = {"conv1d.weight": conv[:, None] / 2, "A_log": a_log, "dt_bias": dt_bias}
+        both |= {"norm.weight": norm, "out_proj.weight": o}
+        if self.kind.delta == "mixed":  # by heads of keys
+            parts = [t.reshape(keys, -1, hidden) for t in (q, k, v, z)]
+            both["in_proj_qkvz.weight"] = np.concatenate(parts, 1).reshape(-1, hidden)
+            parts = [t.reshape(keys, -1, hidden) for t in (b, a)]
+            both["in_proj_ba.weight"] = np.concatenate(parts, 1).reshape(-1, hidden)
+        else:
+            both |= {"in_proj_qkv.weight": np.concatenate([q, k, v]), "in_proj_z.weight": z}
+            both |= {"in_proj_b.weight": b, "in_proj_a.weight": a}
+        self.found += [Weight(hf + name, "", values) for name, values in both.items()]
+
+        def tiled(values: np.ndarray, axis: int = 0) -> np.ndarray:
+            """GGUF has every key_heads-th head of values side by side; not of Qwen3-Next."""
+            if self.kind.delta == "mixed":
+                return values
+            shape = values.shape
+            rest = shape[:axis], (keys, heads // keys, shape[axis] // heads), shape[axis + 1 :]
+            parts = values.reshape(*rest[0], *rest[1], *rest[2])
+            return np.ascontiguousarray(parts.swapaxes(axis, axis + 1)).reshape(shape)
+
+        queries = 2 * keys * dim
+        gguf = {"attn_qkv.weight": np.concatenate([q, k, tiled(v)]), "attn_gate.weight": tiled(z)}
+        gguf["ssm_conv1d.weight"] = np.concatenate([conv[:queries], tiled(conv[queries:])]) / 2
+        gguf |= {"ssm_dt.bias": tiled(dt_bias), "ssm_a": tiled(-np.exp(a_log))}
+        gguf |= {"ssm_norm.weight": norm, "ssm_out.weight": tiled(o, 1)}
+        if self.kind.delta == "mixed":
+            gguf["ssm_ba.weight"] = both["in_proj_ba.weight"]
+        else:
+            gguf |= {"ssm_beta.weight": tiled(b), "ssm_alpha.weight": tiled(a)}
+        self.found += [Weight("", gg + name, values) for name, values in gguf.items()]
+
+    def feed_forward(self, hf: str, gguf: str, size: int, names: Any = None) -> None:
+        gate, up, down = names or ("gate_proj", "up_proj", "down_proj")
+        hidden = self.s["hidden"]
+        self.add(hf + gate, gguf.format("gate"), size, hidden)
+        self.add(hf + up, gguf.format("up"), size, hidden)
+        self.add(hf + down, gguf.format("down"), hidden, size)
+
+    def experts(self, hf: str, gg: str) -> None:
+        kind, s, hidden, experts = self.kind, self.s, self.s["hidden"], self.s["experts"]
+        self.add(hf + kind.router, gg + "ffn_gate_inp.weight", experts, hidden, scale=2.0)
+        if kind.correction:
+            self.add(hf + kind.correction, gg + "exp_probs_b.bias", experts)
+            if "statics" in kind.correction:  # a row of a matrix
+                weight = self.found.pop()
+                self.found += [
+                    weight._replace(hf=""),
+                    weight._replace(gguf="", values=weight.values[None]),
+                ]
+        for expert in range(experts):
+            self.feed_forward(f"{hf}experts.{expert}.", "", s["expert_size"], kind.experts)
+        if kind.expert_biases:
+            self.add(hf + "router.bias", gg + "ffn_gate_inp.bias", experts)
+            self.fuse(hf + "experts.", gg)
+        if kind.shared:
+            shared = gg + "ffn_{}_shexp.weight"
+            size = s["shared_size"] if kind.gated_shared else NUM_SHARED * s["expert_size"]
+            self.feed_forward(hf + kind.shared, shared, size)
+        if kind.gated_shared:
+            self.add(hf + "shared_expert_gate", gg + "ffn_gate_inp_shexp.weight", 1, hidden)
+
+    def fuse(self, hf: str, gg: str) -> None:
+        """All experts of a layer in one tensor, transposed, gate and up alternating; and biases."""
+        mine = [w for w in self.found if w.hf.startswith(hf)]
+        self.found = [w for w in self.found if not w.hf.startswith(hf)]
+        gate, up, down = (np.stack([w.values for w in mine[i::3]]) for i in range(3))
+        for name, values in ("gate", gate), ("up", up), ("down", down):
+            self.found.append(Weight("", f"{gg}ffn_{name}_exps.weight", values))
+        both = np.stack([gate, up], 2).reshape(len(gate), -1, gate.shape[2])
+        self.found.append(Weight(hf + "gate_up_proj", "", both.swapaxes(1, 2).copy()))
+        self.found.append(Weight(hf + "down_proj", "", down.swapaxes(1, 2).copy()))
+        sizes = dict(gate=gate.shape[1], up=gate.shape[1], down=down.shape[1])
+        biases = {}
+        for name, size in sizes.items():
+            biases[name] = self.rng.standard_normal((len(gate), size), np.float32) / 10
+            self.found.append(Weight("", f"{gg}ffn_{name}_exps.bias", biases[name]))
+        both = np.stack([biases["gate"], biases["up"]], 2).reshape(len(gate), -1)
+        self.found.append(Weight(hf + "gate_up_proj_bias", "", both))
+        self.found.append(Weight(hf + "down_proj_bias", "", biases["down"]))
+
+
+def weights(model_type: str, seed: int = 0, tied: bool = False, **sizes: int) -> list[Weight]:
+    """All tensors of a random model."""
+    s = {**SIZES, **sizes}
+    w, kind, hidden = _Weights(model_type, seed, s), KINDS[model_type], s["hidden"]
+    scale = float(np.sqrt(hidden))
+    w.add(kind.prefix + "embed_tokens", "token_embd.weight", s["vocab"], hidden, scale=scale)
+    w.norm(kind.prefix + "norm", "output_norm.weight", hidden)
     if not tied:
-        add("lm_head", "output.weight", s["vocab"], hidden)
+        w.add("lm_head", "output.weight", s["vocab"], hidden)
     for i in range(s["layers"]):
-        hf, gg = f"model.layers.{i}.", f"blk.{i}."
-        add(hf + "input_layernorm", gg + "attn_norm.weight", hidden)
-        add(hf + "post_attention_layernorm", gg + "ffn_norm.weight", hidden)
-        for name, size in ("q", q), ("k", kv), ("v", kv):
-            add(f"{hf}self_attn.{name}_proj", f"{gg}attn_{name}.weight", size, hidden)
-            if model_type == "qwen2_moe":
-                add(f"{hf}self_attn.{name}_proj.bias", f"{gg}attn_{name}.bias", size)
-        add(hf + "self_attn.o_proj", gg + "attn_output.weight", hidden, q)
-        if model_type in ("olmoe", "qwen3_moe"):
-            full = model_type == "olmoe"
-            add(hf + "self_attn.q_norm", gg + "attn_q_norm.weight", q if full else s["head_dim"])
-            add(hf + "self_attn.k_norm", gg + "attn_k_norm.weight", kv if full else s["head_dim"])
-        if model_type == "llama":
-            _feed_forward(add, hf + "mlp.", gg + "ffn_{}.weight", hidden, s["ffn_size"])
-            continue
-        mlp = hf + ("block_sparse_moe." if model_type == "mixtral" else "mlp.")
-        add(mlp + "gate", gg + "ffn_gate_inp.weight", s["experts"], hidden, scale=2.0)
-        w = ("w1", "w3", "w2") if model_type == "mixtral" else None
-        for expert in range(s["experts"]):
-            _feed_forward(add, f"{mlp}experts.{expert}.", "", hidden, s["expert_size"], w)
-        if model_type == "qwen2_moe":
-            _feed_forward(add, mlp + "shared_expert.", gg + "ffn_{}_shexp.weight", hidden,
-                          s["shared_size"])  # fmt: skip
-            add(mlp + "shared_expert_gate", gg + "ffn_gate_inp_shexp.weight", 1, hidden)
-    return found
-
-
-def _feed_forward(add: Any, hf: str, gguf: str, hidden: int, size: int, names: Any = None) -> None:
-    gate, up, down = names or ("gate_proj", "up_proj", "down_proj")
-    add(hf + gate, gguf.format("gate"), size, hidden)
-    add(hf + up, gguf.format("up"), size, hidden)
-    add(hf + down, gguf.format("down"), hidden, size)
+        hf, gg = f"{kind.prefix}layers.{i}.", f"blk.{i}."
+        w.norm(hf + "input_layernorm", gg + "attn_norm.weight", hidden)
+        w.norm(hf + "post_attention_layernorm", f"{gg}{kind.ffn_norm}.weight", hidden)
+        attention = w.latent_attention if kind.latent else w.attention
+        if kind.delta and i % 2 == 0:
+            w.delta(hf + "linear_attn.", gg)
+        else:
+            attention(hf + "self_attn.", gg)
+        if kind.experts is None or i in kind.dense:
+            w.feed_forward(hf + "mlp.", gg + "ffn_{}.weight", s["ffn_size"])
+        else:
+            w.experts(hf + kind.mlp, gg)
+    return w.found
 
 
 # --- Hugging Face ---
 
 
 def hf_config(model_type: str, **sizes: Any) -> dict[str, Any]:
-    s = {**SIZES, **sizes}
+    s, kind = {**SIZES, **sizes}, KINDS[model_type]
     config = dict(
         model_type=model_type, vocab_size=s["vocab"], hidden_size=s["hidden"],
         num_hidden_layers=s["layers"], num_attention_heads=s["heads"],
@@ -92,16 +279,61 @@ def hf_config(model_type: str, **sizes: Any) -> dict[str, Any]:
         max_position_embeddings=s["context"], rope_theta=10_000.0, hidden_act="silu",
         tie_word_embeddings=False, eos_token_id=s["vocab"] - 1,
     )  # fmt: skip
-    if model_type == "llama":
-        return config | dict(intermediate_size=s["ffn_size"])
-    config |= dict(num_experts_per_tok=s["top_k"])
-    config["num_local_experts" if model_type == "mixtral" else "num_experts"] = s["experts"]
-    if model_type in ("mixtral", "olmoe"):
-        return config | dict(intermediate_size=s["expert_size"])
-    config |= dict(moe_intermediate_size=s["expert_size"], intermediate_size=s["ffn_size"])
-    if model_type == "qwen2_moe":
-        return config | dict(shared_expert_intermediate_size=s["shared_size"])
-    return config | dict(norm_topk_prob=True)
+    if kind.latent:
+        config |= dict(
+            kv_lora_rank=s["kv_rank"], q_lora_rank=s["q_rank"] if kind.latent == 2 else None,
+            v_head_dim=s["value_dim"],
+            qk_nope_head_dim=s["nope_dim"], qk_rope_head_dim=s["rope_dim"], head_dim=s["rope_dim"],
+            num_key_value_heads=s["heads"],
+        )  # fmt: skip
+    config |= _hf_feed_forward(model_type, kind, s)
+    if kind.delta:
+        config |= dict(
+            linear_num_key_heads=s["key_heads"], linear_num_value_heads=s["value_heads"],
+            linear_key_head_dim=s["delta_dim"], linear_value_head_dim=s["delta_dim"],
+            linear_conv_kernel_dim=s["conv_size"], full_attention_interval=2,
+            partial_rotary_factor=0.25,
+        )  # fmt: skip
+    if model_type == "qwen3_5_moe":  # which also sees images
+        text = config | dict(model_type="qwen3_5_moe_text")
+        return dict(model_type=model_type, text_config=text, tie_word_embeddings=False)
+    return config
+
+
+def _hf_feed_forward(model_type: str, kind: Kind, s: dict[str, int]) -> dict[str, Any]:
+    """The entries of config.json that differ most between architectures."""
+    if kind.experts is None:
+        return dict(intermediate_size=s["ffn_size"])
+    if model_type == "ernie4_5_moe":
+        return dict(moe_num_experts=s["experts"], moe_k=s["top_k"], moe_layer_start_index=1,
+                    moe_num_shared_experts=NUM_SHARED,
+                    moe_intermediate_size=s["expert_size"], intermediate_size=s["ffn_size"],
+                    rope_theta=10_000.0)  # fmt: skip
+    config: dict[str, Any] = dict(num_experts_per_tok=s["top_k"])
+    local = model_type in ("mixtral", "minimax_m2", "gpt_oss")
+    routed = kind.shared == "shared_experts."
+    name = "num_local_experts" if local else "n_routed_experts" if routed else "num_experts"
+    config[name] = s["experts"]
+    if model_type in ("mixtral", "olmoe", "minimax_m2", "gpt_oss"):
+        config |= dict(intermediate_size=s["expert_size"])
+    else:
+        config |= dict(moe_intermediate_size=s["expert_size"], intermediate_size=s["ffn_size"])
+    if kind.gated_shared:
+        config |= dict(shared_expert_intermediate_size=s["shared_size"])
+    if model_type == "qwen3_moe":
+        config |= dict(norm_topk_prob=True)
+    if model_type == "gpt_oss":
+        config |= dict(sliding_window=24, rope_parameters=dict(YARN, rope_theta=10_000.0))
+    if kind.half_rope:
+        config |= dict(partial_rotary_factor=0.5)
+    if routed:
+        config |= dict(n_shared_experts=NUM_SHARED,
+                       first_k_dense_replace=1, routed_scaling_factor=1.5)  # fmt: skip
+    if kind.correction and routed:
+        config |= dict(n_group=4, topk_group=2, norm_topk_prob=True)
+    if model_type == "glm4_moe":
+        config |= dict(use_qk_norm=True, attention_bias=True)
+    return config
 
 
 def hf_checkpoint(
@@ -114,6 +346,7 @@ def hf_checkpoint(
     values = hf_config(model_type, **sizes) | (config or {})
     (folder / "config.json").write_text(json.dumps(values))
     tensors = weights(model_type, seed, values["tie_word_embeddings"], **sizes)
+    tensors = [weight for weight in tensors if weight.hf]
     names = [f"model-{n + 1:05}-of-{num_files:05}.safetensors" for n in range(num_files)]
     names = names if num_files > 1 else ["model.safetensors"]
     weight_map = {}
@@ -203,7 +436,7 @@ def gguf_checkpoint(
         factors = np.array(rope_factors, np.float32)
         tensors.append(Weight("", "rope_freqs.weight", factors))
     writer = gguf.GGUFWriter(
-        file, GGUF_NAMES.get(model_type, "llama"),
+        file, KINDS[model_type].gguf,
         split_max_tensors=-(-len(tensors) // parts) if parts > 1 else 0,
     )  # fmt: skip
     _write_metadata(writer, model_type, {**SIZES, **sizes}, metadata or {})
@@ -225,7 +458,7 @@ def gguf_checkpoint(
 def _permuted(weight: Weight, model_type: str, s: dict[str, int]) -> np.ndarray:
     """GGUF's llama family has the two values that rotate together side by side."""
     heads = {"attn_q": s["heads"], "attn_k": s["kv_heads"]}.get(weight.gguf.split(".")[-2])
-    if model_type not in ("llama", "mixtral") or heads is None:
+    if model_type not in ADJACENT or heads is None or weight.values.ndim == 1:
         return weight.values
     halves = weight.values.reshape(heads, 2, s["head_dim"] // 2, -1)
     return halves.swapaxes(1, 2).reshape(weight.values.shape)
@@ -235,8 +468,8 @@ def _fused(tensors: list[Weight]) -> Any:
     """All experts of a layer as one tensor [experts, rows, columns]."""
     groups: dict[str, list[np.ndarray]] = {}
     for weight in tensors:
-        if not weight.gguf:
-            parts = weight.hf.split(".")
+        if re.search(r"\.experts\.\d", weight.hf):
+            parts = weight.hf.replace("language_model.", "").split(".")
             part = dict(w1="gate", w3="up", w2="down").get(parts[-2], parts[-2].split("_")[0])
             name = f"blk.{parts[2]}.ffn_{part}_exps.weight"
             groups.setdefault(name, []).append(weight.values)
@@ -245,7 +478,13 @@ def _fused(tensors: list[Weight]) -> Any:
 
 
 def _format_of(weight: Weight, format: str, formats: dict[str, str]) -> str:
-    if weight.values.ndim == 1 or "ffn_gate_inp" in weight.gguf:
+    name = weight.gguf
+    if (
+        weight.values.ndim == 1
+        or name.endswith("bias")
+        or "ffn_gate_inp" in name
+        or "conv1d" in name
+    ):
         return "f32"  # as llama.cpp does: norms, biases and routers
     return next((kind for part, kind in formats.items() if part in weight.gguf), format)
 
@@ -255,22 +494,20 @@ def _write_metadata(writer: Any, model_type: str, s: dict[str, int], more: dict[
     writer.add_embedding_length(s["hidden"])
     writer.add_block_count(s["layers"])
     writer.add_head_count(s["heads"])
-    writer.add_head_count_kv(s["kv_heads"])
-    writer.add_key_length(s["head_dim"])
-    writer.add_value_length(s["head_dim"])
-    writer.add_rope_dimension_count(s["head_dim"])
+    kind = KINDS[model_type]
+    if kind.delta:
+        _write_delta(writer, kind, s)
+    if kind.latent:
+        _write_latent(writer, kind, s)
+    else:
+        writer.add_head_count_kv(s["kv_heads"])
+        writer.add_key_length(s["head_dim"])
+        writer.add_value_length(s["head_dim"])
+        part = 4 if kind.delta else 2 if kind.half_rope else 1
+        writer.add_rope_dimension_count(s["head_dim"] // part)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10_000.0)
-    if model_type == "llama":
-        writer.add_feed_forward_length(s["ffn_size"])
-    else:
-        writer.add_expert_count(s["experts"])
-        writer.add_expert_used_count(s["top_k"])
-        writer.add_feed_forward_length(s["expert_size"])
-    if model_type in ("qwen2_moe", "qwen3_moe"):
-        writer.add_expert_feed_forward_length(s["expert_size"])
-    if model_type == "qwen2_moe":
-        writer.add_expert_shared_feed_forward_length(s["shared_size"])
+    _write_feed_forward(writer, model_type, kind, s)
     for key, value in more.items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32
         add(f"{writer.arch}.{key}", value)
@@ -281,3 +518,58 @@ def _write_metadata(writer: Any, model_type: str, s: dict[str, int], more: dict[
     writer.add_token_types([1] * (len(tokens) - 1) + [3])
     writer.add_token_merges(merges)
     writer.add_eos_token_id(len(tokens) - 1)
+
+
+def _write_feed_forward(writer: Any, model_type: str, kind: Kind, s: dict[str, int]) -> None:
+    writer.add_feed_forward_length(s["ffn_size"] if kind.dense or not kind.experts else
+                                   s["expert_size"])  # fmt: skip
+    if kind.experts is None:
+        return
+    writer.add_expert_count(s["experts"])
+    writer.add_expert_used_count(s["top_k"])
+    if model_type not in ("mixtral", "olmoe"):
+        writer.add_expert_feed_forward_length(s["expert_size"])
+    if kind.gated_shared:
+        writer.add_expert_shared_feed_forward_length(s["shared_size"])
+    elif kind.shared:
+        writer.add_expert_shared_count(NUM_SHARED)
+        writer.add_leading_dense_block_count(1)
+    if model_type == "ernie4_5_moe":
+        writer.add_interleave_moe_layer_step(1)
+        writer.add_expert_shared_feed_forward_length(NUM_SHARED * s["expert_size"])
+    elif kind.shared == "shared_experts.":
+        writer.add_expert_weights_scale(1.5)
+    if kind.correction and model_type != "ernie4_5_moe":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(True)
+        if kind.shared:
+            writer.add_expert_group_count(4)
+            writer.add_expert_group_used_count(2)
+    if kind.sinks:
+        writer.add_sliding_window(24)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(YARN["factor"])
+        writer.add_rope_scaling_orig_ctx_len(YARN["original_max_position_embeddings"])
+
+
+def _write_delta(writer: Any, kind: Kind, s: dict[str, int]) -> None:
+    writer.add_ssm_conv_kernel(s["conv_size"])
+    writer.add_ssm_state_size(s["delta_dim"])
+    writer.add_ssm_group_count(s["key_heads"])
+    writer.add_ssm_time_step_rank(s["value_heads"])
+    writer.add_ssm_inner_size(s["value_heads"] * s["delta_dim"])
+    writer.add_full_attention_interval(2)
+    if kind.delta == "apart":
+        writer.add_rope_dimension_sections([1, 1, 0, 0])
+
+
+def _write_latent(writer: Any, kind: Kind, s: dict[str, int]) -> None:
+    writer.add_head_count_kv(1)
+    writer.add_key_length(s["kv_rank"] + s["rope_dim"])
+    writer.add_value_length(s["kv_rank"])
+    writer.add_key_length_mla(s["nope_dim"] + s["rope_dim"])
+    writer.add_value_length_mla(s["value_dim"])
+    writer.add_kv_lora_rank(s["kv_rank"])
+    if kind.latent == 2:
+        writer.add_q_lora_rank(s["q_rank"])
+    writer.add_rope_dimension_count(s["rope_dim"])

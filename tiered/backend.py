@@ -29,6 +29,45 @@ class AttentionWeights(NamedTuple):
     o: Matrix  # [hidden_size, num_heads * head_dim]
     q_norm: np.ndarray | None = None  # float32 [head_dim] or [num_heads * head_dim]
     k_norm: np.ndarray | None = None  # float32 [head_dim] or [num_kv_heads * head_dim]
+    sinks: np.ndarray | None = None  # float32 [num_heads]
+    gate: Matrix | None = None  # [num_heads * head_dim, hidden_size]
+
+
+class LatentWeights(NamedTuple):
+    """Multi-head latent attention; dimensions are those of tiered.config.LatentConfig."""
+
+    norm: np.ndarray  # float32 [hidden_size]
+    q: Matrix  # [num_heads * (nope_dim + rope_dim), q_rank, or hidden_size without q_a]
+    q_a: Matrix | None  # [q_rank, hidden_size]
+    q_a_norm: np.ndarray | None  # float32 [q_rank]
+    kv_a: Matrix  # [kv_rank + rope_dim, hidden_size]
+    kv_a_norm: np.ndarray  # float32 [kv_rank]
+    k_b: Matrix  # [num_heads * kv_rank, nope_dim]
+    v_b: Matrix  # [num_heads * value_dim, kv_rank]
+    o: Matrix  # [hidden_size, num_heads * value_dim]
+
+
+class DeltaWeights(NamedTuple):
+    """Gated DeltaNet; `channels` are queries, keys and values of all heads."""
+
+    norm: np.ndarray  # float32 [hidden_size]
+    qkv: Matrix  # [channels, hidden_size]
+    z: Matrix  # [num_value_heads * value_dim, hidden_size]: gates the result
+    b: Matrix  # [num_value_heads, hidden_size]
+    a: Matrix  # [num_value_heads, hidden_size]
+    conv: np.ndarray  # float32 [conv_size, channels]
+    dt_bias: np.ndarray  # float32 [num_value_heads]
+    decay: np.ndarray  # float32 [num_value_heads]: -exp(A_log)
+    head_norm: np.ndarray  # float32 [value_dim]
+    o: Matrix  # [hidden_size, num_value_heads * value_dim]
+
+
+class ExpertBiases(NamedTuple):
+    """What all experts of a layer add to their products: small, so never in a tier."""
+
+    gate: np.ndarray  # float32 [num_experts, expert_size]
+    up: np.ndarray  # float32 [num_experts, expert_size]
+    down: np.ndarray  # float32 [num_experts, hidden_size]
 
 
 class FeedForwardWeights(NamedTuple):
@@ -47,6 +86,7 @@ class Batch(NamedTuple):
     positions: np.ndarray  # int32 [num_tokens]
     sequences: np.ndarray  # int32 [num_tokens]: a row of `page_tables`
     page_tables: np.ndarray  # int32 [num_sequences, max_pages]: pages of the KV cache, -1: none
+    states: list[Any] | None = None  # of recurrent models, each sequence's `recurrent_state`
 
 
 class Backend(Protocol):
@@ -62,13 +102,36 @@ class Backend(Protocol):
     ) -> Matrix:
         """Adopt `data` (uint8, rows of `format` blocks; kept by reference, not copied)."""
 
-    def attention_layer(self, weights: AttentionWeights, config: ModelConfig) -> Any:
-        """Prepare a layer's attention once; the result goes to `attention`."""
+    def attention_layer(
+        self, weights: AttentionWeights, config: ModelConfig, index: int = 0
+    ) -> Any:
+        """Prepare the attention of layer `index` once; the result goes to `attention`."""
 
-    def router_layer(self, norm: np.ndarray, router: Matrix, config: ModelConfig) -> Any:
-        """Prepare the norm before the experts and the router; the result goes to `route`."""
+    def latent_attention_layer(
+        self, weights: LatentWeights, config: ModelConfig, index: int = 0
+    ) -> Any:
+        """The same for a layer whose keys and values are views of one compressed vector."""
 
-    def expert_layer(self, layout: ExpertLayout, config: ModelConfig) -> Any:
+    def delta_layer(self, weights: DeltaWeights, config: ModelConfig, number: int) -> Any:
+        """The same for a recurrent layer, the model's `number`-th (from 0)."""
+
+    def recurrent_state(self, config: ModelConfig) -> Any:
+        """Memory for what the recurrent layers remember of one text."""
+
+    def router_layer(
+        self,
+        norm: np.ndarray,
+        router: Matrix,
+        config: ModelConfig,
+        correction: np.ndarray | None = None,
+    ) -> Any:
+        """Prepare the norm before the experts and the router; the result goes to `route`.
+
+        `correction` (float32 [num_experts]) is added to the scores that experts are chosen by."""
+
+    def expert_layer(
+        self, layout: ExpertLayout, config: ModelConfig, biases: ExpertBiases | None = None
+    ) -> Any:
         """Prepare a layer's experts once; the result goes to `experts`."""
 
     def feed_forward_layer(

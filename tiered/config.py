@@ -28,6 +28,49 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention: a token's keys and values are views of one vector of `kv_rank`
+    values, and `rope_dim` more that carry its position. https://arxiv.org/abs/2405.04434
+
+    A model with it has one head of keys, of kv_rank + rope_dim values.
+    """
+
+    kv_rank: int = 0  # 0: the model has ordinary attention
+    q_rank: int = 0  # queries are made in two steps, with so many values between; 0: in one
+    nope_dim: int = 0  # values of a head's queries that carry no position
+    rope_dim: int = 0
+    value_dim: int = 0  # of one head
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """Gated DeltaNet: a layer that remembers a text in matrices of fixed size, one per head of
+    values, instead of the keys and values of all tokens. https://arxiv.org/abs/2412.06464
+
+    Several heads of values share one of keys: neighbours, or, with `is_tiled`, every
+    num_key_heads-th.
+    """
+
+    num_key_heads: int = 0  # 0: the model has no such layers
+    num_value_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    conv_size: int = 4  # tokens that the convolution before it sees
+    is_tiled: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Queries, keys and values of all heads."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+    @property
+    def state_values(self) -> int:
+        """float32 values that a layer remembers of a text."""
+        history = (self.conv_size - 1) * self.channels
+        return history + self.num_value_heads * self.key_dim * self.value_dim
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The facts of a model that its arithmetic depends on."""
 
@@ -41,6 +84,12 @@ class ModelConfig:
     head_dim: int
     norm_eps: float
     rope: RopeConfig = field(default_factory=RopeConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    delta: DeltaConfig = field(default_factory=DeltaConfig)
+    delta_layers: frozenset[int] = frozenset()  # have that in the place of attention
+    gated_attention: bool = False  # each head's result times the sigmoid of a gate, beside q
+    norm_offset: float = 0.0  # what is added to the stored weights of norms
+    query_scale: float = 0.0  # what scores are multiplied with; 0: 1 / sqrt(head_dim)
     num_experts: int = 0  # 0: a dense model
     top_k: int = 0
     expert_size: int = 0  # width of one expert
@@ -49,8 +98,17 @@ class ModelConfig:
     dense_layers: frozenset[int] = frozenset()  # layers without experts
     qk_norm: str = ""  # "", "head" (one norm per head) or "full" (over all heads together)
     clip_qkv: float = 0.0  # clamp q, k and v to +-this; 0: no
-    normalize_top_k: bool = True  # routing weights of the chosen experts sum to 1
+    router_scoring: str = "softmax"  # or "sigmoid"
+    normalize_top_k: bool = True  # routing weights of the chosen experts sum to 1 ...
+    routing_scale: float = 1.0  # ... or to this
+    expert_groups: int = 1  # experts are chosen from the best `used_groups` of so many groups
+    used_groups: int = 1
     sliding_window: int = 0  # attend to this many last positions; 0: all of them
+    full_layers: frozenset[int] = frozenset()  # layers that attend to all of them nevertheless
+    attention_sinks: bool = False  # a score per head that takes attention and gives nothing
+    activation: str = "silu"  # of experts and feed-forwards: "silu" or "clamped_silu" (gpt-oss)
+    activation_limit: float = 0.0  # where "clamped_silu" clamps
+    expert_biases: bool = False
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -64,9 +122,25 @@ class ModelConfig:
             )
         if self.num_experts and not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k is {self.top_k}, but the model has {self.num_experts} experts")
+        groups, used = max(self.expert_groups, 1), self.used_groups
+        if self.num_experts % groups or (
+            groups > 1 and not self.top_k <= used * (self.num_experts // groups)
+        ):
+            raise ValueError(
+                f"{self.num_experts} experts in {groups} groups, of which {used} are used, are not "
+                f"enough for top_k {self.top_k}"
+            )
+
+    def window(self, layer: int) -> int:
+        """How many last positions a layer attends to; 0: all."""
+        return 0 if layer in self.full_layers else self.sliding_window
 
     def is_sparse(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.dense_layers
+
+    @property
+    def attention_layers(self) -> list[int]:
+        return [layer for layer in range(self.num_layers) if layer not in self.delta_layers]
 
     @property
     def sparse_layers(self) -> list[int]:

@@ -68,6 +68,7 @@ class Engine:
         config, choices = self.config, self.choices
         self.context = min(choices.context or DEFAULT_CONTEXT, config.context_length)
         self.kv_tokens = max(choices.kv_tokens or 0, self.context)
+        self.num_texts = -(-self.kv_tokens // self.context)
         self.store: ExpertStore | None = None
         self.blocks: WholeBlocks | None = None
         if config.sparse_layers:
@@ -98,7 +99,7 @@ class Engine:
             self.source,
             self.prefetcher,
         )
-        self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype)
+        self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype, self.num_texts)
         on_gpu = choices.device != "cpu" and hasattr(self.backend, "slots")
         if on_gpu and self.store and self.source:
             # Last, because experts get what the rest has left of the device's memory.
@@ -120,7 +121,7 @@ class Engine:
             expert_ram=expert_ram,
             process=psutil.Process().memory_info().rss,
             dense=dense_bytes(self.checkpoint, choices.quantize),
-            kv=kv_cache.kv_bytes(config, self.kv_tokens, choices.kv_dtype),
+            kv=kv_cache.kv_bytes(config, self.kv_tokens, choices.kv_dtype, self.num_texts),
             workspace=workspace_bytes(config, choices.prefill_chunk),
             experts=sum(blobs) * config.num_experts,
             floor=max(blobs) * config.top_k,
@@ -201,7 +202,7 @@ class Engine:
         sequence = sequence or self.kv.open()
         try:
             shared = common_prefix(sequence.tokens, ids[:-1])
-            self.kv.truncate(sequence, shared)
+            shared = self.kv.truncate(sequence, shared)
             start = perf_counter()
             logits = self._prefill(sequence, ids[shared:])
             self._tokens.prefill_seconds += perf_counter() - start
@@ -307,7 +308,8 @@ class Engine:
     def _forward(
         self, sequence: kv_cache.Sequence, ids: Sequence[int], last_only: bool, output: Any = None
     ) -> np.ndarray:
-        """Append tokens and compute them; on an error the sequence is as it was before."""
+        """Append tokens and compute them; on an error the sequence is as it was before (empty, for
+        a recurrent model)."""
         length = len(sequence.tokens)
         rows = np.array([len(ids) - 1]) if last_only else np.arange(len(ids))
         try:

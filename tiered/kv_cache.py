@@ -15,20 +15,28 @@ VECTOR = 16  # a head's values (not its keys) are padded to a multiple of this
 BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "int8": 1.0}
 
 
-def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str) -> int:
-    """Bytes that the keys and values of `num_tokens` tokens take, in whole pages."""
+def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str, num_texts: int = 1) -> int:
+    """Bytes that the keys and values of `num_tokens` tokens take, in whole pages, and what
+    recurrent layers remember of `num_texts` texts."""
     num_pages = -(-num_tokens // PAGE_SIZE)
     padded = -(-config.head_dim // VECTOR) * VECTOR
     scales = 2 * 4 if dtype == "int8" else 0
     per_head = (config.head_dim + padded) * BYTES_PER_VALUE[dtype] + scales
-    per_token = config.num_layers * config.num_kv_heads * per_head
-    return int(num_pages * PAGE_SIZE * per_token)
+    per_token = len(config.attention_layers) * config.num_kv_heads * per_head
+    return int(num_pages * PAGE_SIZE * per_token) + num_texts * state_bytes(config)
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes that recurrent layers remember of each text; 0 for a model without them."""
+    return 4 * len(config.delta_layers) * config.delta.state_values if config.delta_layers else 0
 
 
 class Sequence:
-    """The tokens of one text so far, and the pages that hold their keys and values."""
+    """The tokens of one text so far, and the pages that hold their keys and values; `state` is
+    what recurrent layers remember of it, in the backend's memory."""
 
-    def __init__(self, max_pages: int) -> None:
+    def __init__(self, max_pages: int, state: Any = None) -> None:
+        self.state = state
         self.tokens: list[int] = []
         self.pages = np.full(max_pages, -1, np.int32)
         self.num_pages = 0
@@ -42,10 +50,20 @@ class KVCache:
     """
 
     def __init__(
-        self, backend: Backend, config: ModelConfig, num_tokens: int, dtype: str = "f16"
+        self,
+        backend: Backend,
+        config: ModelConfig,
+        num_tokens: int,
+        dtype: str = "f16",
+        num_texts: int = 1,
     ) -> None:
         self.num_pages = -(-num_tokens // PAGE_SIZE)
         self.pages: Any = backend.kv_pages(config, self.num_pages, PAGE_SIZE, dtype)
+        # Recurrent layers remember a text as a whole: it cannot be cut, nor begin with pages of
+        # another that went on. There is memory for so many of them.
+        self.is_recurrent = bool(config.delta_layers)
+        self.num_texts = num_texts
+        self._backend, self._config = backend, config
         self._free = list(range(self.num_pages))[::-1]
         self._holders = [0] * self.num_pages  # by page
 
@@ -57,13 +75,17 @@ class KVCache:
     def open(self, tokens: Items[int] = (), pages: Items[int] = ()) -> Sequence:
         """A new text. With `pages`, it begins with `tokens`, which fill these pages exactly."""
         assert len(tokens) == len(pages) * PAGE_SIZE
-        sequence = Sequence(self.num_pages)
+        assert not (pages and self.is_recurrent)
+        sequence = Sequence(self.num_pages, self._new_state())
         sequence.tokens.extend(tokens)
         sequence.pages[: len(pages)] = pages
         sequence.num_pages = len(pages)
         for page in pages:
             self.hold(page)
         return sequence
+
+    def _new_state(self) -> Any:
+        return self._backend.recurrent_state(self._config) if self.is_recurrent else None
 
     def hold(self, page: int) -> None:
         """Keep a page that is in use, until as many calls of `release`."""
@@ -79,8 +101,11 @@ class KVCache:
         """Whether more than one holds it."""
         return self._holders[page] > 1
 
-    def truncate(self, sequence: Sequence, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+    def truncate(self, sequence: Sequence, length: int) -> int:
+        """Forget all but the first `length` tokens; of a recurrent model, all if it is not all that
+        are kept. Returns how many are left."""
+        if self.is_recurrent and length < len(sequence.tokens):
+            length = 0
         keep = -(-length // PAGE_SIZE)
         if length % PAGE_SIZE and length < len(sequence.tokens):  # its last page changes again
             assert not self.is_shared(sequence.pages[keep - 1])
@@ -89,9 +114,11 @@ class KVCache:
         sequence.pages[keep : sequence.num_pages] = -1
         sequence.num_pages = min(keep, sequence.num_pages)
         del sequence.tokens[length:]
+        return len(sequence.tokens)
 
     def close(self, sequence: Sequence) -> None:
         self.truncate(sequence, 0)
+        sequence.state = None
 
     def batch(self, additions: Items[tuple[Sequence, Items[int]]]) -> Batch:
         """Append tokens to sequences, and say where each stands. MemoryError if pages run out."""
@@ -111,6 +138,7 @@ class KVCache:
         counts = [len(tokens) for _, tokens in additions]
         for sequence, tokens in additions:
             sequence.tokens.extend(tokens)
+        states = [sequence.state for sequence, _ in additions] if self.is_recurrent else None
         if len(additions) == 1:
             (sequence, tokens), start, count = additions[0], starts[0], counts[0]
             return Batch(
@@ -118,6 +146,7 @@ class KVCache:
                 np.arange(start, start + count, dtype=np.int32),
                 np.zeros(count, np.int32),
                 sequence.pages[None],
+                states,
             )
         return Batch(
             np.concatenate([np.array(tokens, np.int32) for _, tokens in additions]),
@@ -126,4 +155,5 @@ class KVCache:
             ),
             np.repeat(np.arange(len(additions), dtype=np.int32), counts),
             np.stack([sequence.pages for sequence, _ in additions]),
+            states,
         )

@@ -195,7 +195,9 @@ class ExpertStore:
             return
         for tensor, target in zip(tensors, layout, strict=True):
             out = slot[target.offset : target.offset + target.nbytes]
-            if tensor.format == target.format:
+            if tensor.packed is not None:
+                yield partial(self._unpack, tensor, target, out)
+            elif tensor.format == target.format:
                 yield from self.reads(tensor.file, tensor.offset, out)
             else:
                 yield from self._quantizations(tensor, target, out)
@@ -205,7 +207,8 @@ class ExpertStore:
         layout, tensors = self._layouts[key.layer], self.tensors(key)
         first = tensors[0]
         return all(
-            tensor.format == target.format
+            tensor.packed is None
+            and tensor.format == target.format
             and tensor.file == first.file
             and tensor.offset - first.offset == target.offset
             for tensor, target in zip(tensors, layout, strict=True)
@@ -237,6 +240,17 @@ class ExpertStore:
 
         for first in range(0, num_rows, step):
             yield partial(task, first)
+
+    def _unpack(self, tensor: Tensor, target: TensorLayout, out: np.ndarray) -> None:
+        """Read the pieces of a matrix, make rows of them, quantize these if asked."""
+        assert tensor.packed is not None
+        pieces = [np.empty(part.nbytes, np.uint8) for part in tensor.packed.parts]
+        for part, piece in zip(tensor.packed.parts, pieces, strict=True):
+            self._reader(part.file).read_into(part.offset, piece)
+        data = tensor.packed.unpack(*pieces)
+        if tensor.format != target.format:
+            data = quantize_rows(data, tensor, target.format).reshape(-1)
+        out[:] = data
 
     def _reader(self, file: Path) -> FileReader:
         with self._lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ class Tensor(NamedTuple):
     """Where a tensor lies: `nbytes` at `offset` of `file`, rows of `format` blocks.
 
     `shape` is [out_features, in_features] or [size]; `format` is a name of cpu_kernels.formats.
+    Where the file has the values in another order or in several pieces, `packed` makes such rows
+    of them; `file` and `offset` then only say where they begin.
     """
 
     name: str
@@ -30,6 +32,14 @@ class Tensor(NamedTuple):
     file: Path
     offset: int
     nbytes: int
+    packed: Packed | None = None
+
+
+class Packed(NamedTuple):
+    """The pieces of a tensor as the file has them, and what turns them into its rows."""
+
+    parts: tuple[Tensor, ...]
+    unpack: Callable[..., np.ndarray]  # uint8 of each part -> uint8 [nbytes], contiguous
 
 
 class Checkpoint:
@@ -71,6 +81,8 @@ class Checkpoint:
         return self.view(self.tensors[name])
 
     def view(self, tensor: Tensor) -> np.ndarray:
+        if tensor.packed is not None:
+            return tensor.packed.unpack(*map(self.view, tensor.packed.parts))
         data = np.frombuffer(self._map(tensor.file), np.uint8)
         if tensor.offset + tensor.nbytes > len(data):
             raise OSError(f"{tensor.file}: the file became shorter while it was open")

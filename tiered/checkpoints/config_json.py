@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
+from functools import partial
 from typing import Any
 
 from tiered.checkpoints.facts import Facts
-from tiered.config import ModelConfig, RopeConfig
+from tiered.config import DeltaConfig, LatentConfig, ModelConfig, RopeConfig
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """An object for json.dumps; floats survive exactly."""
-    return {**asdict(config), "dense_layers": sorted(config.dense_layers)}
+    values = asdict(config)
+    return {k: sorted(v) if isinstance(v, frozenset) else v for k, v in values.items()}
 
 
 def config_from_json(facts: Facts) -> ModelConfig:
-    """What `config_to_json` wrote; raises CheckpointError for anything else."""
+    """What `config_to_json` wrote; raises CheckpointError for anything else.
+
+    A store made before a field was thought of has its default.
+    """
     return ModelConfig(**_fields(ModelConfig, facts))
 
 
 def _fields(kind: type, facts: Facts) -> dict[str, Any]:
-    return {field.name: _READERS[str(field.type)](facts, field.name) for field in fields(kind)}
+    return {
+        field.name: _READERS[str(field.type)](facts, field.name)
+        for field in fields(kind)
+        if field.name in facts or (field.default is MISSING and field.default_factory is MISSING)
+    }
 
 
-def _rope(facts: Facts, name: str) -> RopeConfig:
-    return RopeConfig(**_fields(RopeConfig, Facts(facts.mapping(name), facts.source)))
+def _nested(kind: type, facts: Facts, name: str) -> Any:
+    return kind(**_fields(kind, Facts(facts.mapping(name), facts.source)))
 
 
 _READERS: dict[str, Callable[[Facts, str], Any]] = {
@@ -36,5 +45,7 @@ _READERS: dict[str, Callable[[Facts, str], Any]] = {
     "tuple[int, ...]": Facts.integers,
     "tuple[float, ...]": Facts.numbers,
     "frozenset[int]": lambda facts, name: frozenset(facts.integers(name)),
-    "RopeConfig": _rope,
+    "RopeConfig": partial(_nested, RopeConfig),
+    "LatentConfig": partial(_nested, LatentConfig),
+    "DeltaConfig": partial(_nested, DeltaConfig),
 }

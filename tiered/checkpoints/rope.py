@@ -53,7 +53,19 @@ def rope_from_hf(facts: Facts, head_dim: int, context_length: int, theta: float)
     raise facts.error("rope_type", kind, "default, linear, dynamic, llama3 or yarn")
 
 
-def rope_from_gguf(facts: Facts, head_dim: int, context_length: int, pairs: str) -> RopeConfig:
+def score_magnitude_from_hf(facts: Facts) -> float:
+    """DeepSeek's YaRN also scales what does not rotate: queries and keys by this, each."""
+    values: Mapping[str, Any] = facts.find("rope_parameters", "rope_scaling", default={})
+    inner = Facts(values if isinstance(values, Mapping) else {}, facts.source)
+    if inner.text("rope_type", "type", default="default") == "default":
+        return 1.0
+    slope = inner.number("mscale_all_dim", default=0.0)
+    return _magnitude(inner.number("factor", default=1.0), slope) if slope else 1.0
+
+
+def rope_from_gguf(
+    facts: Facts, head_dim: int, context_length: int, pairs: str, truncate: bool = True
+) -> RopeConfig:
     """From GGUF's `rope.*` keys. Llama-3 factors are a tensor there, applied by the format."""
     theta = facts.number("rope.freq_base", default=10_000.0)
     dim = facts.integer("rope.dimension_count", default=head_dim, maximum=2**16)
@@ -68,7 +80,7 @@ def rope_from_gguf(facts: Facts, head_dim: int, context_length: int, pairs: str)
         fast = facts.number("rope.scaling.yarn_beta_fast", default=32.0)
         slow = facts.number("rope.scaling.yarn_beta_slow", default=1.0)
         original = facts.number("rope.scaling.original_context_length", default=context_length)
-        scale = _yarn(theta, dim, factor, fast, slow, original, truncate=True)
+        scale = _yarn(theta, dim, factor, fast, slow, original, truncate)
         magnitude = _magnitude(factor)
         magnitude *= facts.number("rope.scaling.attn_factor", default=1.0)
         return RopeConfig(theta, dim, pairs, _floats(scale), magnitude)

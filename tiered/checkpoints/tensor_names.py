@@ -2,17 +2,21 @@
 
 Tables map a stored name to a canonical one; `{}` stands for a number (layer, then expert). A
 canonical name with `experts.*` is a 3-D tensor [num_experts, rows, columns] that is cut into its
-experts, and `gate|up` says that the rows of each are those two matrices, one after the other.
+experts. `gate|up` says that the rows of each are those two matrices, one after the other, `gate/up`
+that they alternate, and `^T` at the end that the file has the matrices transposed. Without `*`,
+it is the columns of a matrix that are told apart.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from cpu_kernels.formats import FORMATS
 from tiered.checkpoints.checkpoint import CheckpointError, Tensor
+from tiered.checkpoints.packed import matrix_of, take_rows, transposed
 from tiered.config import ModelConfig
 
 Names = Mapping[str, str]
@@ -43,6 +47,13 @@ HF_BASE: Names = {
         "self_attn.o_proj.bias": "o_bias",
         "self_attn.q_norm.weight": "q_norm",
         "self_attn.k_norm.weight": "k_norm",
+        "self_attn.sinks": "sinks",
+        "self_attn.q_a_proj.weight": "q_a",
+        "self_attn.q_a_layernorm.weight": "q_a_norm",
+        "self_attn.q_b_proj.weight": "q",
+        "self_attn.kv_a_proj_with_mqa.weight": "kv_a",
+        "self_attn.kv_a_layernorm.weight": "kv_a_norm",
+        "self_attn.kv_b_proj.weight": "kv_b",
     },
 )
 HF_DENSE: Names = _layers(
@@ -58,10 +69,48 @@ HF_EXPERTS: Names = _layers(
         "mlp.experts.down_proj": "experts.*.down",
     },
 )
+HF_SHARED_EXPERTS: Names = _layers(  # several, which are one as wide as all of them
+    "model.layers",
+    {f"mlp.shared_experts.{name}_proj.weight": f"shared.{name}" for name in PROJECTIONS},
+)
 HF_SHARED: Names = _layers(
     "model.layers",
     {"mlp.shared_expert_gate.weight": "shared.scale"}
     | {f"mlp.shared_expert.{name}_proj.weight": f"shared.{name}" for name in PROJECTIONS},
+)
+
+HF_DELTA: Names = _layers(
+    "model.layers",
+    {
+        "linear_attn.in_proj_qkvz.weight": "delta.qkvz",
+        "linear_attn.in_proj_qkv.weight": "delta.qkv",
+        "linear_attn.in_proj_z.weight": "delta.z",
+        "linear_attn.in_proj_ba.weight": "delta.ba",
+        "linear_attn.in_proj_b.weight": "delta.b",
+        "linear_attn.in_proj_a.weight": "delta.a",
+        "linear_attn.conv1d.weight": "delta.conv",
+        "linear_attn.dt_bias": "delta.dt_bias",
+        "linear_attn.A_log": "delta.a_log",
+        "linear_attn.norm.weight": "delta.norm",
+        "linear_attn.out_proj.weight": "delta.o",
+    },
+)
+GGUF_DELTA: Names = _layers(
+    "blk",
+    {
+        "ssm_in.weight": "delta.qkvz",
+        "attn_qkv.weight": "delta.qkv",
+        "attn_gate.weight": "delta.z",
+        "ssm_ba.weight": "delta.ba",
+        "ssm_beta.weight": "delta.b",
+        "ssm_alpha.weight": "delta.a",
+        "ssm_conv1d.weight": "delta.conv",
+        "ssm_dt.bias": "delta.dt_bias",
+        "ssm_a": "delta.decay",
+        "ssm_norm.weight": "delta.norm",
+        "ssm_out.weight": "delta.o",
+        "post_attention_norm.weight": "ffn_norm",
+    },
 )
 
 GGUF: Names = {
@@ -83,26 +132,43 @@ GGUF: Names = {
         "attn_output.bias": "o_bias",
         "attn_q_norm.weight": "q_norm",
         "attn_k_norm.weight": "k_norm",
+        "attn_sinks.weight": "sinks",
+        "attn_q_a.weight": "q_a",
+        "attn_q_a_norm.weight": "q_a_norm",
+        "attn_q_b.weight": "q",
+        "attn_kv_a_mqa.weight": "kv_a",
+        "attn_kv_a_norm.weight": "kv_a_norm",
+        "attn_kv_b.weight": "kv_b",
+        "attn_k_b.weight": "k_b",
+        "attn_v_b.weight": "v_b",
         "ffn_norm.weight": "ffn_norm",
         "ffn_gate_inp.weight": "router",
+        "ffn_gate_inp.bias": "router_bias",
+        "exp_probs_b.bias": "router_correction",
         "ffn_gate_up_exps.weight": "experts.*.gate|up",
         "ffn_gate_inp_shexp.weight": "shared.scale",
     }
     | {f"ffn_{name}.weight": f"ffn.{name}" for name in PROJECTIONS}
     | {f"ffn_{name}.{{}}.weight": f"experts.{{}}.{name}" for name in PROJECTIONS}
     | {f"ffn_{name}_exps.weight": f"experts.*.{name}" for name in PROJECTIONS}
+    | {f"ffn_{name}_exps.bias": f"experts_bias.{name}" for name in PROJECTIONS}
     | {f"ffn_{name}_shexp.weight": f"shared.{name}" for name in PROJECTIONS},
 )
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def canonical_tensors(stored: Iterable[Tensor], names: Names) -> dict[str, Tensor]:
-    """The tensors that `names` knows, under their canonical names; others are left out."""
+def canonical_tensors(stored: Iterable[Tensor], names: Names, num_layers: int) -> dict[str, Tensor]:
+    """The tensors that `names` knows, under their canonical names.
+
+    Others are left out, as are layers beyond `num_layers`: those only draft tokens.
+    """
     tensors: dict[str, Tensor] = {}
     for tensor in stored:
         pattern = names.get(_NUMBER.sub("{}", tensor.name))
-        if pattern is None:
+        if pattern is None or (
+            pattern.startswith("layers.") and int(_NUMBER.findall(tensor.name)[0]) >= num_layers
+        ):
             continue
         if tensor.format not in FORMATS:
             raise CheckpointError(
@@ -112,31 +178,59 @@ def canonical_tensors(stored: Iterable[Tensor], names: Names) -> dict[str, Tenso
         name = pattern.format(*_NUMBER.findall(tensor.name))
         if name.endswith(".shared.scale"):
             tensor = tensor._replace(shape=(1, tensor.shape[-1]))
-        for part in _experts(tensor, name) if "*" in name else [tensor._replace(name=name)]:
+        elif name.endswith(".router_correction"):
+            tensor = tensor._replace(shape=(math.prod(tensor.shape),))
+        elif name.endswith(("k_b", "v_b", "delta.conv")) and len(tensor.shape) == 3:
+            tensor = tensor._replace(shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
+        for part in _parts(tensor, name):
             if part.name in tensors:
                 raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} is there twice")
             tensors[part.name] = part
     return tensors
 
 
-def _experts(tensor: Tensor, name: str) -> Iterator[Tensor]:
+def _parts(tensor: Tensor, name: str) -> Iterator[Tensor]:
+    """What a stored tensor has, each under its name."""
+    name, _, is_transposed = name.partition("^")
+    prefix, last = name.rsplit(".", 1) if "." in name else ("", name)
+    names = re.split(r"[|/]", last)
+    if "*" in prefix:
+        matrices = _experts(tensor, prefix)
+    elif len(names) > 1:
+        matrices, is_transposed = iter([(prefix, _checked(tensor, 2))]), "columns"
+    else:
+        yield tensor._replace(name=name)
+        return
+    for owner, matrix in matrices:
+        rows = transposed(matrix) if is_transposed else matrix
+        count, remainder = divmod(rows.shape[0], len(names))
+        if remainder:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}, which "
+                f"cannot be shared by {' and '.join(names)}"
+            )
+        for i, part in enumerate(names):
+            start, step = (i, len(names)) if "/" in last else (i * count, 1)
+            found = rows if len(names) == 1 else take_rows(rows, start, count, step)
+            found = transposed(found) if is_transposed == "columns" else found
+            yield found._replace(name=f"{owner}.{part}")
+
+
+def _experts(tensor: Tensor, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """The matrices of a fused tensor, expert by expert."""
-    prefix, projections = name.rsplit(".", 1)
-    parts = projections.split("|")
-    if len(tensor.shape) != 3 or tensor.shape[1] % len(parts):
+    _checked(tensor, 3)
+    for expert in range(tensor.shape[0]):
+        yield prefix.replace("*", str(expert)), matrix_of(tensor, expert)
+
+
+def _checked(tensor: Tensor, num_dimensions: int) -> Tensor:
+    if len(tensor.shape) != num_dimensions:
+        expected = "[experts, rows, columns]" if num_dimensions == 3 else "[experts, columns]"
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}, but must be "
-            f"[experts, rows, columns] with rows for {' and '.join(parts)}"
+            f"{expected}"
         )
-    num_experts, num_rows, num_columns = tensor.shape
-    shape = (num_rows // len(parts), num_columns)
-    nbytes = shape[0] * FORMATS[tensor.format].row_bytes(num_columns)
-    offset = tensor.offset
-    for expert in range(num_experts):
-        for part in parts:
-            full_name = f"{prefix.replace('*', str(expert))}.{part}"
-            yield Tensor(full_name, tensor.format, shape, tensor.file, offset, nbytes)
-            offset += nbytes
+    return tensor
 
 
 Expected = tuple[str, tuple[int, ...], bool]  # canonical name, shape, whether it must be there
@@ -144,33 +238,84 @@ Expected = tuple[str, tuple[int, ...], bool]  # canonical name, shape, whether i
 
 def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
     """All tensors of a model; lazily, since a damaged file may claim any number of layers."""
-    hidden = config.hidden_size
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, expert_size = config.hidden_size, config.expert_size
     yield "embed", (config.vocab_size, hidden), True
     yield "norm", (hidden,), True
     yield "head", (config.vocab_size, hidden), False
     for index in range(config.num_layers):
         layer = f"layers.{index}"
         yield f"{layer}.attention_norm", (hidden,), True
-        for name, size in ("q", q_size), ("k", kv_size), ("v", kv_size):
-            yield f"{layer}.{name}", (size, hidden), True
-            yield f"{layer}.{name}_bias", (size,), False
-        yield f"{layer}.o", (hidden, q_size), True
-        yield f"{layer}.o_bias", (hidden,), False
-        if config.qk_norm:
-            full = config.qk_norm == "full"
-            yield f"{layer}.q_norm", (q_size if full else config.head_dim,), True
-            yield f"{layer}.k_norm", (kv_size if full else config.head_dim,), True
+        attention = _latent_attention if config.latent.kv_rank else _attention
+        attention = _delta if index in config.delta_layers else attention
+        for name, shape, required in attention(config):
+            yield f"{layer}.{name}", shape, required
         yield f"{layer}.ffn_norm", (hidden,), True
         if not config.is_sparse(index):
             yield from _feed_forward(f"{layer}.ffn", hidden, config.ffn_size)
             continue
         yield f"{layer}.router", (config.num_experts, hidden), True
+        yield f"{layer}.router_bias", (config.num_experts,), False
+        yield f"{layer}.router_correction", (config.num_experts,), False
+        if config.expert_biases:
+            for name, size in ("gate", expert_size), ("up", expert_size), ("down", hidden):
+                yield f"{layer}.experts_bias.{name}", (config.num_experts, size), True
         for expert in range(config.num_experts):
             yield from _feed_forward(f"{layer}.experts.{expert}", hidden, config.expert_size)
         if config.shared_expert_size:
             yield from _feed_forward(f"{layer}.shared", hidden, config.shared_expert_size)
             yield f"{layer}.shared.scale", (1, hidden), False
+
+
+def _attention(config: ModelConfig) -> Iterator[Expected]:
+    hidden, head_dim = config.hidden_size, config.head_dim
+    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    gates = q_size if config.gated_attention else 0  # head by head: queries, then gates
+    for name, size in ("q", q_size + gates), ("k", kv_size), ("v", kv_size):
+        yield name, (size, hidden), True
+        yield f"{name}_bias", (size,), False
+    yield "o", (hidden, q_size), True
+    yield "o_bias", (hidden,), False
+    if config.qk_norm:
+        full = config.qk_norm == "full"
+        yield "q_norm", (q_size if full else head_dim,), True
+        yield "k_norm", (kv_size if full else head_dim,), True
+    if config.attention_sinks:
+        yield "sinks", (config.num_heads,), True
+
+
+def _latent_attention(config: ModelConfig) -> Iterator[Expected]:
+    """`kv_b` has rows of each head's keys, then of its values; or there are `k_b` and `v_b`."""
+    c, heads, hidden = config.latent, config.num_heads, config.hidden_size
+    q_size = heads * (c.nope_dim + c.rope_dim)
+    if c.q_rank:
+        yield "q_a", (c.q_rank, hidden), True
+        yield "q_a_norm", (c.q_rank,), True
+    yield "q", (q_size, c.q_rank or hidden), True
+    yield "kv_a", (c.kv_rank + c.rope_dim, hidden), True
+    yield "kv_a_norm", (c.kv_rank,), True
+    yield "kv_b", (heads * (c.nope_dim + c.value_dim), c.kv_rank), False
+    yield "k_b", (heads * c.kv_rank, c.nope_dim), False
+    yield "v_b", (heads * c.value_dim, c.kv_rank), False
+    yield "o", (hidden, heads * c.value_dim), True
+
+
+def _delta(config: ModelConfig) -> Iterator[Expected]:
+    """Gated DeltaNet. Of `qkv` and `z`, and of `b` and `a`, some files have the rows together,
+    mixed by heads of keys; and some have A instead of its logarithm."""
+    d, hidden = config.delta, config.hidden_size
+    values, heads = d.num_value_heads * d.value_dim, d.num_value_heads
+    yield "delta.qkvz", (d.channels + values, hidden), False
+    yield "delta.qkv", (d.channels, hidden), False
+    yield "delta.z", (values, hidden), False
+    yield "delta.ba", (2 * heads, hidden), False
+    yield "delta.b", (heads, hidden), False
+    yield "delta.a", (heads, hidden), False
+    yield "delta.conv", (d.channels, d.conv_size), True
+    yield "delta.dt_bias", (heads,), True
+    yield "delta.a_log", (heads,), False
+    yield "delta.decay", (heads,), False
+    yield "delta.norm", (d.value_dim,), True
+    yield "delta.o", (hidden, values), True
 
 
 def _feed_forward(prefix: str, hidden: int, size: int) -> Iterator[Expected]:

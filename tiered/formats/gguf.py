@@ -10,9 +10,11 @@ from typing import Any
 from tiered import models
 from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.checkpoints.gguf_header import MAGIC, Metadata, read_header
-from tiered.checkpoints.tensor_names import GGUF, canonical_tensors, check_tensors
+from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors
 from tiered.config import ModelConfig
 
+EMBEDDING = "token_embd.weight"
+QUERY_NORM = ".attn_q_norm.weight"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.DOTALL)
 
 
@@ -36,18 +38,28 @@ def open_checkpoint(path: Path) -> Checkpoint:
             "names that the parts were downloaded with"
         )
     stored = [tensor for header in headers for tensor in header.tensors]
-    tensors = canonical_tensors(stored, GGUF)
-    if "embed" in tensors:  # the one place that always says it
-        values[f"{values.get('general.architecture')}.vocab_size"] = tensors["embed"].shape[0]
+    values |= _told_by_tensors(values.get("general.architecture"), stored)
     metadata = Metadata(values)
     architecture, facts = models.find_gguf(metadata, files[0])
     config = models.read_config(architecture.from_gguf, facts)
+    tensors = canonical_tensors(stored, architecture.GGUF_NAMES, config.num_layers)
     factors = tensors.pop("rope_factors", None)
     checkpoint = Checkpoint(path, config, tensors, metadata, _tokenizer(values))
     if factors is not None:
         checkpoint.config = _with_rope_factors(checkpoint, factors)
     check_tensors(files[0], config, tensors)
     return checkpoint
+
+
+def _told_by_tensors(architecture: Any, stored: list[Tensor]) -> dict[str, Any]:
+    """Facts that the header's keys do not tell, or not always."""
+    facts: dict[str, Any] = {
+        f"{architecture}.vocab_size": tensor.shape[0]
+        for tensor in stored
+        if tensor.name == EMBEDDING
+    }
+    has_norms = any(tensor.name.endswith(QUERY_NORM) for tensor in stored)
+    return facts | {f"{architecture}.attention.has_qk_norm": has_norms}
 
 
 def _tokenizer(values: dict[str, Any]) -> Metadata:

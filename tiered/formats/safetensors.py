@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tiered import models
+from tiered.checkpoints import packings
 from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.json_file import parse_json, read_json
@@ -20,7 +21,20 @@ from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 _FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-_VALUE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
+_VALUE_BYTES = {
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+}
 
 
 def matches(path: Path) -> bool:
@@ -34,7 +48,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     architecture = models.find(facts.text("model_type"), facts.source)
     config = models.read_config(architecture.from_hf, facts)
     stored = [tensor for file in _files(path) for tensor in read_header(file)]
-    tensors = canonical_tensors(stored, architecture.HF_NAMES)
+    stored = packings.join(stored, facts)
+    tensors = canonical_tensors(stored, architecture.HF_NAMES, config.num_layers)
     if facts.flag("tie_word_embeddings", default="head" not in tensors):
         tensors.pop("head", None)
     elif "head" not in tensors:

@@ -1,7 +1,8 @@
 """Architectures: one file each, named after config.json's `model_type`.
 
-A file has `GGUF_ARCHITECTURE` and `HAS_EXPERTS` (together they name it in GGUF), `HF_NAMES` (its
-tensor names, see tiered.checkpoints.tensor_names), `from_hf(facts)` and `from_gguf(facts)`.
+A file has `GGUF_ARCHITECTURE` and `HAS_EXPERTS` (together they name it in GGUF), `HF_NAMES` and
+`GGUF_NAMES` (its tensors, see tiered.checkpoints.tensor_names), `from_hf(facts)` and
+`from_gguf(facts)`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any, Protocol, cast
 
 from tiered.checkpoints.checkpoint import CheckpointError
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.rope import rope_from_gguf, rope_from_hf
 from tiered.config import ModelConfig
 
 
@@ -22,6 +22,7 @@ class Architecture(Protocol):
     GGUF_ARCHITECTURE: str
     HAS_EXPERTS: bool
     HF_NAMES: Mapping[str, str]
+    GGUF_NAMES: Mapping[str, str]
 
     def from_hf(self, facts: Facts) -> ModelConfig: ...
 
@@ -65,81 +66,3 @@ def read_config(reader: Callable[[Facts], ModelConfig], facts: Facts) -> ModelCo
         raise
     except (ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{facts.source}: {error}") from error
-
-
-def hf_common(facts: Facts, theta: float = 10_000.0) -> dict[str, Any]:
-    """Fields of ModelConfig that all config.json files spell alike."""
-    if "quantization_config" in facts:
-        raise CheckpointError(
-            f"{facts.source}: the weights are quantized in a way that is not supported; take a "
-            "GGUF file of this model, or its BF16 or F16 checkpoint"
-        )
-    activation = facts.text("hidden_act", default="silu")
-    if activation not in ("silu", "swish"):
-        raise facts.error("hidden_act", activation, "silu")
-    hidden_size = facts.integer("hidden_size")
-    num_heads = facts.integer("num_attention_heads")
-    head_dim = hidden_size // max(num_heads, 1)
-    head_dim = facts.integer("head_dim", default=head_dim, maximum=2**16)
-    context_length = facts.integer("max_position_embeddings")
-    return {
-        "num_layers": facts.integer("num_hidden_layers", maximum=2**16),
-        "hidden_size": hidden_size,
-        "vocab_size": facts.integer("vocab_size"),
-        "context_length": context_length,
-        "num_heads": num_heads,
-        "num_kv_heads": facts.integer("num_key_value_heads", default=num_heads),
-        "head_dim": head_dim,
-        "norm_eps": facts.number("rms_norm_eps"),
-        "rope": rope_from_hf(facts, head_dim, context_length, theta),
-        "eos_ids": facts.integers("eos_token_id"),
-    }
-
-
-def hf_experts(facts: Facts) -> dict[str, Any]:
-    """Number of experts; transformers spells it in two ways."""
-    return {
-        "num_experts": facts.integer("num_experts", "num_local_experts", maximum=2**16),
-        "top_k": facts.integer("num_experts_per_tok", maximum=2**16),
-    }
-
-
-def hf_dense_layers(facts: Facts) -> frozenset[int]:
-    """Layers without experts, by `decoder_sparse_step` and `mlp_only_layers`."""
-    num_layers = facts.integer("num_hidden_layers", maximum=2**16)
-    step = max(facts.integer("decoder_sparse_step", default=1), 1)
-    skipped = {layer for layer in range(num_layers) if (layer + 1) % step}
-    return frozenset(skipped.union(facts.integers("mlp_only_layers")))
-
-
-def gguf_common(facts: Facts, pairs: str) -> dict[str, Any]:
-    """Fields of ModelConfig that all GGUF architectures spell alike."""
-    hidden_size = facts.integer("embedding_length")
-    num_heads = facts.integer("attention.head_count")
-    head_dim = hidden_size // max(num_heads, 1)
-    head_dim = facts.integer("attention.key_length", default=head_dim, maximum=2**16)
-    if facts.integer("attention.value_length", default=head_dim) != head_dim:
-        raise facts.error("attention.value_length", "another", f"{head_dim}, as key_length")
-    context_length = facts.integer("context_length")
-    tokenizer = Facts(facts.values, facts.source, "tokenizer.ggml.")
-    ends = (tokenizer.integers(f"{name}_token_id") for name in ("eos", "eot", "eom"))
-    return {
-        "num_layers": facts.integer("block_count", maximum=2**16),
-        "hidden_size": hidden_size,
-        "vocab_size": facts.integer("vocab_size"),
-        "context_length": context_length,
-        "num_heads": num_heads,
-        "num_kv_heads": facts.integer("attention.head_count_kv", default=num_heads),
-        "head_dim": head_dim,
-        "norm_eps": facts.number("attention.layer_norm_rms_epsilon"),
-        "rope": rope_from_gguf(facts, head_dim, context_length, pairs),
-        "eos_ids": tuple(dict.fromkeys(token for ids in ends for token in ids)),
-    }
-
-
-def gguf_experts(facts: Facts, normalize_top_k: bool) -> dict[str, Any]:
-    return {
-        "num_experts": facts.integer("expert_count", maximum=2**16),
-        "top_k": facts.integer("expert_used_count", maximum=2**16),
-        "normalize_top_k": facts.flag("expert_weights_norm", default=normalize_top_k),
-    }

@@ -1,13 +1,15 @@
 """Llama: every layer is dense."""
 
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.tensor_names import HF_BASE, HF_DENSE
+from tiered.checkpoints.gguf_config import gguf_common
+from tiered.checkpoints.hf_config import hf_common
+from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_DENSE
 from tiered.config import ModelConfig
-from tiered.models import gguf_common, hf_common
 
 GGUF_ARCHITECTURE = "llama"
 HAS_EXPERTS = False
 HF_NAMES = {**HF_BASE, **HF_DENSE}
+GGUF_NAMES = GGUF
 
 
 def from_hf(facts: Facts) -> ModelConfig:

@@ -1,9 +1,10 @@
 """Mixtral: Llama's attention, and experts in every layer (GGUF calls it llama, too)."""
 
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.tensor_names import HF_BASE, HF_EXPERTS
+from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
+from tiered.checkpoints.hf_config import hf_common, hf_experts
+from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_EXPERTS
 from tiered.config import ModelConfig
-from tiered.models import gguf_common, gguf_experts, hf_common, hf_experts
 
 GGUF_ARCHITECTURE = "llama"
 HAS_EXPERTS = True
@@ -16,6 +17,7 @@ HF_NAMES = {
     LAYER + "experts.{}.w3.weight": "layers.{}.experts.{}.up",
     LAYER + "experts.{}.w2.weight": "layers.{}.experts.{}.down",
 }
+GGUF_NAMES = GGUF
 
 
 def from_hf(facts: Facts) -> ModelConfig:

@@ -1,13 +1,15 @@
 """OLMoE: queries and keys are normalized over all heads together, and may be clipped."""
 
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.tensor_names import HF_BASE, HF_EXPERTS
+from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
+from tiered.checkpoints.hf_config import hf_common, hf_experts
+from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_EXPERTS
 from tiered.config import ModelConfig
-from tiered.models import gguf_common, gguf_experts, hf_common, hf_experts
 
 GGUF_ARCHITECTURE = "olmoe"
 HAS_EXPERTS = True
 HF_NAMES = {**HF_BASE, **HF_EXPERTS}
+GGUF_NAMES = GGUF
 
 
 def from_hf(facts: Facts) -> ModelConfig:

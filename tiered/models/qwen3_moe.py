@@ -1,13 +1,15 @@
 """Qwen3-MoE: queries and keys are normalized head by head."""
 
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.tensor_names import HF_BASE, HF_DENSE, HF_EXPERTS
+from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
+from tiered.checkpoints.hf_config import hf_common, hf_dense_layers, hf_experts
+from tiered.checkpoints.tensor_names import GGUF, HF_BASE, HF_DENSE, HF_EXPERTS
 from tiered.config import ModelConfig
-from tiered.models import gguf_common, gguf_experts, hf_common, hf_dense_layers, hf_experts
 
 GGUF_ARCHITECTURE = "qwen3moe"
 HAS_EXPERTS = True
 HF_NAMES = {**HF_BASE, **HF_DENSE, **HF_EXPERTS}
+GGUF_NAMES = GGUF
 
 
 def from_hf(facts: Facts) -> ModelConfig:

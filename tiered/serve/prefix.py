@@ -51,8 +51,11 @@ class PrefixCache:
     def insert(self, sequence: Sequence) -> None:
         """Keep the full pages of a text, which may go on or be closed.
 
-        Where the same tokens are here already, the text changes over to these pages.
+        Where the same tokens are here already, the text changes over to these pages. Pages are not
+        enough to go on from where a model has recurrent layers: nothing is kept then.
         """
+        if self.kv.is_recurrent:
+            return
         node, path = self._root, []
         for index, key in enumerate(_keys(sequence.tokens)):
             page = int(sequence.pages[index])

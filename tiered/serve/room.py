@@ -25,8 +25,11 @@ def has_room(job: Job, running: Items[Job], prefixes: PrefixCache) -> bool:
     """Whether its prompt fits beside the others' prompts and a page for each; one always does."""
     if not running:
         return True
+    kv = prefixes.kv
+    if kv.is_recurrent and len(running) >= kv.num_texts:
+        return False
     known = prefixes.matched_tokens(job.tokens[:-1]) // PAGE_SIZE
     needed = -(-len(job.tokens) // PAGE_SIZE) - known + 1 + len(running)
     promised = sum(len(other.to_do) // PAGE_SIZE for other in running)
-    free = prefixes.kv.free_tokens // PAGE_SIZE + prefixes.num_evictable
+    free = kv.free_tokens // PAGE_SIZE + prefixes.num_evictable
     return needed + promised + known <= free  # what is known may be all that could be evicted

@@ -12,7 +12,9 @@ from tiered.checkpoints.checkpoint import Checkpoint, Tensor
 from tiered.weights.quantize import GROUP_SIZE, quantize_rows
 
 # Large matrices that int4 mode keeps in 8 bits. Embeddings, head, router and norms stay as stored.
-_LARGE = re.compile(r"layers\.\d+\.([qkvo]|(ffn|shared)\.(gate|up|down))")
+_LARGE = re.compile(
+    r"layers\.\d+\.([qkvo]|q_a|kv_a|delta\.(qkvz|qkv|z|o)|(ffn|shared)\.(gate|up|down))"
+)
 
 
 def dense_matrix(
@@ -56,5 +58,8 @@ def matrix_bytes(format: str, shape: tuple[int, ...]) -> int:
 
 
 def is_usable(tensor: Tensor) -> bool:
-    """Whether float values can be computed with where they lie: aligned to their size."""
-    return tensor.offset % {"f32": 4, "f16": 2, "bf16": 2}.get(tensor.format, 1) == 0
+    """Whether values can be computed with where they lie: in rows, and floats aligned."""
+    return (
+        tensor.packed is None
+        and tensor.offset % {"f32": 4, "f16": 2, "bf16": 2}.get(tensor.format, 1) == 0
+    )

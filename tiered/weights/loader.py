@@ -6,13 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from tiered.backend import AttentionWeights, Backend, FeedForwardWeights
+from tiered.backend import (
+    AttentionWeights,
+    Backend,
+    DeltaWeights,
+    ExpertBiases,
+    FeedForwardWeights,
+    LatentWeights,
+)
+from tiered.checkpoints.checkpoint import CheckpointError, Tensor
 from tiered.checkpoints.damage import damaged
 from tiered.formats import Checkpoint
 from tiered.model import Layer
 from tiered.store import ExpertStore
 from tiered.weights.dense import dense_matrix
 from tiered.weights.dequantize import is_finite
+from tiered.weights.quantize import GROUP_SIZE, quantize_rows
+
+
+def mixed_rows(num_heads: int, sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """Which rows of a matrix are whose, where each head has `sizes` rows of several matrices, one
+    after the other: int64 [num_heads, size] of each."""
+    rows = np.arange(num_heads * sum(sizes)).reshape(num_heads, sum(sizes))
+    return np.split(rows, np.cumsum(sizes)[:-1], axis=1)
 
 
 class WeightLoader:
@@ -49,13 +65,23 @@ class WeightLoader:
 
     def output(self) -> Any:
         head = "head" if "head" in self.checkpoint.tensors else "embed"
-        return self.backend.output_layer(self.required("norm"), self.matrix(head), self.config)
+        return self.backend.output_layer(self.norm("norm"), self.matrix(head), self.config)
 
     def required(self, name: str) -> np.ndarray:
+        self.required_tensor(name)
         vector = self.vector(name)
-        if vector is None:
-            raise ValueError(f"{self.checkpoint.path}: tensor {name!r} is missing")
+        assert vector is not None
         return vector
+
+    def required_tensor(self, name: str) -> None:
+        if name not in self.checkpoint.tensors:
+            raise CheckpointError(f"{self.checkpoint.path}: tensor {name!r} is missing")
+
+    def norm(self, name: str, required: bool = True) -> Any:
+        """A norm's weights; None where one is missing that need not be there."""
+        vector = self.required(name) if required else self.vector(name)
+        offset = np.float32(self.config.norm_offset)
+        return vector + offset if vector is not None and offset else vector
 
     def feed_forward(self, prefix: str) -> FeedForwardWeights:
         gate, up, down = (self.matrix(f"{prefix}.{name}") for name in ("gate", "up", "down"))
@@ -64,21 +90,120 @@ class WeightLoader:
             gate, up, down, self.matrix(scale) if scale in self.checkpoint.tensors else None
         )
 
+    def attention(self, index: int) -> Any:
+        """A layer's attention, or what the model has in its place."""
+        if index in self.config.delta_layers:
+            return self.delta(index)
+        if self.config.latent.kv_rank:
+            return self.latent(index)
+        prefix = f"layers.{index}."
+        q, gate = self.steering(prefix + "q"), None
+        if self.config.gated_attention:  # head by head: queries, then gates
+            heads, size = self.config.num_heads, self.config.head_dim
+            rows = np.arange(2 * heads * size).reshape(heads, 2, size)
+            q, gate = (self.some_rows(prefix + "q", rows[:, i].reshape(-1)) for i in (0, 1))
+        weights = AttentionWeights(
+            self.norm(prefix + "attention_norm"),
+            q,
+            self.steering(prefix + "k"),
+            self.matrix(prefix + "v"),
+            self.matrix(prefix + "o"),
+            self.norm(prefix + "q_norm", required=False),
+            self.norm(prefix + "k_norm", required=False),
+            self.vector(prefix + "sinks"),
+            gate,
+        )
+        return self.backend.attention_layer(weights, self.config, index)
+
+    def delta(self, index: int) -> Any:
+        prefix, d = f"layers.{index}.", self.config.delta
+        keys, shared = d.num_key_heads, d.num_value_heads // max(d.num_key_heads, 1)
+        sizes = d.key_dim, d.key_dim, shared * d.value_dim, shared * d.value_dim
+        q, k, v, z = (part.reshape(-1) for part in mixed_rows(keys, sizes))
+        b, a = (part.reshape(-1) for part in mixed_rows(keys, (shared, shared)))
+        decay = self.vector(prefix + "delta.decay")
+        if decay is None:
+            decay = -np.exp(self.required(prefix + "delta.a_log"))
+        weights = DeltaWeights(
+            self.norm(prefix + "attention_norm"),
+            self.part(prefix + "delta.qkv", prefix + "delta.qkvz", np.concatenate([q, k, v])),
+            self.part(prefix + "delta.z", prefix + "delta.qkvz", z),
+            self.part(prefix + "delta.b", prefix + "delta.ba", b),
+            self.part(prefix + "delta.a", prefix + "delta.ba", a),
+            np.ascontiguousarray(self.required(prefix + "delta.conv").T),
+            self.required(prefix + "delta.dt_bias"),
+            decay,
+            self.required(prefix + "delta.norm"),
+            self.matrix(prefix + "delta.o"),
+        )
+        number = sorted(self.config.delta_layers).index(index)
+        return self.backend.delta_layer(weights, self.config, number)
+
+    def part(self, name: str, whole: str, rows: np.ndarray) -> Any:
+        """A matrix that some checkpoints have, and others as some rows of a larger one."""
+        if name in self.checkpoint.tensors:
+            return self.matrix(name)
+        return self.some_rows(whole, rows)
+
+    def some_rows(self, name: str, rows: np.ndarray) -> Any:
+        """A matrix of these rows of another, in this order."""
+        self.required_tensor(name)
+        data, format, shape = dense_matrix(self.checkpoint, name, self.quantize)
+        data = np.ascontiguousarray(data.reshape(shape[0], -1)[rows]).reshape(-1)
+        bias = self.vector(f"{name}_bias")
+        bias = None if bias is None else np.ascontiguousarray(bias[rows])
+        return self.backend.matrix(data, format, (len(rows), shape[1]), bias)
+
+    def latent(self, index: int) -> Any:
+        prefix = f"layers.{index}."
+        k_b, v_b = self.latent_views(prefix)
+        weights = LatentWeights(
+            self.norm(prefix + "attention_norm"),
+            self.steering(prefix + "q"),
+            self.steering(prefix + "q_a") if self.config.latent.q_rank else None,
+            self.vector(prefix + "q_a_norm"),
+            self.steering(prefix + "kv_a"),
+            self.required(prefix + "kv_a_norm"),
+            k_b,
+            v_b,
+            self.matrix(prefix + "o"),
+        )
+        return self.backend.latent_attention_layer(weights, self.config, index)
+
+    def latent_views(self, prefix: str) -> tuple[Any, Any]:
+        """`k_b` and `v_b`, of which most checkpoints have one matrix: a head's keys, which want to
+        be transposed, then its values."""
+        c, heads = self.config.latent, self.config.num_heads
+        if prefix + "kv_b" not in self.checkpoint.tensors:
+            return self.steering(prefix + "k_b"), self.matrix(prefix + "v_b")
+        tensor, both = self.checkpoint.tensors[prefix + "kv_b"], self.required(prefix + "kv_b")
+        if not np.isfinite(both).all():
+            raise damaged(tensor)
+        both = both.reshape(heads, c.nope_dim + c.value_dim, c.kv_rank)
+        k_b = both[:, : c.nope_dim].transpose(0, 2, 1).reshape(-1, c.nope_dim)
+        v_b = both[:, c.nope_dim :].reshape(-1, c.kv_rank)
+        return self.made(k_b, tensor), self.made(v_b, tensor)
+
+    def made(self, values: np.ndarray, source: Tensor) -> Any:
+        """A matrix of float32 [rows, columns] that were computed from a tensor."""
+        data = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8)
+        shape = values.shape[0], values.shape[1]
+        format = "f32" if self.quantize == "none" or shape[1] % GROUP_SIZE else "q8_0"
+        if format != "f32":
+            tensor = source._replace(format="f32", shape=shape)
+            data = quantize_rows(data, tensor, format).reshape(-1)
+        return self.backend.matrix(data, format, shape)
+
+    def expert_biases(self, index: int) -> ExpertBiases | None:
+        if not self.config.expert_biases:
+            return None
+        prefix = f"layers.{index}.experts_bias."
+        return ExpertBiases(*(self.required(prefix + name) for name in ("gate", "up", "down")))
+
     def layer(self, index: int, store: ExpertStore | None) -> Layer:
         config, prefix = self.config, f"layers.{index}."
-        attention = self.backend.attention_layer(
-            AttentionWeights(
-                self.required(prefix + "attention_norm"),
-                self.steering(prefix + "q"),
-                self.steering(prefix + "k"),
-                self.matrix(prefix + "v"),
-                self.matrix(prefix + "o"),
-                self.vector(prefix + "q_norm"),
-                self.vector(prefix + "k_norm"),
-            ),
-            config,
-        )
-        norm = self.required(prefix + "ffn_norm")
+        attention = self.attention(index)
+        norm = self.norm(prefix + "ffn_norm")
         if not config.is_sparse(index):
             weights = self.feed_forward(prefix + "ffn")
             return Layer(
@@ -91,7 +216,12 @@ class WeightLoader:
             shared = self.backend.feed_forward_layer(self.feed_forward(prefix + "shared"), config)
         return Layer(
             attention,
-            self.backend.router_layer(norm, self.steering(prefix + "router"), config),
-            self.backend.expert_layer(store.layout(index), config),
+            self.backend.router_layer(
+                norm,
+                self.steering(prefix + "router"),
+                config,
+                self.vector(prefix + "router_correction"),
+            ),
+            self.backend.expert_layer(store.layout(index), config, self.expert_biases(index)),
             shared,
         )

@@ -1,0 +1,331 @@
+"""Gated DeltaNet in one call: a layer that remembers a text in a state of fixed size.
+
+Projections, a short convolution over the last tokens, the delta rule head by head, a gated norm,
+output. https://arxiv.org/abs/2412.06464
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cpu_kernels.delta_rule import (
+    COLUMNS,
+    add_product,
+    clear,
+    delta_step,
+    dot,
+)
+from cpu_kernels.gating import sigmoid, silu, silu_multiply
+from cpu_kernels.inner import inner
+from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
+from cpu_kernels.memory import load_f32, load_i32, store_f32, word
+from cpu_kernels.norm import add, apply_norm, rms_norm_rows, rms_scale, scaled_copy
+from cpu_kernels.record import Record, Scratch, fields, floats
+from cpu_kernels.team import Team, barrier, next_task, op, share
+
+# A batch: `runs` has int64 [num_runs, 3]: the first of rows that follow each other in one text, how
+# many, and the address of that text's state.
+DELTA_BATCH = fields(
+    "x num_rows num_runs runs positions normed prepared mixed_in mixed z b a decays betas products "
+    "out values"
+)
+# A layer: `state` and `history` are where it begins in a text's state, `conv` is [size, channels].
+DELTA = fields(
+    "batch hidden_size eps norm qkv z b a conv conv_size channels dt_bias decay head_norm o "
+    "num_key_heads num_value_heads key_dim value_dim is_tiled history state"
+)
+NORM_EPS = np.float32(1e-6)  # of queries and keys
+
+
+@inner
+def _run(batch, number):
+    """First row, number of rows, state and whether it is the text's beginning."""
+    runs = word(batch, DELTA_BATCH.runs)
+    first, count = word(runs, 3 * number), word(runs, 3 * number + 1)
+    fresh = load_i32(word(batch, DELTA_BATCH.positions), first) == 0
+    return first, count, word(runs, 3 * number + 2), fresh
+
+
+@inner
+def _convolve(layer, batch, thread, num_threads):
+    """This thread's channels: each token's, and those of the tokens before, weighted; SiLU."""
+    channels, size = word(layer, DELTA.channels), word(layer, DELTA.conv_size)
+    source, target = word(batch, DELTA_BATCH.mixed_in), word(batch, DELTA_BATCH.mixed)
+    weights, row = word(layer, DELTA.conv), 4 * channels
+    lo, hi = share((channels + 15) // 16, thread, num_threads)
+    lo, hi = 16 * lo, min(16 * hi, channels)
+    if hi <= lo:
+        return
+    for number in range(word(batch, DELTA_BATCH.num_runs)):
+        first, count, state, fresh = _run(batch, number)
+        history = state + word(layer, DELTA.history) + 4 * lo  # the last size - 1 tokens
+        if fresh:
+            for i in range(size - 1):
+                clear(history + i * row, hi - lo)
+        for i in range(first, first + count):
+            out = target + i * row + 4 * lo
+            for j in range(size):
+                before = i - first - (size - 1) + j  # the token, counted from the run's first
+                at = source + (first + before) * row + 4 * lo
+                if before < 0:
+                    at = history + (before + size - 1) * row
+                add_product(at, weights + j * row + 4 * lo, out, hi - lo, 1 if j == 0 else 0)
+            silu(out, hi - lo)
+        for i in range(size - 1):  # in order: what is read lies ahead of what is written
+            before = count - (size - 1) + i
+            at = source + (first + before) * row + 4 * lo
+            if before < 0:
+                at = history + (before + size - 1) * row
+            scaled_copy(at, history + i * row, hi - lo, np.float32(1.0))
+
+
+@inner
+def _normalize(x, count, factor):
+    scale = factor / np.float32(math.sqrt(dot(x, x, count) + NORM_EPS))
+    scaled_copy(x, x, count, scale)
+
+
+@inner
+def _prepare_heads(layer, batch, thread, num_threads):
+    """Of this thread's rows: unit queries and keys, and what the rule needs of each head."""
+    key_heads, value_heads = word(layer, DELTA.num_key_heads), word(layer, DELTA.num_value_heads)
+    key_dim, channels = word(layer, DELTA.key_dim), word(layer, DELTA.channels)
+    lo, hi = share(word(batch, DELTA_BATCH.num_rows), thread, num_threads)
+    factor = np.float32(1.0 / math.sqrt(key_dim))
+    for row in range(lo, hi):
+        queries = word(batch, DELTA_BATCH.mixed) + 4 * row * channels
+        for head in range(key_heads):
+            query = queries + 4 * head * key_dim
+            key = query + 4 * key_heads * key_dim
+            _normalize(query, key_dim, factor)
+            _normalize(key, key_dim, np.float32(1.0))
+            product = dot(query, key, key_dim)
+            store_f32(word(batch, DELTA_BATCH.products), row * key_heads + head, product)
+        for head in range(value_heads):
+            at = row * value_heads + head
+            step = load_f32(word(batch, DELTA_BATCH.a), at)
+            step = np.float64(step + load_f32(word(layer, DELTA.dt_bias), head))
+            softplus = step if step > 30 else math.log1p(math.exp(step))
+            decay = math.exp(np.float64(load_f32(word(layer, DELTA.decay), head)) * softplus)
+            store_f32(word(batch, DELTA_BATCH.decays), at, np.float32(decay))
+            beta = sigmoid(load_f32(word(batch, DELTA_BATCH.b), at))
+            store_f32(word(batch, DELTA_BATCH.betas), at, beta)
+
+
+@inner
+def _scan(layer, batch, team):
+    """A task is a text, a head and a block of its columns: one token after the other."""
+    key_heads, value_heads = word(layer, DELTA.num_key_heads), word(layer, DELTA.num_value_heads)
+    key_dim, value_dim = word(layer, DELTA.key_dim), word(layer, DELTA.value_dim)
+    channels, per_key = word(layer, DELTA.channels), value_heads // key_heads
+    num_blocks = value_dim // COLUMNS
+    mixed, values = word(batch, DELTA_BATCH.mixed), word(batch, DELTA_BATCH.values)
+    num_tasks = word(batch, DELTA_BATCH.num_runs) * value_heads * num_blocks
+    task = next_task(team, 0)
+    while task < num_tasks:
+        number, block = task // num_blocks, task % num_blocks
+        number, head = number // value_heads, number % value_heads
+        first, count, state, fresh = _run(batch, number)
+        state += word(layer, DELTA.state) + 4 * COLUMNS * key_dim * (head * num_blocks + block)
+        if fresh:
+            clear(state, COLUMNS * key_dim)
+        key_head = head % key_heads if word(layer, DELTA.is_tiled) else head // per_key
+        column = head * value_dim + block * COLUMNS
+        for row in range(first, first + count):
+            query = mixed + 4 * (row * channels + key_head * key_dim)
+            key = query + 4 * key_heads * key_dim
+            value = mixed + 4 * (row * channels + 2 * key_heads * key_dim + column)
+            out = values + 4 * (row * value_heads * value_dim + column)
+            decay = load_f32(word(batch, DELTA_BATCH.decays), row * value_heads + head)
+            beta = load_f32(word(batch, DELTA_BATCH.betas), row * value_heads + head)
+            product = load_f32(word(batch, DELTA_BATCH.products), row * key_heads + key_head)
+            delta_step(state, query, key, value, out, key_dim, decay, beta, product)
+        task = next_task(team, 0)
+
+
+@op
+def delta_net(layer, thread, num_threads, team):
+    batch = word(layer, DELTA.batch)
+    num_rows, hidden_size = word(batch, DELTA_BATCH.num_rows), word(layer, DELTA.hidden_size)
+    eps, prepared = load_f32(layer, 2 * DELTA.eps), word(batch, DELTA_BATCH.prepared)
+    x, normed = word(batch, DELTA_BATCH.x), word(batch, DELTA_BATCH.normed)
+    value_heads, value_dim = word(layer, DELTA.num_value_heads), word(layer, DELTA.value_dim)
+    lo, hi = share(num_rows, thread, num_threads)
+    rms_norm_rows(x, word(layer, DELTA.norm), normed, lo, hi, hidden_size, eps)
+    barrier(team)
+    prepare_activations(normed, hidden_size, num_rows, hidden_size, prepared, thread, num_threads)
+    barrier(team)
+    out, width = word(batch, DELTA_BATCH.mixed_in), word(layer, DELTA.channels)
+    multiply(word(layer, DELTA.qkv), prepared, num_rows, out, width, thread, num_threads)
+    out, width = word(batch, DELTA_BATCH.z), value_heads * value_dim
+    multiply(word(layer, DELTA.z), prepared, num_rows, out, width, thread, num_threads)
+    out = word(batch, DELTA_BATCH.b)
+    multiply(word(layer, DELTA.b), prepared, num_rows, out, value_heads, thread, num_threads)
+    out = word(batch, DELTA_BATCH.a)
+    multiply(word(layer, DELTA.a), prepared, num_rows, out, value_heads, thread, num_threads)
+    barrier(team)
+    _convolve(layer, batch, thread, num_threads)
+    barrier(team)
+    _prepare_heads(layer, batch, thread, num_threads)
+    barrier(team)
+    _scan(layer, batch, team)
+    barrier(team)
+    values, gated = word(batch, DELTA_BATCH.values), word(batch, DELTA_BATCH.z)
+    first, last = share(num_rows * value_heads, thread, num_threads)
+    for number in range(first, last):
+        head = values + 4 * number * value_dim
+        factor = rms_scale(head, value_dim, eps)
+        apply_norm(head, word(layer, DELTA.head_norm), head, value_dim, factor)
+        silu_multiply(gated + 4 * number * value_dim, head, value_dim)
+    barrier(team)
+    prepare_activations(gated, width, num_rows, width, prepared, thread, num_threads)
+    barrier(team)
+    out = word(batch, DELTA_BATCH.out)
+    multiply(word(layer, DELTA.o), prepared, num_rows, out, hidden_size, thread, num_threads)
+    barrier(team)
+    lo, hi = share(num_rows * hidden_size, thread, num_threads)
+    add(x + 4 * lo, out + 4 * lo, hi - lo)
+
+
+class StateLayout(NamedTuple):
+    """Where a text's state has what: float32, layer by layer."""
+
+    history: int  # values of a layer's last tokens
+    state: int  # values of its heads' matrices
+    num_layers: int
+
+    @property
+    def per_layer(self) -> int:
+        return self.history + self.state
+
+
+def state_layout(config: Any) -> StateLayout:
+    """`config` has the attributes of tiered.config.ModelConfig."""
+    d = config.delta
+    state = d.num_value_heads * d.key_dim * d.value_dim
+    return StateLayout((d.conv_size - 1) * d.channels, state, len(config.delta_layers))
+
+
+class RecurrentState:
+    """What the recurrent layers remember of one text. Undefined until the text begins."""
+
+    def __init__(self, config: Any) -> None:
+        layout = state_layout(config)
+        self.values = np.empty(layout.num_layers * layout.per_layer, np.float32)
+        self.address: int = self.values.ctypes.data
+
+
+class DeltaLayer:
+    """A layer's weights, ready for `DeltaNet.run`. `weights` has the attributes of
+    tiered.backend.DeltaWeights, its matrices are Matrix; `number` counts such layers from 0."""
+
+    def __init__(self, weights: Any, config: Any, number: int, batch: Record) -> None:
+        d, hidden, w = config.delta, config.hidden_size, weights
+        if d.value_dim % COLUMNS or d.num_value_heads % d.num_key_heads:
+            raise ValueError(
+                f"heads of {d.value_dim} values must be a multiple of {COLUMNS}, and "
+                f"{d.num_value_heads} of them a multiple of {d.num_key_heads} heads of keys"
+            )
+        self.delta, self.hidden_size = d, hidden
+        values = d.num_value_heads * d.value_dim
+        for name, shape in (
+            ("qkv", (d.channels, hidden)),
+            ("z", (values, hidden)),
+            ("b", (d.num_value_heads, hidden)),
+            ("a", (d.num_value_heads, hidden)),
+            ("conv", (d.conv_size, d.channels)),
+            ("o", (hidden, values)),
+        ):
+            if tuple(getattr(w, name).shape) != shape:
+                raise ValueError(
+                    f"delta weight {name} must have shape {shape}, "
+                    f"not {tuple(getattr(w, name).shape)}"
+                )
+        layout = state_layout(config)
+        start = 4 * number * layout.per_layer
+        self._weights = w  # the record has only their addresses
+        self.record = Record(
+            DELTA,
+            batch=batch.address,
+            hidden_size=hidden,
+            eps=float(config.norm_eps),
+            norm=floats(w.norm, "norm", hidden),
+            **{name: getattr(w, name).address for name in ("qkv", "z", "b", "a", "o")},
+            conv=np.ascontiguousarray(w.conv, np.float32),
+            conv_size=d.conv_size,
+            channels=d.channels,
+            dt_bias=floats(w.dt_bias, "dt_bias", d.num_value_heads),
+            decay=floats(w.decay, "decay", d.num_value_heads),
+            head_norm=floats(w.head_norm, "head_norm", d.value_dim),
+            num_key_heads=d.num_key_heads,
+            num_value_heads=d.num_value_heads,
+            key_dim=d.key_dim,
+            value_dim=d.value_dim,
+            is_tiled=int(d.is_tiled),
+            history=start,
+            state=start + 4 * layout.history,
+        )
+        _ = delta_net.address  # compiled before the first token
+
+
+class DeltaNet:
+    """Runs such layers; one call at a time."""
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self._scratch = Scratch()
+        self._batch = Record(DELTA_BATCH)
+
+    def layer(self, weights: Any, config: Any, number: int) -> DeltaLayer:
+        return DeltaLayer(weights, config, number, self._batch)
+
+    def run(self, x: np.ndarray, layer: DeltaLayer, batch: Any) -> None:
+        """x += delta_net(norm(x)): float32 [num_tokens, hidden_size]; `batch.states` (one of each
+        sequence) go on by its tokens."""
+        if not len(x):
+            return
+        if not self._batch.is_filled_for(x, batch):
+            self._fill(x, layer, batch)
+        self._team.run(delta_net.address, layer.record.address)
+
+    def _fill(self, x: np.ndarray, layer: DeltaLayer, batch: Any) -> None:
+        self._batch.filled_for = ()
+        n, d = len(x), layer.delta
+        if x.dtype != np.float32 or x.shape != (n, layer.hidden_size):
+            raise ValueError(f"x must be float32 [num_tokens, {layer.hidden_size}]")
+        runs, width = _runs(batch), d.num_value_heads * d.value_dim
+        room = self._scratch.room
+        self._batch.set(
+            x=x,
+            num_rows=n,
+            num_runs=len(runs),
+            runs=runs,
+            positions=batch.positions,
+            normed=room("normed", 4 * n * layer.hidden_size),
+            prepared=room("prepared", prepared_bytes(n, max(layer.hidden_size, width))),
+            mixed_in=room("mixed_in", 4 * n * d.channels),
+            mixed=room("mixed", 4 * n * d.channels),
+            z=room("z", 4 * n * width),
+            b=room("b", 4 * n * d.num_value_heads),
+            a=room("a", 4 * n * d.num_value_heads),
+            decays=room("decays", 4 * n * d.num_value_heads),
+            betas=room("betas", 4 * n * d.num_value_heads),
+            products=room("products", 4 * n * d.num_key_heads),
+            out=room("out", 4 * n * layer.hidden_size),
+            values=room("values", 4 * n * width),
+        )
+        self._batch.filled_for = x, batch
+
+
+def _runs(batch: Any) -> np.ndarray:
+    """int64 [num_runs, 3]; see DELTA_BATCH. ValueError if a sequence's rows lie apart."""
+    starts = np.flatnonzero(np.diff(batch.sequences, prepend=-1))
+    counts = np.diff(np.append(starts, len(batch.sequences)))
+    owners = batch.sequences[starts]
+    if batch.states is None or len(set(owners.tolist())) != len(owners):
+        raise ValueError("recurrent layers need each sequence's rows in a run, and its state")
+    addresses = [batch.states[sequence].address for sequence in owners]
+    return np.stack([starts, counts, addresses], 1).astype(np.int64)

@@ -1,0 +1,33 @@
+"""GGUF files of every architecture: llama.cpp's logits and tokens, where llama-cpp-python is."""
+
+import numpy as np
+import pytest
+import tiny
+
+from tiered import Engine
+
+llama_cpp = pytest.importorskip("llama_cpp")
+
+PROMPT, NUM_TOKENS = list(range(3, 43)), 24
+# Its OLMoE wants as many heads of keys as of queries, its V2 knows Lite by the number of layers,
+# and for gpt-oss it rounds YaRN's range, which the model was not trained with.
+LEFT_OUT = {"olmoe", "deepseek_v2", "gpt_oss"}
+
+
+@pytest.mark.parametrize("model_type", sorted(set(tiny.ARCHITECTURES) - LEFT_OUT))
+def test_the_same_logits_and_tokens(model_type, tmp_path):
+    file = tiny.gguf_checkpoint(tmp_path / "model.gguf", model_type, "f32", seed=7)
+    model = llama_cpp.Llama(
+        str(file), n_ctx=256, n_threads=2, verbose=False, logits_all=True, type_k=0, type_v=0
+    )
+    model.eval(PROMPT)
+    logits, tokens = model.scores[: len(PROMPT)].copy(), []
+    token = int(logits[-1].argmax())
+    for _ in range(NUM_TOKENS):
+        tokens.append(token)
+        model.eval([token])
+        token = int(model.scores[model.n_tokens - 1].argmax())
+    model.close()
+    with Engine(file, quantize="none", kv_dtype="f32", threads=2) as engine:
+        assert np.abs(engine.logits(PROMPT) - logits).max() <= 1e-5 * np.ptp(logits)
+        assert list(engine.generate_tokens(PROMPT, NUM_TOKENS)) == tokens

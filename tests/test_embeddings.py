@@ -24,8 +24,10 @@ def states_of(model, **choices):
         return engine.hidden_states(PROMPT)
 
 
-def test_hidden_states_are_what_the_head_reads(folder):
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen3_next", "deepseek_v3"])
+def test_hidden_states_are_what_the_head_reads(tmp_path, architecture):
     """`head @ hidden` are the logits."""
+    folder = tiny.hf_checkpoint(tmp_path, architecture, "f32")
     with Engine(folder, quantize="none", threads=2) as engine:
         states, logits = engine.hidden_states(PROMPT), engine.logits(PROMPT)
         head = engine.checkpoint.float32("head")

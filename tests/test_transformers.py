@@ -13,6 +13,7 @@ pytest.importorskip("transformers", minversion="5.8")
 
 import torch
 import transformers
+from test_reference import reference  # noqa: F401 (a fixture)
 
 from tiered.checkpoints.checkpoint import CheckpointError
 from tiered.config import EngineConfig
@@ -63,6 +64,22 @@ def test_logits_are_those_of_eager_experts(folder):
         with experts_of(model) as experts:
             assert np.abs(logits(model) - expected).max() <= 1e-5 * np.ptp(expected)
             assert (experts.stats.misses > 0) == (expert_ram is not None)
+
+
+def test_architectures(reference):  # noqa: F811
+    """All that we know: those whose experts are computed in another way are refused."""
+    path, eager = reference
+    kind = eager.config.model_type
+    if kind in ("llama", "gpt_oss"):
+        with pytest.raises(ValueError, match="no experts" if kind == "llama" else "another way"):
+            load(path)
+        return
+    eager.set_experts_implementation("eager")
+    expected = logits(eager)
+    model = load(path, expert_ram=floor(path))
+    with experts_of(model) as experts:
+        assert np.abs(logits(model) - expected).max() <= 1e-5 * np.ptp(expected)
+        assert experts.stats.misses
 
 
 def test_generate_says_the_same(folder):
@@ -151,18 +168,6 @@ def test_errors_say_what_to_do(mixtral, tmp_path):
     with pytest.raises(ValueError, match="no experts that can be replaced"):
         load(dense)
     assert our_threads() == before
-
-
-def test_architectures_that_compute_otherwise_are_refused(tmp_path):
-    """Biases, a clamp, a gate of their own: GPT-OSS has them."""
-    config = transformers.AutoConfig.for_model(
-        "gpt_oss", vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=32, num_local_experts=4,
-        pad_token_id=0,
-    )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="another way"):
-        load(tmp_path)
 
 
 def test_architectures_that_we_do_not_know_are_named(mixtral, tmp_path):

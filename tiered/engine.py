@@ -258,7 +258,7 @@ class Engine:
         identity = np.eye(size, dtype=np.float32).view(np.uint8).reshape(-1)
         head = self.backend.matrix(identity, "f32", (size, size))
         loader = WeightLoader(self.checkpoint, self.backend, self.choices.quantize)
-        return self.backend.output_layer(loader.required("norm"), head, self.config)
+        return self.backend.output_layer(loader.norm("norm"), head, self.config)
 
     def score_tokens(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
         """Decode a given answer token by token, as if it had been sampled.

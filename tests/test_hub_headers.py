@@ -105,7 +105,7 @@ def test_the_command_tells_before_it_downloads(remote, tmp_path):
     publish(remote, MAKERS["gguf"](tmp_path / "real"))
     result = CliRunner().invoke(find("pull"), ["user/repo", "--dry-run", "--json"])
     facts = json.loads(result.stdout)
-    assert facts["memory"]["least"] < facts["memory"]["all"]
+    assert facts["memory"]["least_bytes"] < facts["memory"]["all_bytes"]
     assert "it fits: it takes" in result.stderr
     assert not hub.cache_folder().exists()
 
@@ -125,10 +125,10 @@ def test_needs():
     model = sizes.of_shape(shapes.find("mixtral-8x7b"), "q4_0")
     whole = needs_of(model, 1 << 50)
     assert whole.experts_in_memory == 1 and whole.verdict.startswith("it fits")
-    half = needs_of(model, (whole.all + whole.least) // 2)
+    half = needs_of(model, (whole.all_bytes + whole.least_bytes) // 2)
     assert 0.5 < half.experts_in_memory < 0.75  # the floor is one layer's
     assert "of the experts fit" in half.verdict and "at least" in half.verdict
-    none = needs_of(model, whole.least - 1)
+    none = needs_of(model, whole.least_bytes - 1)
     assert none.verdict.startswith("it does not run: it takes")
     assert needs_of(model, 0).experts_in_memory == 0
     assert needs_of(model, 0, context=1 << 40).context == model.context_length

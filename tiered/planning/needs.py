@@ -12,30 +12,30 @@ from tiered.planning.sizes import ModelSizes
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of a process that runs the model; `least` is with one layer's experts in memory."""
+    """Bytes of a process that runs the model; `least_bytes` is with one layer's experts in memory."""
 
     context: int  # tokens that the KV cache is for
-    all: int
-    least: int
-    free: int
+    all_bytes: int
+    least_bytes: int
+    free_bytes: int
     experts_in_memory: float  # the share that fits into what is free
 
     @property
     def verdict(self) -> str:
         """One sentence: does it fit?"""
-        free = format_bytes(self.free)
-        if self.free >= self.all:
-            return f"it fits: it takes {format_bytes(self.all)} of memory, and {free} are free"
-        if self.all == self.least:
-            return f"it does not fit: it takes {format_bytes(self.all)}, and {free} are free"
-        if self.free < self.least:
+        whole, least, free = map(format_bytes, (self.all_bytes, self.least_bytes, self.free_bytes))
+        if self.free_bytes >= self.all_bytes:
+            return f"it fits: it takes {whole} of memory, and {free} are free"
+        if self.all_bytes == self.least_bytes:
+            return f"it does not fit: it takes {whole}, and {free} are free"
+        if self.free_bytes < self.least_bytes:
             return (
-                f"it does not run: it takes {format_bytes(self.least)} at least "
-                f"({format_bytes(self.all)} with all experts), and {free} are free"
+                f"it does not run: it takes {least} at least ({whole} with all experts), and "
+                f"{free} are free"
             )
         return (
             f"{self.experts_in_memory:.0%} of the experts fit into the {free} that are free; it "
-            f"takes {format_bytes(self.all)} for all, {format_bytes(self.least)} at least"
+            f"takes {whole} for all, {least} at least"
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tiered.planning.sizes import ModelSizes
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of a process that runs the model; `least_bytes` is with one layer's experts in memory."""
+    """Bytes of a process that runs the model; the least is with one layer's experts in memory."""
 
     context: int  # tokens that the KV cache is for
     all_bytes: int

@@ -49,3 +49,10 @@ def test_budgets(model):
 def test_own_policy(model):
     out = run("own_policy.py", model)
     assert "lru" in out and "%" in out
+
+
+def test_transformers_experts(model):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers", minversion="5.8")
+    out = run("transformers_experts.py", model, "hello", "--expert-ram", "1M")
+    assert "hit rate" in out

@@ -9,11 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
-    "tiered": {"numba", "llvmlite", "torch", "triton", "gpu_backend"},
-    "cpu_kernels": {"tiered", "gpu_backend", "torch", "triton"},
-    "gpu_backend": {"tiered"},
+    "tiered": {"numba", "llvmlite", "torch", "transformers", "triton", "gpu_backend"},
+    "cpu_kernels": {"tiered", "gpu_backend", "torch", "transformers", "triton"},
+    "gpu_backend": {"tiered", "transformers"},
 }
-ALLOWED = {("tiered/backend.py", "gpu_backend")}  # the one place that opens a GPU
+ALLOWED = {
+    ("tiered/backend.py", "gpu_backend"),  # the one place that opens a GPU
+    ("tiered/transformers.py", "torch"),  # another library's decoder, whose experts we compute:
+    ("tiered/transformers.py", "transformers"),  # nothing of ours imports this file
+}
 
 
 def imported(file):
@@ -39,3 +43,14 @@ def test_describing_a_model_loads_no_arithmetic_library():
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_nothing_of_ours_imports_the_hook_into_transformers():
+    for file in (ROOT / "tiered").rglob("*.py"):
+        names = {
+            f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        assert not [name for name in names if name.startswith("tiered.transformers")], file

@@ -3,6 +3,7 @@
 import queue
 import random
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,6 +148,29 @@ def test_prompt_scores_are_those_of_the_logits(engine):
     for row, choice in zip(logits, scores.choices, strict=False):
         assert choice.logprob == pytest.approx(row[choice.token], abs=1e-4)
         assert choice.alternatives[0] == (row.argmax(), pytest.approx(row.max(), abs=1e-4))
+
+
+def test_scores_and_pooled_states_begin_anew_after_a_preemption(engine, monkeypatch):
+    """Pages that are lost in the middle of a prompt: it is computed again from its start."""
+    monkeypatch.setattr(engine, "choices", replace(engine.choices, prefill_chunk=16))
+    (prompt,) = make_prompts(1, low=50, high=50)
+    mean = engine.hidden_states(prompt).mean(axis=0, dtype=np.float64)
+    for options in dict(logprobs=0, prompt_logprobs=True), dict(pooling="mean"):
+        events = []
+        scheduler = Scheduler(engine)  # without its thread: step by step
+        scheduler.submit(Request(prompt, 0, **options), events.append)
+        scheduler.step()
+        (job,) = scheduler.running
+        assert job.prefilling and job.sequence.tokens
+        scheduler._batcher._preempt(job)
+        while not (events and isinstance(events[-1], Finish)):
+            scheduler.step()
+        scheduler.close()
+        if "pooling" in options:
+            assert events[0].vector == pytest.approx(mean / np.linalg.norm(mean), abs=1e-5)
+        else:
+            assert [choice.token for choice in events[0].choices] == list(prompt[1:])
+    assert_nothing_held(engine)
 
 
 def test_stop_strings_and_stop_tokens(engine):

@@ -143,6 +143,27 @@ def test_responses(port):
     assert [event["sequence_number"] for event in stream] == list(range(len(stream)))
 
 
+def test_the_end_token_has_log_probabilities_and_no_text(port, service):
+    """lm-eval asks for one token more than it scores, and leaves the last entry out."""
+    end = service.tokenizer.token_id("<|im_end|>")
+    body = dict(prompt=[1, 2, 3], max_tokens=1, logit_bias={str(end): 100}, logprobs=1, echo=True)
+    choice = post(port, "/v1/completions", **body)[1]["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["logprobs"]["tokens"][3:] == ["<|im_end|>"]
+    assert all(len(values) == 4 for values in choice["logprobs"].values())
+    assert "im_end" not in choice["text"]
+    pieces = [item["choices"][0] for item in events(port, "/v1/completions", body)[:-1]]
+    streamed = [token for piece in pieces for token in piece["logprobs"]["tokens"]]
+    assert streamed == choice["logprobs"]["tokens"]
+
+
+def test_tokenizer_info(port, service):
+    facts = call(port, "GET", "/tokenizer_info")[1]
+    assert facts["eos_token"] == "<|im_end|>" and facts["bos_token"] is None
+    assert facts["chat_template"] == service.tokenizer.chat_template
+    assert facts["model_max_length"] == 1024
+
+
 def test_tokenize_and_back(port):
     tokens = post(port, "/tokenize", content="Hé<|im_end|>")[1]["tokens"]
     assert post(port, "/detokenize", tokens=tokens)[1]["content"] == "Hé<|im_end|>"
@@ -182,7 +203,7 @@ ERRORS = [
     ("/v1/completions", {"prompt": [99999]}, 400, "token id"),
     ("/v1/completions", {"prompt": ""}, 400, "empty"),
     ("/v1/completions", {"prompt": "\ud800"}, 400, "Unicode"),
-    ("/v1/embeddings", {"input": "x"}, 501, "no embeddings"),
+    ("/v1/embeddings", {"input": "x", "dimensions": 3}, 400, "dimensions"),
     ("/v1/messages", {"messages": HELLO}, 400, "max_tokens is missing"),
     ("/v1/responses", {"input": 3}, 400, "input must be"),
     ("/v1/chat/completions", {"messages": HELLO, "x": "y" * (1 << 20)}, 413, "larger than"),

@@ -27,7 +27,7 @@ def server(tmp_path, monkeypatch):
     path = make_checkpoint(tmp_path / "tiny-moe")
     process = subprocess.Popen(
         [sys.executable, "-m", "tiered", "serve", str(path), "--port", "0", "--host", "0.0.0.0",
-         "--threads", "1", "--context", "512", "--quantize", "none"],
+         "--threads", "1", "--context", "512", "--quantize", "none", "--prefill-chunk", "64"],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
     lines: list[str] = []

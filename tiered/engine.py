@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from tiered import kv_cache, memory, policies
+from tiered import kv_cache, memory
 from tiered.backend import Backend, open_backend
 from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
-from tiered.cache.floors import check_budget
 from tiered.checkpoints.damage import damaged, find_damage
 from tiered.config import EngineConfig, ModelConfig
 from tiered.formats import CheckpointError, open_checkpoint
@@ -24,10 +23,8 @@ from tiered.governor import Governor
 from tiered.gpu.accelerator import place_experts
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
-from tiered.policies import Space
 from tiered.prefetch import Prefetcher
-from tiered.slots import RamMemory
-from tiered.source import MappedExperts, TieredExperts
+from tiered.source import MappedExperts, TieredExperts, count, open_source
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
 from tiered.text.chat import ChatTemplate
@@ -35,13 +32,10 @@ from tiered.text.harmony import is_harmony, rewritten
 from tiered.text.sampling import Sampler, SamplingParams, log_softmax
 from tiered.text.stop_strings import StopStrings
 from tiered.text.tokenizer import TextStream, Tokenizer, load_tokenizer
-from tiered.tier import Tier
 from tiered.tracing.trace import TraceInfo, TraceWriter
 from tiered.weights.dense import dense_bytes
 from tiered.weights.loader import WeightLoader
 from tiered.whole_blocks import WholeBlocks
-
-log = logging.getLogger("tiered")
 
 DEFAULT_CONTEXT = 4096  # tokens
 
@@ -86,7 +80,9 @@ class Engine:
             if choices.device == "cpu" and blocks.pays:
                 self.blocks = blocks
         self.plan = self._plan_memory()
-        self.source = self._open_source(stack)
+        self.source: MappedExperts | TieredExperts | None = None
+        if self.store is not None:
+            self.source = open_source(self.store, self.blocks, self.plan, choices, stack)
         self.governor: Governor | None = None
         self.prefetcher: Prefetcher | None = None
         if isinstance(self.source, TieredExperts) and choices.look_ahead:
@@ -132,20 +128,6 @@ class Engine:
             floor=max(blobs) * config.top_k,
             mappable=self.store is not None and self.store.mappable,
         )
-
-    def _open_source(self, stack: ExitStack) -> MappedExperts | TieredExperts | None:
-        if self.store is None:
-            return None
-        if self.plan.mapped:
-            return MappedExperts(self.store)
-        space = Space(self.plan.slots, tuple(self._blob_bytes))
-        policy = policies.create(self.choices.policy, space)
-        for warning in check_budget(space, self.config.top_k, policy):
-            log.warning(warning)
-        source = self.blocks or self.store
-        tier = Tier(RamMemory(space), source, policy, self.choices.readers)
-        stack.callback(tier.close)
-        return TieredExperts(tier, source.offsets)
 
     @property
     def _blob_bytes(self) -> list[int]:
@@ -272,6 +254,32 @@ class Engine:
         finally:
             self.kv.close(sequence)
 
+    def hidden_states(self, ids: Sequence[int]) -> np.ndarray:
+        """What the model makes of each token, after its last norm: float32 [len(ids), hidden_size].
+
+        A model that was trained to go on with a text was not trained to compare texts by these.
+        """
+        ids = self.checked(ids)
+        sequence = self.kv.open()
+        try:
+            return np.concatenate(
+                [
+                    self._forward(sequence, chunk, False, self.hidden_output)
+                    for chunk in self._chunks(ids)
+                ]
+            )
+        finally:
+            self.kv.close(sequence)
+
+    @cached_property
+    def hidden_output(self) -> Any:
+        """An output layer that ends with the norm: its head is the identity, on any device."""
+        size = self.config.hidden_size
+        identity = np.eye(size, dtype=np.float32).view(np.uint8).reshape(-1)
+        head = self.backend.matrix(identity, "f32", (size, size))
+        loader = WeightLoader(self.checkpoint, self.backend, self.choices.quantize)
+        return self.backend.output_layer(loader.norm("norm"), head, self.config)
+
     def score_tokens(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
         """Decode a given answer token by token, as if it had been sampled.
 
@@ -318,7 +326,7 @@ class Engine:
         return [ids[start : start + size] for start in range(0, len(ids), size)]
 
     def _forward(
-        self, sequence: kv_cache.Sequence, ids: Sequence[int], last_only: bool
+        self, sequence: kv_cache.Sequence, ids: Sequence[int], last_only: bool, output: Any = None
     ) -> np.ndarray:
         """Append tokens and compute them; on an error the sequence is as it was before (empty, for
         a recurrent model)."""
@@ -326,7 +334,7 @@ class Engine:
         rows = np.array([len(ids) - 1]) if last_only else np.arange(len(ids))
         try:
             batch = self.kv.batch([(sequence, ids)])
-            logits = self.decoder.forward(batch, self.kv.pages, rows)
+            logits = self.decoder.forward(batch, self.kv.pages, rows, output)
             if not np.isfinite(logits.max()):
                 raise self._damage()
             return logits
@@ -392,14 +400,7 @@ class Engine:
         python = sum(parts.values()) - parts["waiting"] - self.backend.seconds
         reads = self.store.seconds if self.store else 0.0
         stats.parts = {**parts, "python": python, "reads": reads}
-        if isinstance(self.source, MappedExperts):
-            stats.hits = self.source.hits
-        elif isinstance(self.source, TieredExperts):
-            tier = self.source.tier.stats
-            stats.hits, stats.misses, stats.bytes_read = tier.hits, tier.misses, tier.bytes_read
-            stats.prefetches = tier.prefetches
-            stats.prefetches_used = tier.prefetches_used
-            stats.prefetches_wasted = tier.prefetches_wasted
+        count(self.source, stats)
         return stats
 
     def close(self) -> None:

@@ -75,8 +75,9 @@ class Decoder:
         self.trace: TraceWriter | None = None
         self.clock = PartClock("attention", "router", "experts", "waiting", "head")
 
-    def forward(self, batch: Batch, kv: Any, rows: np.ndarray) -> np.ndarray:
-        """Logits after the tokens at `rows` of the batch: float32 [len(rows), vocab_size]."""
+    def forward(self, batch: Batch, kv: Any, rows: np.ndarray, output: Any = None) -> np.ndarray:
+        """Logits after the tokens at `rows` of the batch: float32 [len(rows), vocab_size]; or what
+        another `output` layer than the model's own makes of their hidden states."""
         b, clock = self.backend, self.clock
         clock.start()
         if self.trace is not None:
@@ -90,7 +91,7 @@ class Decoder:
                 clock.lap("experts")
             else:
                 self.experts(x, index, batch)
-        logits = b.head(x, rows, self.output)
+        logits = b.head(x, rows, output or self.output)
         clock.lap("head")
         return logits
 

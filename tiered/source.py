@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
+from tiered import policies
+from tiered.budget import MemoryPlan
+from tiered.cache.floors import check_budget
+from tiered.config import EngineConfig
 from tiered.experts import ExpertKey
+from tiered.policies import Space
+from tiered.slots import RamMemory
+from tiered.stats import EngineStats
 from tiered.store import ExpertStore
 from tiered.tier import Journal, Tier
+from tiered.whole_blocks import WholeBlocks
+
+log = logging.getLogger("tiered")
 
 
 class MappedExperts:
@@ -53,3 +65,35 @@ class TieredExperts:
             for group in groups:
                 ready, slots = zip(*group, strict=True)
                 yield ready, np.array(slots, np.int64)[:, None] + offsets[list(ready)]
+
+
+def open_source(
+    store: ExpertStore,
+    blocks: WholeBlocks | None,
+    plan: MemoryPlan,
+    choices: EngineConfig,
+    stack: ExitStack,
+) -> MappedExperts | TieredExperts:
+    """What the plan says: the memory map, or a tier, which `stack` closes."""
+    if plan.mapped:
+        return MappedExperts(store)
+    below = blocks or store
+    space = Space(plan.slots, tuple(below.blob_bytes))
+    policy = policies.create(choices.policy, space)
+    for warning in check_budget(space, store.checkpoint.config.top_k, policy):
+        log.warning(warning)
+    tier = Tier(RamMemory(space), below, policy, choices.readers)
+    stack.callback(tier.close)
+    return TieredExperts(tier, below.offsets)
+
+
+def count(source: Any, stats: EngineStats) -> None:
+    """Write what a source has counted so far to `stats`."""
+    if isinstance(source, MappedExperts):
+        stats.hits = source.hits
+    elif isinstance(source, TieredExperts):
+        tier = source.tier.stats
+        stats.hits, stats.misses, stats.bytes_read = tier.hits, tier.misses, tier.bytes_read
+        stats.prefetches = tier.prefetches
+        stats.prefetches_used = tier.prefetches_used
+        stats.prefetches_wasted = tier.prefetches_wasted

@@ -37,6 +37,12 @@ model_argument = click.argument("model", type=click.Path(path_type=Path))
 
 json_option = option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
+prefill_chunk_option = option(
+    "--prefill-chunk", type=click.IntRange(1), default=512,
+    help="Tokens of a prompt computed at once. Fewer: others go on sooner in between; more: the "
+    "prompt is done sooner.",
+)  # fmt: skip
+
 engine_options = several(
     option("--ram", metavar="SIZE", help="All the memory the process may hold, as 8G. "
            "Default: what is free, less a margin."),

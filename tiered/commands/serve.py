@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
 from tiered.commands import options as opt
-from tiered.commands.loading import open_engine
 from tiered.commands.output import notes
 
 
@@ -28,12 +28,19 @@ from tiered.commands.output import notes
     help="What clients call the model; * answers to any name. Default: the file's name.",
 )
 @opt.option("--parallel", type=click.IntRange(1), default=16, help="Requests computed at once.")
+@opt.option(
+    "--replicas",
+    type=click.IntRange(1),
+    default=1,
+    help="Engines behind one port, in processes of their own; more than one need Ray.",
+)
 @opt.option("--queue", type=click.IntRange(1), default=256, help="Requests that may wait.")
 @opt.option(
     "--kv-tokens",
     type=click.IntRange(1),
     help="Tokens of KV cache for all requests and remembered prefixes. Default: four contexts.",
 )
+@opt.prefill_chunk_option
 @opt.option(
     "--timeout",
     type=click.FloatRange(1),
@@ -61,8 +68,10 @@ def command(
     api_key: tuple[str, ...],
     names: tuple[str, ...],
     parallel: int,
+    replicas: int,
     queue: int,
     kv_tokens: int | None,
+    prefill_chunk: int,
     timeout: float,
     max_body: str,
     allow_origin: tuple[str, ...],
@@ -74,42 +83,59 @@ def command(
     MODEL is a file or folder, or what `tiered pull` was given. A page to talk with it, and to watch
     its experts move, is at /. Requests are computed together; a conversation's next turn does not
     compute its history again.
+
+    With --replicas, engines run on Ray Serve: of the cluster that RAY_ADDRESS names, where the
+    model has the same path everywhere, or of this machine, which they share. A replica that dies is
+    replaced; each has prefixes, a page and metrics of its own.
     """
     try:
-        from tiered.serve.app import make_app
         from tiered.serve.server import Server
+        from tiered.serve.setup import Setup, opened
+
+        if replicas > 1:
+            import ray.serve  # noqa: F401
     except ImportError as error:
+        extra = "ray" if replicas > 1 else "serve"
         raise click.UsageError(
-            f'{error}; pip install "tiered[serve]" brings what a server needs'
+            f'{error}; pip install "tiered[{extra}]" brings what a server needs'
         ) from None
     from tiered.hub.pulled import find_model
     from tiered.memory import parse_bytes
     from tiered.serve.running import announced
-    from tiered.serve.scheduler import Scheduler
-    from tiered.serve.service import Limits, Service
+    from tiered.serve.service import Limits
 
     path = find_model(model)
     context = choices["context"] or 4096
-    choices["kv_tokens"] = kv_tokens or 4 * context
+    choices |= {"kv_tokens": kv_tokens or 4 * context, "prefill_chunk": prefill_chunk}
     limits = Limits(body_bytes=parse_bytes(max_body), request_seconds=timeout)
-    with (
-        open_engine(path, choices) as engine,
-        Scheduler(engine, max_running=parallel, max_waiting=queue) as scheduler,
-    ):
-        service = Service(engine, scheduler, names or [default_name(path, model)], limits)
-        app = make_app(service, api_key, allow_origin)
-        server = Server(app, host, port, service=service, drain_seconds=drain)
-        shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{server.port}"
-        if not api_key and not is_local(host):
-            notes.print(
-                f"warning: whoever reaches {host} may use this server; give it an --api-key",
-                style="yellow",
-            )
-        notes.print(f"{service.name} at {url} (page) and {url}/v1 (API); Ctrl-C ends")
-        with announced(model=str(path), name=service.name, url=url):
-            server.run()
-        notes.print("ended", style="dim")
+    names = names or (default_name(path, model),)
+    setup = Setup(path, choices, names, parallel, queue, limits, api_key, allow_origin)
+    if not api_key and not is_local(host):
+        notes.print(
+            f"warning: whoever reaches {host} may use this server; give it an --api-key",
+            style="yellow",
+        )
+
+    def announce(port: int) -> AbstractContextManager[None]:
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        notes.print(f"{names[0]} at {url} (page) and {url}/v1 (API); Ctrl-C ends")
+        return announced(model=str(path), name=names[0], url=url)
+
+    with ExitStack() as stack:
+        if replicas > 1:
+            from tiered.serve.replicas import Replicas, wait_for_signal
+
+            with notes.status(f"opening {replicas} times {path.name}"):
+                served = stack.enter_context(Replicas(setup, replicas, host, port, drain))
+            with announce(served.port):
+                wait_for_signal()
+        else:
+            with notes.status(f"opening {path.name}"):
+                service, app = stack.enter_context(opened(setup))
+            server = Server(app, host, port, service=service, drain_seconds=drain)
+            with announce(server.port):
+                server.run()
+    notes.print("ended", style="dim")
 
 
 def default_name(path: Path, given: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ from tiered.planning.strategies import STRATEGIES
 )
 @opt.option("--live", is_flag=True, help="Run the engine on this machine instead of simulating.")
 @opt.option("--tokens", type=click.IntRange(2), default=32, help="With --live: to generate.")
+@opt.option(
+    "--ray", is_flag=True, help="Simulate on the workers of a Ray cluster, or on all cores."
+)
 @opt.option("--out", type=click.Path(path_type=Path), help="CSV file; what it has is not repeated.")
 @opt.option("--plot", type=click.Path(path_type=Path), help="Picture: .png, .svg or .pdf.")
 @opt.json_option
@@ -71,6 +75,7 @@ def command(
     locality: str,
     live: bool,
     tokens: int,
+    ray: bool,
     out: Path | None,
     plot: Path | None,
     as_json: bool,
@@ -79,8 +84,11 @@ def command(
     """Speed of MODEL over a grid of memory sizes, policies and lengths: a table, CSV and a plot.
 
     MODEL is a file, a folder or a known model's name. Options that take several values, separated
-    by commas, span the grid. By default it is simulated on described machines.
+    by commas, span the grid. By default it is simulated on described machines; with --ray on the
+    cluster that RAY_ADDRESS names, or on all cores of this machine.
     """
+    if ray and live:
+        raise click.UsageError("--ray spreads simulations; --live measures this machine alone")
     described = describe(model, quant, "f16")
     file = ResultFile(out, sweeps.COLUMNS, sweeps.NUM_KEYS)
     machines: dict[str, Hardware | None] = {"this machine": None}
@@ -93,27 +101,37 @@ def command(
         for name, machine in machines.items()
         for point in wanted
     ]
-    simulate = _simulation(described, trace, locality)
-    rows = []
+    measure = _engine(model, tokens) if live else _simulation(described, trace, locality)
+    new = [(machine, point, key) for machine, point, key in work if key not in file]
     with steps_progress() as progress:
-        task = progress.add_task("sweep", total=len(work))
-        for machine, point, key in work:
-            if key not in file:
-                if machine is None:
-                    got = sweeps.run_live(
-                        Path(model), point, prompt=_prompt(Path(model)), num_tokens=tokens
-                    )
-                else:
-                    got = simulate(machine, point)
-                file.append({**key, **got})
-            rows.append(file.find(key))
+        task = progress.add_task("sweep", total=len(work), completed=len(work) - len(new))
+        calls = [(machine, point) for machine, point, _ in new]
+        each = _each_on_ray if ray else _each
+        for position, got in each(measure, calls):
+            file.append({**new[position][2], **got})
             progress.advance(task)
+    rows = [file.find(key) for *_, key in work]
     if plot is not None:
         _plot(rows, plot, described, list(machines.values()), live)
     if as_json:
         print_json({"simulated": not live, "rows": rows})
     else:
         _show(rows, live)
+
+
+def _each(function: Any, calls: list[Any]) -> Iterator[Any]:
+    """(position, result) of each call."""
+    for position, call in enumerate(calls):
+        yield position, function(*call)
+
+
+def _each_on_ray(function: Any, calls: list[Any]) -> Iterator[Any]:
+    from tiered.cluster import each
+
+    try:
+        yield from each(function, calls)
+    except ImportError as error:
+        raise click.UsageError(f'{error}; pip install "tiered[ray]" brings it') from None
 
 
 def _points(axes: dict[str, Any]) -> list[sweeps.Point]:
@@ -170,6 +188,12 @@ def _simulation(model: ModelSizes, trace: Path | None, locality: str) -> Any:
         return sweeps.simulate(model, machine, point, tokens=tokens, prompt=prompt)
 
     return simulate
+
+
+def _engine(model: str, tokens: int) -> Any:
+    path = Path(model)
+    prompt = _prompt(path)
+    return lambda _, point: sweeps.run_live(path, point, prompt=prompt, num_tokens=tokens)
 
 
 def _prompt(path: Path) -> list[int]:

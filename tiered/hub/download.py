@@ -183,9 +183,8 @@ def _download(
     free = shutil.disk_usage(part.parent).free
     if file.nbytes - have > free:
         raise OSError(f"{file.name} needs {file.nbytes - have} bytes, and the disk has {free}")
-    path = f"/{urllib.parse.quote(name.repo)}/resolve/{commit}/{urllib.parse.quote(file.name)}"
     if have < file.nbytes or not have:
-        with _open(path, start=have) as response:
+        with _open(_path(name, commit, file), start=have) as response:
             if have and response.status != 206:  # it begins again
                 have = 0
             progress(have)
@@ -209,6 +208,20 @@ def _download(
     part.replace(blob)
 
 
+def read_start(name: Name, commit: str, file: RemoteFile, nbytes: int) -> bytes:
+    """The first bytes of a file, without the rest of it. Raises OSError if there are fewer."""
+    nbytes = min(nbytes, file.nbytes)
+    with _open(_path(name, commit, file), end=nbytes) as response:
+        data: bytes = response.read(nbytes)  # also of a server that sends it all
+    if len(data) != nbytes:
+        raise OSError(f"{file.name}: the connection ended at {len(data)} of {nbytes} bytes")
+    return data
+
+
+def _path(name: Name, commit: str, file: RemoteFile) -> str:
+    return f"/{urllib.parse.quote(name.repo)}/resolve/{commit}/{urllib.parse.quote(file.name)}"
+
+
 def checksum(path: Path, file: RemoteFile) -> str:
     """The digest that the hub has for such a file: sha256, or git's of small ones."""
     digest = hashlib.sha256() if file.is_large else hashlib.sha1(b"blob %d\0" % file.nbytes)
@@ -218,14 +231,15 @@ def checksum(path: Path, file: RemoteFile) -> str:
     return digest.hexdigest()
 
 
-def _open(path: str, start: int = 0) -> Any:
+def _open(path: str, start: int = 0, end: int | None = None) -> Any:
+    """An answer of the hub; of a file from byte `start` to before `end`, if it can be asked for."""
     if is_offline():
         raise OSError("HF_HUB_OFFLINE is set: nothing is downloaded")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     request = urllib.request.Request(endpoint + path)
     request.add_header("User-Agent", f"tiered/{__version__}")
-    if start:
-        request.add_header("Range", f"bytes={start}-")
+    if start or end:
+        request.add_header("Range", f"bytes={start}-{end - 1 if end else ''}")
     if token := _token():  # not for the storage that the hub redirects to
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:

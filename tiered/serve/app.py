@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tiered.serve import (
     chat_completions,
     completions,
+    embeddings,
     messages,
     model_endpoints,
     page_endpoints,
@@ -42,7 +43,8 @@ ROUTES = [
     Route("/v1/responses", responses.endpoint, methods=["POST"]),
     Route("/v1/messages", messages.endpoint, methods=["POST"]),
     Route("/v1/messages/count_tokens", messages.count_tokens, methods=["POST"]),
-    Route("/v1/embeddings", model_endpoints.embeddings, methods=["POST"]),
+    Route("/v1/embeddings", embeddings.endpoint, methods=["POST"]),
+    Route("/tokenizer_info", model_endpoints.tokenizer_info),
     Route("/tokenize", model_endpoints.tokenize, methods=["POST"]),
     Route("/detokenize", model_endpoints.detokenize, methods=["POST"]),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -69,12 +69,18 @@ class Batcher:
                 return
             sequence = sequence_of(job)
             start = len(sequence.tokens)
-            whole = job.request.prompt_logprobs and not job.num_new
-            rows = np.arange(len(chunk)) if whole else np.array([len(chunk) - 1])
-            logits = self._forward(additions, rows)
+            scored = job.request.prompt_logprobs and not job.num_new
+            pooled = job.request.pooling
+            rows = np.array([len(chunk) - 1])
+            if scored or pooled == "mean":
+                rows = np.arange(len(chunk))
+            output = self.engine.hidden_output if pooled else None
+            logits = self._forward(additions, rows, output)
             self.counts.prompt_tokens += len(chunk)
-            if whole:
+            if scored:
                 job.score_prompt(logits, start)
+            if pooled:
+                job.pool(logits, start)
             if not job.to_do:
                 self.prefixes.insert(sequence)
                 job.prompt_done()
@@ -85,7 +91,7 @@ class Batcher:
         if job.sequence is not None:
             return
         pages: list[int] = []
-        if not job.request.prompt_logprobs:
+        if not job.request.prompt_logprobs and job.request.pooling != "mean":
             pages = self.prefixes.match(job.tokens[:-1])
         known = len(pages) * PAGE_SIZE
         if job.start is None:
@@ -107,10 +113,10 @@ class Batcher:
         if job.finish is not None:
             self.leave(job)
 
-    def _forward(self, additions: Additions, rows: np.ndarray) -> np.ndarray:
+    def _forward(self, additions: Additions, rows: np.ndarray, output: Any = None) -> np.ndarray:
         kv = self.engine.kv
         batch = kv.batch([(sequence_of(job), tokens) for job, tokens in additions])
-        return self.engine.decoder.forward(batch, kv.pages, rows)
+        return self.engine.decoder.forward(batch, kv.pages, rows, output)
 
     @contextmanager
     def _room_for(self, additions: Additions) -> Iterator[Additions]:

@@ -51,25 +51,25 @@ async def endpoint(http: HttpRequest) -> Response:
     return await respond(http, stream, completion.stream(), completion.whole(), answers)
 
 
-def read_prompts(service: Service, fields: Fields) -> list[list[int]]:
+def read_prompts(service: Service, fields: Fields, name: str = "prompt") -> list[list[int]]:
     """One text, several, one list of token ids, or several."""
-    given = fields.get("prompt")
+    given = fields.get(name)
     if given is None:
-        raise fields.wrong("prompt", "is missing")
+        raise fields.wrong(name, "is missing")
     several = isinstance(given, list) and given and isinstance(given[0], (list, str))
     prompts = given if several else [given]
     if not 0 < len(prompts) <= MAX_PROMPTS:
-        raise fields.wrong("prompt", f"must hold 1 to {MAX_PROMPTS} prompts")
+        raise fields.wrong(name, f"must hold 1 to {MAX_PROMPTS} prompts")
     read = []
     for prompt in prompts:
         if isinstance(prompt, str):
             read.append(service.encode(clean(prompt)))
         elif isinstance(prompt, list) and all(type(token) is int for token in prompt):
             if not all(0 <= token < service.engine.config.vocab_size for token in prompt):
-                raise fields.wrong("prompt", "has a token id that this model does not have")
+                raise fields.wrong(name, "has a token id that this model does not have")
             read.append(prompt)
         else:
-            raise fields.wrong("prompt", "must be text or token ids")
+            raise fields.wrong(name, "must be text or token ids")
     return read
 
 
@@ -148,11 +148,12 @@ class Completion:
             for choice in event.choices:
                 scores.add(choice.token, choice)
             return ""
-        if isinstance(event, Piece):
+        if isinstance(event, (Piece, Finish)):
+            # The end token has an entry, too: who scores a prompt leaves one new token out.
             if event.choice:
-                scores.add(event.token, event.choice)
+                scores.add(event.choice.token, event.choice)
             return event.text
-        return event.text if isinstance(event, Finish) else ""
+        return ""
 
     def prompt_text(self, index: int) -> str:
         if not self.echo:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tiered.kv_cache import Sequence
-from tiered.serve.request import Choice, Event, Finish, Piece, PromptScores, Request
+from tiered.serve.request import Choice, Embedding, Event, Finish, Piece, PromptScores, Request
 from tiered.text.sampling import Sampler
 from tiered.text.stop_strings import StopStrings
 from tiered.text.tokenizer import TextStream, Tokenizer
@@ -45,6 +45,7 @@ class Job:
         self._stops = StopStrings(request.stop)
         self._counts: Counter[int] = Counter()
         self._scores: list[Choice] = []
+        self._pooled: np.ndarray = np.zeros(1)
 
     def cancel(self) -> None:
         """The client went away; takes effect between two tokens."""
@@ -69,9 +70,19 @@ class Job:
 
     def score_prompt(self, logits: np.ndarray, start: int) -> None:
         """Logits after the prompt's tokens from `start` on: float32 [count, vocab_size]."""
+        if start == 0:  # perhaps again, after a preemption
+            self._scores = []
         following = self.request.ids[start + 1 : start + 1 + len(logits)]
         num_best = self.request.logprobs or 0
         self._scores += [score(row, t, num_best) for row, t in zip(logits, following, strict=False)]
+
+    def pool(self, states: np.ndarray, start: int) -> None:
+        """Hidden states of the prompt's tokens from `start` on: float32 [count, hidden_size]."""
+        if self.request.pooling == "last":
+            self._pooled = states[-1].astype(np.float64)
+        else:
+            before = self._pooled if start else 0.0
+            self._pooled = before + states.sum(axis=0, dtype=np.float64)
 
     def prompt_done(self) -> None:
         """The whole prompt has been computed."""
@@ -79,6 +90,9 @@ class Job:
         if self.request.prompt_logprobs and not self.num_new:
             self._on_event(PromptScores(self._scores))
             self._scores = []
+        if self.request.pooling:
+            length = max(float(np.linalg.norm(self._pooled)), 1e-30)
+            self._on_event(Embedding((self._pooled / length).astype(np.float32)))
 
     def advance(self, logits: np.ndarray, context: int, now: float) -> None:
         """Choose the next token from float32 [vocab_size], which it overwrites."""
@@ -93,13 +107,13 @@ class Job:
             self.first_token = now
         if request.constraint is not None:
             request.constraint.accept(token)
+        choice = None if raw is None else score(raw, token, request.logprobs or 0)
         if token in request.stop_ids:
-            self.end("stop")
+            self.end("stop", choice=choice)
             return
         self.tokens.append(token)
         self._counts[token] += 1
         text = self._stops.push(self._stream.push(token))
-        choice = None if raw is None else score(raw, token, request.logprobs or 0)
         self._on_event(Piece(text, token, choice))
         constraint = request.constraint
         if self._stops.stopped or (constraint is not None and constraint.finished):
@@ -107,7 +121,9 @@ class Job:
         elif self.num_new >= request.max_new_tokens or len(self.tokens) > context:
             self.end("length")
 
-    def end(self, reason: str, error: BaseException | None = None) -> None:
+    def end(
+        self, reason: str, error: BaseException | None = None, choice: Choice | None = None
+    ) -> None:
         """Send the last event."""
         text = ""
         if not self._stops.stopped and reason in ("stop", "length"):
@@ -120,6 +136,7 @@ class Job:
             self.num_new,
             self._stops.matched,
             error,
+            choice,
         )
         self._on_event(self.finish)
 

@@ -58,8 +58,19 @@ async def detokenize(http: HttpRequest) -> Response:
     return JSONResponse({"content": clean(text), "prompt": text})
 
 
-async def embeddings(http: HttpRequest) -> Response:
-    raise ApiError("this model generates text, and gives no embeddings", 501)
+async def tokenizer_info(http: HttpRequest) -> Response:
+    """What a client that renders and cuts its prompts itself has to know, as vLLM tells it."""
+    service = service_of(http)
+    tokenizer, ends = service.tokenizer, sorted(service.engine.eos_ids)
+    return JSONResponse(
+        {
+            "bos_token": tokenizer.token_name(tokenizer.bos_id) or None,
+            "eos_token": tokenizer.token_name(ends[0]) if ends else None,
+            "pad_token": None,
+            "chat_template": tokenizer.chat_template,
+            "model_max_length": service.engine.context,
+        }
+    )
 
 
 async def health(http: HttpRequest) -> Response:

@@ -29,8 +29,10 @@ class Request:
     """Continue `ids` by at most `max_new_tokens`, and stop before a stop token or a stop string.
 
     `logprobs`: for each token its log-probability and those of this many likeliest alternatives;
-    `prompt_logprobs`: for those of the prompt too. `skip_ids` are tokens without text. `client`
-    is for whose account it is: clients take turns. `deadline` is a time of the scheduler's clock.
+    `prompt_logprobs`: for those of the prompt too. `pooling`: nothing is to follow, and the prompt
+    becomes one vector: of its tokens' hidden states the "mean" or the "last". `skip_ids` are tokens
+    without text. `client` is for whose account it is: clients take turns. `deadline` is a time of
+    the scheduler's clock.
     """
 
     ids: tuple[int, ...]
@@ -41,6 +43,7 @@ class Request:
     skip_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    pooling: str = ""
     logit_bias: tuple[tuple[int, float], ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -63,6 +66,12 @@ class PromptScores(NamedTuple):
     choices: list[Choice]
 
 
+class Embedding(NamedTuple):
+    """The prompt as one vector, float32 [hidden_size], of length 1."""
+
+    vector: np.ndarray
+
+
 class Piece(NamedTuple):
     """One more token. `text` is what is certain by now: it may be empty, or of earlier tokens."""
 
@@ -81,6 +90,7 @@ class Finish(NamedTuple):
     num_new: int
     stop: str | None = None  # the stop string that ended it
     error: BaseException | None = None
+    choice: Choice | None = None  # the end token, which is no part of the answer, if it came
 
 
-Event = PromptScores | Piece | Finish
+Event = PromptScores | Embedding | Piece | Finish

@@ -101,6 +101,7 @@ class Service:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         prompt_logprobs: bool = False,
+        pooling: str = "",
         constraint: Constraint | None = None,
         choice: int = 0,
     ) -> Request:
@@ -133,6 +134,7 @@ class Service:
             skip_ids=self.skip_ids,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            pooling=pooling,
             logit_bias=self.logit_bias(fields),
             presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
             frequency_penalty=fields.number("frequency_penalty", 0.0, -2.0, 2.0),

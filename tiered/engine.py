@@ -242,12 +242,21 @@ class Engine:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """What follows each token: float32 [len(ids), vocab_size]."""
+        return np.concatenate(list(self.logits_by_chunk(ids)))
+
+    def logits_by_chunk(self, ids: Sequence[int], start: int = 0) -> Iterator[np.ndarray]:
+        """What follows each token from position `start` on, as it is computed: float32 [num_rows,
+        vocab_size], at most `prefill_chunk` rows at a time, which is all that memory holds."""
         ids = self.checked(ids)
         sequence = self.kv.open()
         try:
-            return np.concatenate(
-                [self._forward(sequence, chunk, last_only=False) for chunk in self._chunks(ids)]
-            )
+            for chunk in self._chunks(ids):
+                first = min(max(0, start - len(sequence.tokens)), len(chunk))
+                # Logits that nobody wants cost most of a small model's time; one row checks them.
+                rows = np.arange(min(first, len(chunk) - 1), len(chunk))
+                logits = self._forward(sequence, chunk, rows)
+                if first < len(chunk):
+                    yield logits
         finally:
             self.kv.close(sequence)
 
@@ -281,13 +290,13 @@ class Engine:
 
     def _prefill(self, sequence: kv_cache.Sequence, ids: Sequence[int]) -> np.ndarray:
         for chunk in self._chunks(ids):
-            logits = self._forward(sequence, chunk, last_only=True)
+            logits = self._forward(sequence, chunk, np.array([len(chunk) - 1]))
         return logits[0]  # type: ignore[no-any-return]
 
     def _decode(self, sequence: kv_cache.Sequence, token: int) -> np.ndarray:
         if self.governor is not None:
             self.governor.begin()
-        logits: np.ndarray = self._forward(sequence, [token], last_only=True)[0]
+        logits: np.ndarray = self._forward(sequence, [token], np.zeros(1, np.int64))[0]
         if self.governor is not None:
             self.governor.end()
         return logits
@@ -297,11 +306,11 @@ class Engine:
         return [ids[start : start + size] for start in range(0, len(ids), size)]
 
     def _forward(
-        self, sequence: kv_cache.Sequence, ids: Sequence[int], last_only: bool
+        self, sequence: kv_cache.Sequence, ids: Sequence[int], rows: np.ndarray
     ) -> np.ndarray:
-        """Append tokens and compute them; on an error the sequence is as it was before."""
+        """Append tokens and compute them: logits after those at `rows`. On an error the sequence
+        is as it was before."""
         length = len(sequence.tokens)
-        rows = np.array([len(ids) - 1]) if last_only else np.arange(len(ids))
         try:
             batch = self.kv.batch([(sequence, ids)])
             logits = self.decoder.forward(batch, self.kv.pages, rows)

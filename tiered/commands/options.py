@@ -37,6 +37,24 @@ model_argument = click.argument("model", type=click.Path(path_type=Path))
 
 json_option = option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
+json_file_option = option(
+    "--json", "json_file", metavar="[FILE]", is_flag=False, flag_value="-", default=None,
+    help="Write the result as a JSON object, too; without FILE: print it instead.",
+)  # fmt: skip
+
+text_option = option(
+    "--text", metavar="FILE", type=click.Path(path_type=Path), required=True,
+    help="A text in UTF-8.",
+)  # fmt: skip
+
+window_options = several(
+    option("--window", type=click.IntRange(2), help="Tokens computed together. "
+           "Default: the context."),
+    option("--stride", type=click.IntRange(1), help="Tokens from one window to the next. "
+           "Default: half a window."),
+    option("--max-tokens", type=click.IntRange(2), help="Only so many tokens of the text."),
+)  # fmt: skip
+
 engine_options = several(
     option("--ram", metavar="SIZE", help="All the memory the process may hold, as 8G. "
            "Default: what is free, less a margin."),

@@ -18,7 +18,7 @@ Progress = Callable[[int, int], None]  # windows done, of how many
 
 
 class Perplexity(NamedTuple):
-    """`losses`: negative log-likelihoods of the predicted tokens in nats, float64 [num_predicted]."""
+    """`losses`: negative log-likelihoods of the predicted tokens, float64 [num_predicted], nats."""
 
     num_tokens: int
     losses: np.ndarray

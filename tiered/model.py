@@ -15,7 +15,7 @@ from tiered.backend import Array, Backend, Batch
 from tiered.clock import PartClock
 from tiered.config import ModelConfig
 from tiered.experts import Routing, group_by_expert
-from tiered.tracing.trace import DECODE, PREFILL, TraceWriter
+from tiered.tracing.trace import DECODE, PREFILL
 
 
 class ExpertSource(Protocol):
@@ -40,6 +40,19 @@ class LookAhead(Protocol):
 
     def observe(self, layer: int, routing: Routing) -> None:
         """What the router of `layer` really chose."""
+
+
+class RoutingRecorder(Protocol):
+    """Writes down what the routers choose: a trace, or a comparison."""
+
+    def begin(self, phase: int) -> None:
+        """A forward pass begins: PREFILL or DECODE."""
+
+    def record(self, layer: int, positions: np.ndarray, routing: Routing) -> None:
+        """What a layer's router chose for the tokens at `positions`."""
+
+    def guess(self, layer: int, distance: int, routing: Routing) -> None:
+        """What `layer`'s router made of the hidden state `distance` layers before it."""
 
 
 class Layer(NamedTuple):
@@ -72,7 +85,7 @@ class Decoder:
         self.output = output
         self.source = source
         self.look_ahead = look_ahead
-        self.trace: TraceWriter | None = None
+        self.trace: RoutingRecorder | None = None
         self.clock = PartClock("attention", "router", "experts", "waiting", "head")
 
     def forward(self, batch: Batch, kv: Any, rows: np.ndarray) -> np.ndarray:

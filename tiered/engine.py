@@ -26,6 +26,7 @@ from tiered.kv_cache import KVCache
 from tiered.model import Decoder
 from tiered.policies import Space
 from tiered.prefetch import Prefetcher
+from tiered.routing import open_rules
 from tiered.slots import RamMemory
 from tiered.source import MappedExperts, TieredExperts
 from tiered.stats import EngineStats
@@ -101,6 +102,7 @@ class Engine:
             loader.output(),
             self.source,
             self.prefetcher,
+            open_rules(choices, config),
         )
         self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype)
         on_gpu = choices.device != "cpu" and hasattr(self.backend, "slots")

@@ -14,7 +14,8 @@ import numpy as np
 from tiered.backend import Array, Backend, Batch
 from tiered.clock import PartClock
 from tiered.config import ModelConfig
-from tiered.experts import Routing, group_by_expert
+from tiered.experts import Routing, group_by_expert, group_kept
+from tiered.routing import RoutingRules
 from tiered.tracing.trace import DECODE, PREFILL
 
 
@@ -77,6 +78,7 @@ class Decoder:
         output: Any,
         source: ExpertSource | None,
         look_ahead: LookAhead | None = None,
+        rules: RoutingRules | None = None,
     ) -> None:
         self.config = config
         self.backend = backend
@@ -85,6 +87,7 @@ class Decoder:
         self.output = output
         self.source = source
         self.look_ahead = look_ahead
+        self.rules = rules
         self.trace: RoutingRecorder | None = None
         self.clock = PartClock("attention", "router", "experts", "waiting", "head")
 
@@ -94,6 +97,8 @@ class Decoder:
         clock.start()
         if self.trace is not None:
             self.trace.begin(PREFILL if len(batch.tokens) > 1 else DECODE)
+        if self.rules is not None:
+            self.rules.begin(len(batch.tokens))
         x = b.embed(self.embedding, batch.tokens)  # [num_tokens, hidden_size]
         for index, layer in enumerate(self.layers):
             b.attention(x, layer.attention, kv, index, batch)
@@ -112,10 +117,16 @@ class Decoder:
         b, clock, layer = self.backend, self.clock, self.layers[index]
         h, routing = b.route(x, layer.router)  # [num_tokens, hidden_size]
         clock.lap("router")
+        if self.rules is not None:
+            routing = self.rules.apply(index, routing)
         if self.look_ahead is not None:
             self.look_ahead.observe(index, routing)
-        jobs = group_by_expert(routing)
         out = b.pair_outputs(routing.experts.size)  # [num_tokens * top_k, hidden_size]
+        if self.rules is None:
+            jobs = group_by_expert(routing)
+        else:
+            jobs, dropped = group_kept(routing)
+            out[dropped] = 0.0  # nobody computes these, and 0 times garbage may be no number
         guessed = False
         assert self.source is not None
         for ready, addresses in self.source.fetch(index, jobs.experts, jobs.starts):
@@ -141,6 +152,8 @@ class Decoder:
             ahead = self.layers[index + distance]
             if ahead.router is not None:
                 guess = self.backend.guess(h, ahead.router)
+                if self.rules is not None:
+                    guess = self.rules.apply(index + distance, guess)
                 self.look_ahead.submit(index + distance, guess)
                 if self.trace is not None:
                     self.trace.guess(index + distance, distance, guess)

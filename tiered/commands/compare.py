@@ -48,6 +48,7 @@ own_options = opt.several(
 @own_options
 @opt.window_options
 @opt.json_file_option
+@opt.routing_options
 @opt.engine_options
 def command(
     a: Path,
@@ -68,9 +69,10 @@ def command(
     token is the same, both perplexities and their ratio, the experts that both routers chose, where
     greedy continuations part, and accuracy on tasks. Intervals are a confidence of 95 %.
     """
-    choices = opt.take(asked, opt.ENGINE_CHOICES)
+    names = opt.ENGINE_CHOICES + opt.ROUTING_CHOICES
+    choices = opt.take(asked, names)
     choices["context"] = choices["context"] or asked["window"]
-    own = [parse_settings(f"--{name}", given, opt.ENGINE_CHOICES)
+    own = [parse_settings(f"--{name}", given, names)
            for name, given in (("a", a_settings), ("b", b_settings))]  # fmt: skip
     with ExitStack() as stack:
         first = open_side(stack, a, choices, own[0])
@@ -131,6 +133,12 @@ def make_plan(
         context = min(engine.context for engine in engines)
         size, step = window_sizes(len(ids), context, window, stride)
         prompt = min(prompt_tokens or NUM_PROMPT, len(ids), context)
+        if any(engine.choices.routing for engine in engines):
+            if generate or to_do:
+                raise click.UsageError(
+                    "a recorded routing is one of the text: it does not suit --generate or --tasks"
+                )
+            generate = 0
         count = NUM_GENERATED if generate is None else generate
         return TextPlan(ids, size, step, prompt, count, to_do)
     plan = saved[0].plan

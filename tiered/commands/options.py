@@ -85,6 +85,20 @@ ENGINE_CHOICES = (
     "readers", "device", "vram", "isa",
 )  # fmt: skip
 
+# The short names are those of sampling elsewhere, so the long ones are the settings' names.
+routing_options = several(
+    option("--expert-top-k", "--top-k", type=click.IntRange(1), metavar="N",
+           help="Experts per token; at most the model's own."),
+    option("--expert-top-p", "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0,
+           metavar="P", help="The fewest experts that have this share of the chosen ones' weight."),
+    option("--expert-min-weight", "--min-weight", type=click.FloatRange(0, 1), default=0.0,
+           metavar="R", help="Only experts with at least this times the best one's weight."),
+    option("--routing", metavar="TRACE", help="Experts and weights as a trace of the same text "
+           "has them: see `tiered ppl --record`."),
+)  # fmt: skip
+
+ROUTING_CHOICES = "expert_top_k", "expert_top_p", "expert_min_weight", "routing"
+
 sampling_options = several(
     option("--max-new-tokens", "-n", type=click.IntRange(1), default=256, help="Stop after these."),
     option("--temperature", type=click.FloatRange(0), default=0.0,

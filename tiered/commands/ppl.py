@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 @opt.model_argument
 @opt.text_option
 @opt.window_options
+@opt.option("--record", metavar="TRACE", type=click.Path(path_type=Path),
+            help="Write the routing to a file, for --routing and `tiered replay`.")  # fmt: skip
 @opt.json_file_option
+@opt.routing_options
 @opt.engine_options
 def command(
     model: Path,
@@ -29,6 +33,7 @@ def command(
     window: int | None,
     stride: int | None,
     max_tokens: int | None,
+    record: Path | None,
     json_file: str | None,
     **choices: Any,
 ) -> None:
@@ -40,9 +45,14 @@ def command(
     different tokenizers cannot be compared.
     """
     choices["context"] = choices["context"] or window
-    with open_engine(model, choices) as engine:
+    with ExitStack() as stack:
+        engine = stack.enter_context(open_engine(model, choices))
+        if record is not None:
+            stack.enter_context(engine.record(record))
         found = measure(engine, text, window, stride, max_tokens)
-    report = {"tiered": __version__, "model": str(model), "text": str(text), **found.as_dict()}
+    settings = {name: value for name, value in choices.items() if value is not None}
+    about = {"tiered": __version__, "model": str(model), "text": str(text), "settings": settings}
+    report = {**about, **found.as_dict()}
     if give_json(report, json_file):
         low, high = report["perplexity_interval"]
         results.print(

@@ -14,13 +14,14 @@ def parse_settings(option: str, given: Sequence[str], names: Sequence[str]) -> d
     `given` are texts like "quantize=none"; `option` is what they were given with, for errors.
     """
     context = click.get_current_context()
-    known = {p.name: p for p in context.command.params if p.name in names}
+    parameters = [p for p in context.command.params if p.name in names]
+    known = {name.lstrip("-"): p for p in parameters for name in p.opts}
     settings = {}
     for text in given:
         key, equals, value = text.partition("=")
-        parameter = known.get(key.strip().lstrip("-").replace("-", "_"))
+        parameter = known.get(key.strip().lstrip("-").replace("_", "-"))
         if parameter is None or parameter.name is None or not equals:
-            listed = ", ".join(name.replace("_", "-") for name in known)
+            listed = ", ".join(known)
             raise click.UsageError(
                 f"{option} takes KEY=VALUE, not {text!r}; the keys are: {listed}"
             )

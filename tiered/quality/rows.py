@@ -39,11 +39,13 @@ class RoutingLog:
 
     def last_rows(self, num_rows: int) -> np.ndarray:
         """Experts of the pass's last tokens: int16 [num_sparse_layers, num_rows, top_k]."""
-        chosen = [
-            np.where(routing.weights > 0, routing.experts, -1)[-num_rows:].astype(np.int16)
-            for _, routing in sorted(self.layers.items())
-        ]
-        return np.stack(chosen) if chosen else np.zeros((0, num_rows, 0), np.int16)
+        layers = [routing for _, routing in sorted(self.layers.items())]
+        top_k = max((routing.experts.shape[1] for routing in layers), default=0)
+        result = np.full((len(layers), num_rows, top_k), -1, np.int16)
+        for chosen, (experts, weights) in zip(result, layers, strict=True):
+            used = np.where(weights > 0, experts, -1)[-num_rows:]
+            chosen[:, : used.shape[1]] = used
+        return result
 
 
 def text_rows(engine: Engine, ids: Sequence[int], windows: Sequence[Window]) -> Iterator[Rows]:

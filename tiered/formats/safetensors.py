@@ -33,7 +33,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     facts = Facts(values, path / "config.json")
     architecture = models.find(facts.text("model_type"), facts.source)
     config = models.read_config(architecture.from_hf, facts)
-    stored = [tensor for file in _files(path) for tensor in read_header(file)]
+    stored = [tensor for file in weight_files(path) for tensor in read_header(file)]
     tensors = canonical_tensors(stored, architecture.HF_NAMES)
     if facts.flag("tie_word_embeddings", default="head" not in tensors):
         tensors.pop("head", None)
@@ -80,7 +80,7 @@ def _tensor(file: Path, name: str, entry: Any, start: int, size: int) -> Tensor:
     return Tensor(name, _FORMATS.get(dtype, dtype), tuple(shape), file, start + begin, end - begin)
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that belong to the model."""
     if (folder / INDEX).exists():
         names = read_json(folder / INDEX).get("weight_map")

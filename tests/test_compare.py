@@ -12,7 +12,9 @@ from tiered.quality.compare import compare, compare_generations, compare_text, s
 from tiered.quality.saved import SavedSide, is_saved, save
 from tiered.quality.side import LiveSide, TextPlan
 from tiered.quality.tasks import Task, answer_task, choice_score, read_tasks
+from tiered.quality.windows import cut
 from tiered.text.sampling import log_softmax
+from tiered.tracing.trace import Routed, read_trace
 
 IDS = tuple(np.random.default_rng(0).integers(3, 300, 90).tolist())
 PLAN = TextPlan(IDS, 40, 20, 8, 12)
@@ -76,6 +78,27 @@ def test_shared_experts():
     b = np.array([[[1, 0], [2, 7], [4, -1], [6, -1]]], np.int16)
     assert shared_experts(a, b).tolist() == [[1.0, 0.5, 1.0, 0.5]]
     assert shared_experts(a, b[..., :1]).tolist() == [[0.5, 0.5, 1.0, 0.5]]
+
+
+def test_each_row_has_its_own_experts(models, tmp_path):
+    """Over windows, chunks of a window, and the few rows of a chunk that are held at once."""
+    plan = TextPlan(tuple(np.tile(IDS, 4).tolist()), 200, 70, 8, 0)
+    windows = cut(len(plan.ids), plan.size, plan.stride)
+    with Engine(models[0], prefill_chunk=90, threads=2) as engine:
+        got = np.concatenate([rows.experts for rows in live(engine).rows(plan)], axis=1)
+        with engine.record(tmp_path / "trace"):
+            for begin, end, _ in windows:
+                engine.logits(plan.ids[begin : end - 1])
+    layers = [[], []]
+    for event in read_trace(tmp_path / "trace").events:
+        if isinstance(event, Routed):
+            layers[event.layer].append(event.routing.experts)
+    routed = np.stack([np.concatenate(layer) for layer in layers])  # of whole windows
+    expected, at = [], 0
+    for begin, end, first in windows:
+        expected.append(routed[:, at + first - 1 - begin : at + end - 1 - begin])
+        at += end - 1 - begin
+    assert np.array_equal(got, np.concatenate(expected, axis=1))
 
 
 def test_routing_is_compared_only_between_like_models(models, tmp_path):

@@ -44,6 +44,7 @@ from tiered.whole_blocks import WholeBlocks
 log = logging.getLogger("tiered")
 
 DEFAULT_CONTEXT = 4096  # tokens
+LOGITS_ROWS = 64  # tokens whose logits are held at once
 
 
 class Engine:
@@ -244,21 +245,24 @@ class Engine:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """What follows each token: float32 [len(ids), vocab_size]."""
-        return np.concatenate(list(self.logits_by_chunk(ids)))
+        return np.concatenate(list(self.logits_by_rows(ids)))
 
-    def logits_by_chunk(self, ids: Sequence[int], start: int = 0) -> Iterator[np.ndarray]:
-        """What follows each token from position `start` on, as it is computed: float32 [num_rows,
-        vocab_size], at most `prefill_chunk` rows at a time, which is all that memory holds."""
+    def logits_by_rows(self, ids: Sequence[int], start: int = 0) -> Iterator[np.ndarray]:
+        """What follows each token from position `start` on, a few at a time, so that a budget for
+        memory holds: float32 [num_rows, vocab_size].
+
+        Between two of them this engine must not compute anything else.
+        """
         ids = self.checked(ids)
         sequence = self.kv.open()
         try:
             for chunk in self._chunks(ids):
-                first = min(max(0, start - len(sequence.tokens)), len(chunk))
-                # Logits that nobody wants cost most of a small model's time; one row checks them.
-                rows = np.arange(min(first, len(chunk) - 1), len(chunk))
-                logits = self._forward(sequence, chunk, rows)
-                if first < len(chunk):
-                    yield logits
+                first = max(0, start - len(sequence.tokens))
+                batch = self.kv.batch([(sequence, chunk)])
+                x = self.decoder.hidden(batch, self.kv.pages)
+                for row in range(first, len(chunk), LOGITS_ROWS):
+                    rows = np.arange(row, min(row + LOGITS_ROWS, len(chunk)))
+                    yield self._finite(self.decoder.head(x, rows))
         finally:
             self.kv.close(sequence)
 
@@ -292,13 +296,13 @@ class Engine:
 
     def _prefill(self, sequence: kv_cache.Sequence, ids: Sequence[int]) -> np.ndarray:
         for chunk in self._chunks(ids):
-            logits = self._forward(sequence, chunk, np.array([len(chunk) - 1]))
-        return logits[0]  # type: ignore[no-any-return]
+            logits = self._forward(sequence, chunk)
+        return logits
 
     def _decode(self, sequence: kv_cache.Sequence, token: int) -> np.ndarray:
         if self.governor is not None:
             self.governor.begin()
-        logits: np.ndarray = self._forward(sequence, [token], np.zeros(1, np.int64))[0]
+        logits = self._forward(sequence, [token])
         if self.governor is not None:
             self.governor.end()
         return logits
@@ -307,21 +311,23 @@ class Engine:
         size = self.choices.prefill_chunk
         return [ids[start : start + size] for start in range(0, len(ids), size)]
 
-    def _forward(
-        self, sequence: kv_cache.Sequence, ids: Sequence[int], rows: np.ndarray
-    ) -> np.ndarray:
-        """Append tokens and compute them: logits after those at `rows`. On an error the sequence
-        is as it was before."""
+    def _forward(self, sequence: kv_cache.Sequence, ids: Sequence[int]) -> np.ndarray:
+        """Append tokens and compute them: logits after the last, float32 [vocab_size]. On an error
+        the sequence is as it was before."""
         length = len(sequence.tokens)
         try:
             batch = self.kv.batch([(sequence, ids)])
-            logits = self.decoder.forward(batch, self.kv.pages, rows)
-            if not np.isfinite(logits.max()):
-                raise self._damage()
+            last = self.decoder.forward(batch, self.kv.pages, np.array([len(ids) - 1]))
+            logits: np.ndarray = self._finite(last)[0]
             return logits
         except BaseException:
             self.kv.truncate(sequence, length)
             raise
+
+    def _finite(self, logits: np.ndarray) -> np.ndarray:
+        if not np.isfinite(logits.max()):
+            raise self._damage()
+        return logits
 
     def _damage(self) -> CheckpointError:
         """Logits are not numbers: look for the weight that is none either."""

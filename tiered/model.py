@@ -93,6 +93,10 @@ class Decoder:
 
     def forward(self, batch: Batch, kv: Any, rows: np.ndarray) -> np.ndarray:
         """Logits after the tokens at `rows` of the batch: float32 [len(rows), vocab_size]."""
+        return self.head(self.hidden(batch, kv), rows)
+
+    def hidden(self, batch: Batch, kv: Any) -> Array:
+        """The batch after all layers, for `head`: valid until the next pass."""
         b, clock = self.backend, self.clock
         clock.start()
         if self.trace is not None:
@@ -108,8 +112,13 @@ class Decoder:
                 clock.lap("experts")
             else:
                 self.experts(x, index, batch)
-        logits = b.head(x, rows, self.output)
-        clock.lap("head")
+        return x
+
+    def head(self, x: Array, rows: np.ndarray) -> np.ndarray:
+        """Logits after the tokens at `rows` of `x`: float32 [len(rows), vocab_size]."""
+        self.clock.start()
+        logits = self.backend.head(x, rows, self.output)
+        self.clock.lap("head")
         return logits
 
     def experts(self, x: Array, index: int, batch: Batch) -> None:

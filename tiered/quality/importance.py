@@ -96,7 +96,7 @@ def measure(
     for done, window in enumerate(windows):
         progress(done, len(windows))
         part = ids[window.begin : window.end]
-        for _ in engine.logits_by_chunk(part, start=len(part) - 1):
+        for _ in engine.logits_by_rows(part, start=len(part) - 1):
             pass
     progress(len(windows), len(windows))
     return {name: scores(meter) for name, scores in CRITERIA.items()}

@@ -8,7 +8,7 @@ import numpy as np
 
 from tiered.text.sampling import log_softmax
 
-ROWS = 64  # whose log-probabilities are held at once, in float64
+ROWS = 16  # whose log-probabilities are held at once, in float64
 
 
 def by_rows(num_rows: int) -> Iterator[slice]:

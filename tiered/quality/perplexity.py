@@ -87,10 +87,10 @@ def measure_perplexity(
 
 
 def window_losses(engine: Engine, ids: Sequence[int], window: Window) -> np.ndarray:
-    """float64 [num_predicted]; memory holds the logits of one chunk of the window at a time."""
+    """float64 [num_predicted]; memory holds a few rows of logits at a time."""
     begin, end, at = window.begin, window.end, window.first
     losses = []
-    for logits in engine.logits_by_chunk(ids[begin : end - 1], start=at - 1 - begin):
+    for logits in engine.logits_by_rows(ids[begin : end - 1], start=at - 1 - begin):
         losses.append(-token_log_probs(logits, ids[at : at + len(logits)]))
         at += len(logits)
     return np.concatenate(losses)

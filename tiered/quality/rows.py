@@ -37,27 +37,28 @@ class RoutingLog:
     def guess(self, layer: int, distance: int, routing: Routing) -> None:
         """Guesses change nothing that the model says."""
 
-    def last_rows(self, num_rows: int) -> np.ndarray:
-        """Experts of the pass's last tokens: int16 [num_sparse_layers, num_rows, top_k]."""
+    def rows(self, start: int, num_rows: int) -> np.ndarray:
+        """Experts of tokens of the pass: int16 [num_sparse_layers, num_rows, top_k]."""
         layers = [routing for _, routing in sorted(self.layers.items())]
         top_k = max((routing.experts.shape[1] for routing in layers), default=0)
         result = np.full((len(layers), num_rows, top_k), -1, np.int16)
         for chosen, (experts, weights) in zip(result, layers, strict=True):
-            used = np.where(weights > 0, experts, -1)[-num_rows:]
+            used = np.where(weights > 0, experts, -1)[start : start + num_rows]
             chosen[:, : used.shape[1]] = used
         return result
 
 
 def text_rows(engine: Engine, ids: Sequence[int], windows: Sequence[Window]) -> Iterator[Rows]:
-    """Rows for every predicted token, in order; a chunk of a window at a time."""
+    """Rows for every predicted token, in order, a few at a time."""
     log, before = RoutingLog(), engine.decoder.trace
     engine.decoder.trace = log
     try:
         for begin, end, at in windows:
-            for logits in engine.logits_by_chunk(ids[begin : end - 1], start=at - 1 - begin):
+            for logits in engine.logits_by_rows(ids[begin : end - 1], start=at - 1 - begin):
                 losses = -token_log_probs(logits, ids[at : at + len(logits)])
                 best = logits.argmax(axis=1).astype(np.int32)
-                yield Rows(logits, losses, best, log.last_rows(len(logits)))
+                experts = log.rows((at - 1 - begin) % engine.choices.prefill_chunk, len(logits))
+                yield Rows(logits, losses, best, experts)
                 at += len(logits)
     finally:
         engine.decoder.trace = before

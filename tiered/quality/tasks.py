@@ -68,7 +68,7 @@ def choice_score(engine: Engine, question: str, choice: str) -> float:
     ids = engine.tokenizer.encode(question + choice, parse_special=False)
     start = max(1, common_prefix(prompt, ids))
     score, at = 0.0, start
-    for logits in engine.logits_by_chunk(ids[:-1], start=start - 1):
+    for logits in engine.logits_by_rows(ids[:-1], start=start - 1):
         score += float(token_log_probs(logits, ids[at : at + len(logits)]).sum())
         at += len(logits)
     return score

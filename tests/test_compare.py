@@ -132,7 +132,7 @@ def test_a_choice_is_scored_as_a_continuation(models):
 
 def saved(models, file, plan=PLAN):
     with Engine(models[0], threads=2) as engine:
-        save(live(engine), plan, file, lambda rows: None)
+        save(live(engine), plan, file)
     return file
 
 

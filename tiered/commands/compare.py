@@ -159,8 +159,14 @@ def write(side: Side, plan: TextPlan, path: Path) -> None:
     from tiered.quality.saved import save
 
     with steps_progress() as bar:
-        task = bar.add_task("tokens", total=plan.num_predicted)
-        save(side, plan, path, lambda rows: bar.advance(task, rows))
+        task = bar.add_task("saving", total=plan.num_predicted)
+        save(
+            side,
+            plan,
+            path,
+            lambda rows: bar.advance(task, rows),
+            lambda what: bar.update(task, description=what),
+        )
     notes.print(f"wrote {path}: {format_bytes(path.stat().st_size)}")
 
 
@@ -168,8 +174,14 @@ def run(a: Side, b: Side, plan: TextPlan) -> dict[str, Any]:
     from tiered.quality.compare import compare
 
     with steps_progress() as bar:
-        task = bar.add_task("tokens", total=plan.num_predicted)
-        return compare(a, b, plan, lambda rows: bar.advance(task, rows))
+        task = bar.add_task("comparing", total=plan.num_predicted)
+        return compare(
+            a,
+            b,
+            plan,
+            lambda rows: bar.advance(task, rows),
+            lambda what: bar.update(task, description=what),
+        )
 
 
 def show(report: dict[str, Any]) -> None:

@@ -108,10 +108,15 @@ def compare_answers(a: Side, b: Side, plan: TextPlan) -> dict[str, Any]:
 
 
 def compare(
-    a: Side, b: Side, plan: TextPlan, progress: Callable[[int], None] = lambda rows: None
+    a: Side,
+    b: Side,
+    plan: TextPlan,
+    progress: Callable[[int], None] = lambda rows: None,
+    doing: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Everything that the plan asks for, as one object for JSON."""
-    check_same_tokens(a.facts, b.facts)
+    """Everything that the plan asks for, as one object for JSON. `progress` gets rows of the text
+    as they are compared, `doing` what comes next."""
+    doing("comparing")
     found = compare_text(a, b, plan, progress)
     report: dict[str, Any] = {
         "a": {"name": a.facts.name, "settings": a.facts.settings},
@@ -126,7 +131,9 @@ def compare(
         report["routing_agreement"] = float(found.shared.mean())
         report["routing_agreement_by_layer"] = dict(zip(layers, found.shared.tolist(), strict=True))
     if plan.num_generated:
+        doing("continuing")
         report["drift"] = compare_generations(a.generate(plan), b.generate(plan))
     if plan.tasks:
+        doing("answering")
         report["tasks"] = compare_answers(a, b, plan)
     return report

@@ -48,12 +48,20 @@ def is_saved(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def save(side: Side, plan: TextPlan, path: Path, progress: Callable[[int], None]) -> None:
+def save(
+    side: Side,
+    plan: TextPlan,
+    path: Path,
+    progress: Callable[[int], None] = lambda rows: None,
+    doing: Callable[[str], None] = lambda what: None,
+) -> None:
     """Write what `side` says to `path`, which has that name only when it is complete."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
+            doing("continuing and answering")
             header = json.dumps(_header(side, plan)).encode()
+            doing("saving")
             file.write(MAGIC + b"%08x %b\n" % (zlib.crc32(header), header))
             for rows in side.rows(plan):
                 _write_record(file, rows)

@@ -264,11 +264,16 @@ def test_save_then_compare(models, tiered, text, tmp_path):
     status, out, err = tiered("compare", file, models[1], "--json", "--threads", 2)
     assert status == 0, err
     assert json.loads(out)["drift"]["generated"] == 4 and json.loads(out)["window"] == 64
+    _, _, err = tiered("compare", models[0], "--text", text, "--save", tmp_path / "b.logits",
+                       "--quantize", "none", "--window", 64, "--generate", 4)  # fmt: skip
+    status, out, _ = tiered("compare", file, tmp_path / "b.logits")
+    assert status == 0 and "quantize=none" in out
     for more, message in [
         (["--stride", 5], "--stride"),
         (["--max-tokens", 9, "--text", text], "--text"),
         (["--generate", 5], "--generate"),
         (["--a", "quantize=none"], "settings"),
+        (["--max-tokens", 9], "goes with a --text"),
     ]:
         status, _, err = tiered("compare", file, models[1], *more)
         assert status == 2 and message in err, more

@@ -17,9 +17,12 @@ from tiered.memory import format_bytes
 from tiered.version import __version__
 
 if TYPE_CHECKING:
+    from tiered.quality.saved import SavedSide
     from tiered.quality.side import Side, TextPlan
 
 NUM_GENERATED, NUM_PROMPT = 128, 32  # tokens
+# Options that may change what a model says, and so belong to what is reported; others never do.
+TOLD = "quantize", "kv_dtype", "device", "isa", *opt.ROUTING_CHOICES
 
 
 own_options = opt.several(
@@ -69,6 +72,8 @@ def command(
     token is the same, both perplexities and their ratio, the experts that both routers chose, where
     greedy continuations part, and accuracy on tasks. Intervals are a confidence of 95 %.
     """
+    from tiered.quality.side import check_same_tokens
+
     names = opt.ENGINE_CHOICES + opt.ROUTING_CHOICES
     choices = opt.take(asked, names)
     choices["context"] = choices["context"] or asked["window"]
@@ -82,6 +87,7 @@ def command(
             write(first, make_plan([first], **asked), save)
             return
         second = open_side(stack, b or a, choices, own[1])
+        check_same_tokens(first.facts, second.facts)
         report = run(first, second, make_plan([first, second], **asked))
     if give_json({"tiered": __version__, **report}, json_file):
         show(report)
@@ -90,6 +96,7 @@ def command(
 def open_side(
     stack: ExitStack, path: Path, choices: dict[str, Any], settings: dict[str, Any]
 ) -> Side:
+    from tiered.config import EngineConfig
     from tiered.quality.saved import SavedSide, is_saved
     from tiered.quality.side import LiveSide
 
@@ -98,7 +105,9 @@ def open_side(
             raise click.UsageError(f"{path} is saved: its settings cannot be changed")
         return SavedSide(path)
     engine = stack.enter_context(open_engine(path, {**choices, **settings}))
-    return LiveSide(engine, str(path), {name: str(value) for name, value in settings.items()})
+    usual = EngineConfig()
+    told = {name: choices[name] for name in TOLD if choices[name] != getattr(usual, name)}
+    return LiveSide(engine, str(path), {k: str(v) for k, v in {**told, **settings}.items()})
 
 
 def make_plan(
@@ -126,33 +135,40 @@ def make_plan(
     ids: tuple[int, ...] = ()
     if text is not None and engines:
         ids = tuple(text_tokens(engines[0].tokenizer, text, max_tokens))
+    elif max_tokens is not None:
+        raise click.UsageError("--max-tokens goes with a --text")
     saved = [side for side in sides if isinstance(side, SavedSide)]
-    if not saved:
-        if not ids:
-            raise click.UsageError("give a --text")
+    if saved:
+        check_plans(saved, (ids or None, window, stride, prompt_tokens, generate))
+        plan = saved[0].plan._replace(tasks=to_do)
+    elif ids:
         context = min(engine.context for engine in engines)
         size, step = window_sizes(len(ids), context, window, stride)
         prompt = min(prompt_tokens or NUM_PROMPT, len(ids), context)
-        if any(engine.choices.routing for engine in engines):
-            if generate or to_do:
-                raise click.UsageError(
-                    "a recorded routing is one of the text: it does not suit --generate or --tasks"
-                )
-            generate = 0
         count = NUM_GENERATED if generate is None else generate
-        return TextPlan(ids, size, step, prompt, count, to_do)
-    plan = saved[0].plan
-    given = (ids or None, window, stride, prompt_tokens, generate)
-    others = [given, *(tuple(side.plan[:5]) for side in saved)]
+        plan = TextPlan(ids, size, step, prompt, count, to_do)
+    else:
+        raise click.UsageError("give a --text")
+    if any(engine.choices.routing for engine in engines):
+        if generate or to_do:
+            raise click.UsageError(
+                "a recorded routing is one of the text: it does not suit --generate or --tasks"
+            )
+        plan = plan._replace(num_generated=0)
+    return plan
+
+
+def check_plans(saved: list[SavedSide], given: tuple[Any, ...]) -> None:
+    """UsageError if two saved sides were asked different things, or the options say others."""
     names = "text", "window", "stride", "prompt-tokens", "generate"
-    for other in others:
-        for name, kept, wanted in zip(names, plan, other, strict=False):
+    first = saved[0].plan
+    for other in (given, *(side.plan for side in saved)):
+        for name, kept, wanted in zip(names, first, other, strict=False):
             if wanted is not None and wanted != kept:
                 raise click.UsageError(
                     f"{saved[0].path} was saved with another --{name}; leave the option out, or "
                     "save again"
                 )
-    return plan._replace(tasks=to_do)
 
 
 def write(side: Side, plan: TextPlan, path: Path) -> None:

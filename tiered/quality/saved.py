@@ -205,8 +205,8 @@ class SavedSide:
         top_k = int(take("u1", 1)[0])
         experts = take("<i2", num_layers, num_rows, top_k)
         low, high = take("u1", 2, num_rows, vocab_size)
-        if at != len(data):
-            raise ValueError("there is more than there should be")
+        if at != len(data) or not all(np.isfinite(a).all() for a in (peak, step, losses)):
+            raise ValueError("there is more than there should be, or no number")
         logits = peak[:, None] - (low + 256 * high.astype(np.uint16)) * step[:, None]
         return Rows(logits.astype(np.float32), losses, best, experts)
 

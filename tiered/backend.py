@@ -1,9 +1,9 @@
 """The arithmetic that a decoder needs from a device. Implemented in cpu_kernels and gpu_backend.
 
 A backend's own array is opaque here: the decoder hands it from one call to the next and never
-looks inside. Arrays named `x` and `h` are float32 [num_tokens, hidden_size] in backend memory; `x`
-stays valid until the next `embed`, `h` until the next `route`. What steers (ids, weights,
-positions, addresses) is NumPy.
+looks inside (where a rule dropped experts, it sets rows of pair outputs to 0). Arrays named `x` and
+`h` are float32 [num_tokens, hidden_size] in backend memory; `x` stays valid until the next `embed`,
+`h` until the next `route`. What steers (ids, weights, positions, addresses) is NumPy.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Both are frozen, and checked once, when they are made.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from os import PathLike
 
 DEFAULT_POLICY = "keep_last"
 
@@ -177,6 +178,11 @@ class EngineConfig:
     # for: its code is tested without one and has not run on a real card yet.
     device: str = "cpu"
     vram: int | str | None = None  # what may be used of the GPU's memory; None: what is free
+    # Rules for the routers' choices: see tiered.routing.
+    expert_top_k: int | None = None
+    expert_top_p: float = 1.0
+    expert_min_weight: float = 0.0
+    routing: str | PathLike[str] | None = None  # a trace, whose choices are used instead
 
     def __post_init__(self) -> None:
         if self.quantize not in ("int4", "none"):
@@ -187,7 +193,12 @@ class EngineConfig:
             raise ValueError(f"device must be auto, cpu, cuda, cuda:N or sim, not {self.device!r}")
         if not 0 <= self.look_ahead <= 3:
             raise ValueError(f"look_ahead is 0 (off) to 3 layers, not {self.look_ahead}")
-        for name in ("threads", "context", "kv_tokens", "prefill_chunk", "readers"):
+        if not 0 < self.expert_top_p <= 1 or not 0 <= self.expert_min_weight <= 1:
+            raise ValueError(
+                "expert_top_p must lie above 0 and be at most 1, expert_min_weight lie in 0 ... 1; "
+                f"they are {self.expert_top_p} and {self.expert_min_weight}"
+            )
+        for name in ("threads", "context", "kv_tokens", "prefill_chunk", "readers", "expert_top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")

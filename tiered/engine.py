@@ -24,6 +24,7 @@ from tiered.gpu.accelerator import place_experts
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
 from tiered.prefetch import Prefetcher
+from tiered.routing import open_rules
 from tiered.source import MappedExperts, TieredExperts, count, open_source
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
@@ -38,6 +39,7 @@ from tiered.weights.loader import WeightLoader
 from tiered.whole_blocks import WholeBlocks
 
 DEFAULT_CONTEXT = 4096  # tokens
+LOGITS_ROWS = 64  # tokens whose logits are held at once
 
 
 class Engine:
@@ -99,6 +101,7 @@ class Engine:
             loader.output(),
             self.source,
             self.prefetcher,
+            open_rules(choices, config),
         )
         self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype, self.num_texts)
         on_gpu = choices.device != "cpu" and hasattr(self.backend, "slots")
@@ -245,31 +248,22 @@ class Engine:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """What follows each token: float32 [len(ids), vocab_size]."""
-        ids = self.checked(ids)
-        sequence = self.kv.open()
-        try:
-            return np.concatenate(
-                [self._forward(sequence, chunk, last_only=False) for chunk in self._chunks(ids)]
-            )
-        finally:
-            self.kv.close(sequence)
+        return np.concatenate(list(self.logits_by_rows(ids)))
+
+    def logits_by_rows(self, ids: Sequence[int], start: int = 0) -> Iterator[np.ndarray]:
+        """What follows each token from position `start` on, a few at a time, so that a budget for
+        memory holds: float32 [num_rows, vocab_size].
+
+        Between two of them this engine must not compute anything else.
+        """
+        return self._outputs(ids, start)
 
     def hidden_states(self, ids: Sequence[int]) -> np.ndarray:
         """What the model makes of each token, after its last norm: float32 [len(ids), hidden_size].
 
         A model that was trained to go on with a text was not trained to compare texts by these.
         """
-        ids = self.checked(ids)
-        sequence = self.kv.open()
-        try:
-            return np.concatenate(
-                [
-                    self._forward(sequence, chunk, False, self.hidden_output)
-                    for chunk in self._chunks(ids)
-                ]
-            )
-        finally:
-            self.kv.close(sequence)
+        return np.concatenate(list(self._outputs(ids, output=self.hidden_output)))
 
     @cached_property
     def hidden_output(self) -> Any:
@@ -279,6 +273,23 @@ class Engine:
         head = self.backend.matrix(identity, "f32", (size, size))
         loader = WeightLoader(self.checkpoint, self.backend, self.choices.quantize)
         return self.backend.output_layer(loader.norm("norm"), head, self.config)
+
+    def _outputs(
+        self, ids: Sequence[int], start: int = 0, output: Any = None
+    ) -> Iterator[np.ndarray]:
+        """What `output`, or the model's own output layer, makes of each token from `start` on."""
+        ids = self.checked(ids)
+        sequence = self.kv.open()
+        try:
+            for chunk in self._chunks(ids):
+                first = max(0, start - len(sequence.tokens))
+                batch = self.kv.batch([(sequence, chunk)])
+                x = self.decoder.hidden(batch, self.kv.pages)
+                for row in range(first, len(chunk), LOGITS_ROWS):
+                    rows = np.arange(row, min(row + LOGITS_ROWS, len(chunk)))
+                    yield self._finite(self.decoder.head(x, rows, output))
+        finally:
+            self.kv.close(sequence)
 
     def score_tokens(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
         """Decode a given answer token by token, as if it had been sampled.
@@ -310,13 +321,13 @@ class Engine:
 
     def _prefill(self, sequence: kv_cache.Sequence, ids: Sequence[int]) -> np.ndarray:
         for chunk in self._chunks(ids):
-            logits = self._forward(sequence, chunk, last_only=True)
-        return logits[0]  # type: ignore[no-any-return]
+            logits = self._forward(sequence, chunk)
+        return logits
 
     def _decode(self, sequence: kv_cache.Sequence, token: int) -> np.ndarray:
         if self.governor is not None:
             self.governor.begin()
-        logits: np.ndarray = self._forward(sequence, [token], last_only=True)[0]
+        logits = self._forward(sequence, [token])
         if self.governor is not None:
             self.governor.end()
         return logits
@@ -325,22 +336,23 @@ class Engine:
         size = self.choices.prefill_chunk
         return [ids[start : start + size] for start in range(0, len(ids), size)]
 
-    def _forward(
-        self, sequence: kv_cache.Sequence, ids: Sequence[int], last_only: bool, output: Any = None
-    ) -> np.ndarray:
-        """Append tokens and compute them; on an error the sequence is as it was before (empty, for
-        a recurrent model)."""
+    def _forward(self, sequence: kv_cache.Sequence, ids: Sequence[int]) -> np.ndarray:
+        """Append tokens and compute them: logits after the last, float32 [vocab_size]. On an error
+        the sequence is as it was before (empty, for a recurrent model)."""
         length = len(sequence.tokens)
-        rows = np.array([len(ids) - 1]) if last_only else np.arange(len(ids))
         try:
             batch = self.kv.batch([(sequence, ids)])
-            logits = self.decoder.forward(batch, self.kv.pages, rows, output)
-            if not np.isfinite(logits.max()):
-                raise self._damage()
+            last = self.decoder.forward(batch, self.kv.pages, np.array([len(ids) - 1]))
+            logits: np.ndarray = self._finite(last)[0]
             return logits
         except BaseException:
             self.kv.truncate(sequence, length)
             raise
+
+    def _finite(self, logits: np.ndarray) -> np.ndarray:
+        if not np.isfinite(logits.max()):
+            raise self._damage()
+        return logits
 
     def _damage(self) -> CheckpointError:
         """Logits are not numbers: look for the weight that is none either."""

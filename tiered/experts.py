@@ -111,3 +111,13 @@ def group_by_expert(routing: Routing) -> ExpertJobs:
     pairs = np.argsort(flat, kind="stable").astype(np.int32)
     experts, starts = np.unique(flat[pairs], return_index=True)
     return ExpertJobs(experts, np.append(starts, len(flat)).astype(np.int32), pairs)
+
+
+def group_kept(routing: Routing) -> tuple[ExpertJobs, np.ndarray]:
+    """Like `group_by_expert`, without the pairs of weight 0; and which pairs those are, int64."""
+    weights, flat = routing.weights.reshape(-1), routing.experts.reshape(-1)
+    pairs = np.flatnonzero(weights)
+    pairs = pairs[np.argsort(flat[pairs], kind="stable")].astype(np.int32)
+    experts, starts = np.unique(flat[pairs], return_index=True)
+    jobs = ExpertJobs(experts, np.append(starts, len(pairs)).astype(np.int32), pairs)
+    return jobs, np.flatnonzero(weights == 0)

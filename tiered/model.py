@@ -14,8 +14,9 @@ import numpy as np
 from tiered.backend import Array, Backend, Batch
 from tiered.clock import PartClock
 from tiered.config import ModelConfig
-from tiered.experts import Routing, group_by_expert
-from tiered.tracing.trace import DECODE, PREFILL, TraceWriter
+from tiered.experts import Routing, group_by_expert, group_kept
+from tiered.routing import RoutingRules
+from tiered.tracing.trace import DECODE, PREFILL
 
 
 class ExpertSource(Protocol):
@@ -42,6 +43,19 @@ class LookAhead(Protocol):
         """What the router of `layer` really chose."""
 
 
+class RoutingRecorder(Protocol):
+    """Writes down what the routers choose: a trace, or a comparison."""
+
+    def begin(self, phase: int) -> None:
+        """A forward pass begins: PREFILL or DECODE."""
+
+    def record(self, layer: int, positions: np.ndarray, routing: Routing) -> None:
+        """What a layer's router chose for the tokens at `positions`."""
+
+    def guess(self, layer: int, distance: int, routing: Routing) -> None:
+        """What `layer`'s router made of the hidden state `distance` layers before it."""
+
+
 class Layer(NamedTuple):
     """One layer's prepared weights; what a layer does not have is None."""
 
@@ -64,6 +78,7 @@ class Decoder:
         output: Any,
         source: ExpertSource | None,
         look_ahead: LookAhead | None = None,
+        rules: RoutingRules | None = None,
     ) -> None:
         self.config = config
         self.backend = backend
@@ -72,16 +87,23 @@ class Decoder:
         self.output = output
         self.source = source
         self.look_ahead = look_ahead
-        self.trace: TraceWriter | None = None
+        self.rules = rules
+        self.trace: RoutingRecorder | None = None
         self.clock = PartClock("attention", "router", "experts", "waiting", "head")
 
     def forward(self, batch: Batch, kv: Any, rows: np.ndarray, output: Any = None) -> np.ndarray:
         """Logits after the tokens at `rows` of the batch: float32 [len(rows), vocab_size]; or what
         another `output` layer than the model's own makes of their hidden states."""
+        return self.head(self.hidden(batch, kv), rows, output)
+
+    def hidden(self, batch: Batch, kv: Any) -> Array:
+        """The batch after all layers, for `head`: valid until the next pass."""
         b, clock = self.backend, self.clock
         clock.start()
         if self.trace is not None:
             self.trace.begin(PREFILL if len(batch.tokens) > 1 else DECODE)
+        if self.rules is not None:
+            self.rules.begin(len(batch.tokens))
         x = b.embed(self.embedding, batch.tokens)  # [num_tokens, hidden_size]
         for index, layer in enumerate(self.layers):
             b.attention(x, layer.attention, kv, index, batch)
@@ -91,8 +113,13 @@ class Decoder:
                 clock.lap("experts")
             else:
                 self.experts(x, index, batch)
-        logits = b.head(x, rows, output or self.output)
-        clock.lap("head")
+        return x
+
+    def head(self, x: Array, rows: np.ndarray, output: Any = None) -> np.ndarray:
+        """Logits after the tokens at `rows` of `x`, as `forward` tells."""
+        self.clock.start()
+        logits = self.backend.head(x, rows, output or self.output)
+        self.clock.lap("head")
         return logits
 
     def experts(self, x: Array, index: int, batch: Batch) -> None:
@@ -100,10 +127,16 @@ class Decoder:
         b, clock, layer = self.backend, self.clock, self.layers[index]
         h, routing = b.route(x, layer.router)  # [num_tokens, hidden_size]
         clock.lap("router")
+        if self.rules is not None:
+            routing = self.rules.apply(index, routing)
         if self.look_ahead is not None:
             self.look_ahead.observe(index, routing)
-        jobs = group_by_expert(routing)
         out = b.pair_outputs(routing.experts.size)  # [num_tokens * top_k, hidden_size]
+        if self.rules is None:
+            jobs = group_by_expert(routing)
+        else:
+            jobs, dropped = group_kept(routing)
+            out[dropped] = 0.0  # nobody computes these, and 0 times garbage may be no number
         guessed = False
         assert self.source is not None
         for ready, addresses in self.source.fetch(index, jobs.experts, jobs.starts):
@@ -129,6 +162,8 @@ class Decoder:
             ahead = self.layers[index + distance]
             if ahead.router is not None:
                 guess = self.backend.guess(h, ahead.router)
+                if self.rules is not None:
+                    guess = self.rules.apply(index + distance, guess)
                 self.look_ahead.submit(index + distance, guess)
                 if self.trace is not None:
                     self.trace.guess(index + distance, distance, guess)

@@ -112,12 +112,12 @@ class Prefetcher:
 
     def _score(self) -> None:
         """Not while a layer waits for its experts, but for many guesses at a time."""
-        together: defaultdict[tuple[int, int, int], list[tuple[np.ndarray, np.ndarray]]]
+        together: defaultdict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]]
         together = defaultdict(list)
         observed, self._observed = self._observed, []
         for place, guess, chosen in observed:
-            together[*place, guess.shape[1]].append((guess, chosen))
-        for (layer, distance, _), pairs in together.items():
+            together[*place, guess.shape[1], chosen.shape[1]].append((guess, chosen))
+        for (layer, distance, *_), pairs in together.items():
             guesses, choices = map(np.concatenate, zip(*pairs, strict=True))
             self._accuracy[layer, distance] += accuracy(guesses, choices)
 

@@ -7,7 +7,7 @@ from pkgutil import iter_modules
 
 import click
 
-_SHARED = {"loading", "options", "output"}  # what commands have in common
+_SHARED = {"loading", "options", "output", "settings"}  # what commands have in common
 
 
 def names() -> list[str]:

@@ -43,6 +43,24 @@ prefill_chunk_option = option(
     "prompt is done sooner.",
 )  # fmt: skip
 
+json_file_option = option(
+    "--json", "json_file", metavar="[FILE]", is_flag=False, flag_value="-", default=None,
+    help="Write the result as a JSON object, too; without FILE: print it instead.",
+)  # fmt: skip
+
+text_option = option(
+    "--text", metavar="FILE", type=click.Path(path_type=Path), required=True,
+    help="A text in UTF-8.",
+)  # fmt: skip
+
+window_options = several(
+    option("--window", type=click.IntRange(2), help="Tokens computed together. "
+           "Default: the context."),
+    option("--stride", type=click.IntRange(1), help="Tokens from one window to the next. "
+           "Default: half a window."),
+    option("--max-tokens", type=click.IntRange(2), help="Only so many tokens of the text."),
+)  # fmt: skip
+
 engine_options = several(
     option("--ram", metavar="SIZE", help="All the memory the process may hold, as 8G. "
            "Default: what is free, less a margin."),
@@ -72,6 +90,20 @@ ENGINE_CHOICES = (
     "ram", "expert_ram", "threads", "policy", "look_ahead", "quantize", "context", "kv_dtype",
     "readers", "device", "vram", "isa",
 )  # fmt: skip
+
+# The short names are those of sampling elsewhere, so the long ones are the settings' names.
+routing_options = several(
+    option("--expert-top-k", "--top-k", type=click.IntRange(1), metavar="N",
+           help="Experts per token; at most the model's own."),
+    option("--expert-top-p", "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0,
+           metavar="P", help="The fewest experts that have this share of the chosen ones' weight."),
+    option("--expert-min-weight", "--min-weight", type=click.FloatRange(0, 1), default=0.0,
+           metavar="R", help="Only experts with at least this times the best one's weight."),
+    option("--routing", metavar="TRACE", help="Experts and weights as a trace of the same text "
+           "has them: see `tiered ppl --record`."),
+)  # fmt: skip
+
+ROUTING_CHOICES = "expert_top_k", "expert_top_p", "expert_min_weight", "routing"
 
 sampling_options = several(
     option("--max-new-tokens", "-n", type=click.IntRange(1), default=256, help="Stop after these."),

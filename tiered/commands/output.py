@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -26,6 +27,15 @@ notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def print_json(result: dict[str, Any]) -> None:
     click.echo(json.dumps(result, indent=2))
+
+
+def give_json(result: dict[str, Any], file: str | None) -> bool:
+    """Write `result` to `file`, if there is one; "-" prints it. Whether a text should follow."""
+    if file == "-":
+        print_json(result)
+    elif file is not None:
+        Path(file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return file != "-"
 
 
 def stats_line(stats: EngineStats) -> str:

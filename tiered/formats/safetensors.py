@@ -47,7 +47,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     facts = Facts(values, path / "config.json")
     architecture = models.find(facts.text("model_type"), facts.source)
     config = models.read_config(architecture.from_hf, facts)
-    stored = [tensor for file in _files(path) for tensor in read_header(file)]
+    stored = [tensor for file in weight_files(path) for tensor in read_header(file)]
     stored = packings.join(stored, facts)
     tensors = canonical_tensors(stored, architecture.HF_NAMES, config.num_layers)
     if facts.flag("tie_word_embeddings", default="head" not in tensors):
@@ -95,7 +95,7 @@ def _tensor(file: Path, name: str, entry: Any, start: int, size: int) -> Tensor:
     return Tensor(name, _FORMATS.get(dtype, dtype), tuple(shape), file, start + begin, end - begin)
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that belong to the model."""
     if (folder / INDEX).exists():
         names = read_json(folder / INDEX).get("weight_map")

@@ -1,0 +1,1 @@
+"""What a setting, a format or a cut costs in quality: perplexity, divergence, routing, tasks."""

@@ -1,0 +1,199 @@
+"""Write a Hugging Face checkpoint with fewer experts: the others are left out, routers are cut."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tiered import models
+from tiered.checkpoints.checkpoint import CheckpointError, Tensor
+from tiered.checkpoints.json_file import read_json
+from tiered.config import ModelConfig
+from tiered.formats import open_checkpoint
+from tiered.formats import safetensors as hugging_face
+from tiered.weights.convert import MARGIN, TOKENIZER_FILES
+
+PIECE = 16 << 20  # bytes copied at once
+COUNTS = "num_experts", "num_local_experts", "n_routed_experts"  # how config.json spells it
+
+Kept = Mapping[int, Sequence[int]]  # by layer: the experts that stay, in ascending order
+Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+
+
+class Piece(NamedTuple):
+    """A tensor of the new checkpoint: `ranges` of (offset, nbytes) in a file of the old one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    ranges: list[tuple[int, int]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(nbytes for _, nbytes in self.ranges)
+
+
+def check_prunable(source: Path, destination: Path, num_experts: int) -> ModelConfig:
+    """The source's facts. ValueError or FileExistsError if it cannot be pruned so."""
+    if destination.exists():
+        raise FileExistsError(f"{destination} exists already; delete it or choose another name")
+    if source.exists() and not hugging_face.matches(source):
+        raise ValueError(
+            f"{source} is no Hugging Face folder (config.json and *.safetensors): only those can "
+            "be pruned; prune the model's original checkpoint"
+        )
+    with open_checkpoint(source) as checkpoint:
+        config = checkpoint.config
+        if not config.sparse_layers:
+            raise ValueError(f"{source} is a dense model: it has no experts")
+        if not config.top_k <= num_experts < config.num_experts:
+            raise ValueError(
+                f"{source} has {config.num_experts} experts, {config.top_k} per token: --experts "
+                f"must be {config.top_k} to {config.num_experts - 1}, not {num_experts}"
+            )
+        if checkpoint.metadata.get("n_group", 1) not in (1, None):
+            raise ValueError(f"{source} routes within groups of experts, which cannot be cut")
+    return config
+
+
+def prune(source: Path, destination: Path, kept: Kept, progress: Progress | None = None) -> Path:
+    """Write `source` with the experts `kept` (as many in each layer) to the new folder
+    `destination`; tensors keep their bytes.
+
+    The folder gets its name when it is complete and opens. What is interrupted is removed; should
+    even that fail, it has no config.json and does not open.
+    """
+    num_experts = len(next(iter(kept.values())))
+    config = check_prunable(source, destination, num_experts)
+    files = {
+        file.name: list(_pieces(file, source, config, kept))
+        for file in hugging_face.weight_files(source)
+    }
+    parent = destination.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    total = sum(piece.nbytes for pieces in files.values() for piece in pieces)
+    _check_space(parent, total)
+    unfinished = parent / f".{destination.name}-{os.getpid()}"
+    unfinished.mkdir()
+    try:
+        done = 0
+        for name, pieces in files.items():
+            for nbytes in write_tensors(unfinished / name, pieces):
+                done += nbytes
+                if progress is not None:
+                    progress(done, total)
+        _write_rest(source, unfinished, files, num_experts)
+        open_checkpoint(unfinished).close()
+        unfinished.rename(destination)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return destination
+
+
+def _pieces(file: Path, source: Path, config: ModelConfig, kept: Kept) -> Iterator[Piece]:
+    names = models.find(config.model_type, source / "config.json").HF_NAMES
+    for tensor in hugging_face.read_header(file):
+        pattern = names.get(_NUMBER.sub("{}", tensor.name))
+        numbers = list(map(int, _NUMBER.findall(tensor.name)))
+        if pattern is None:
+            if re.search(r"expert|router|\.gate\.", tensor.name):
+                raise CheckpointError(f"{file}: no rule says how to cut tensor {tensor.name!r}")
+            yield _whole(tensor, tensor.name)
+        elif ".experts.{}." in pattern:
+            layer, expert = numbers
+            if expert in kept[layer]:
+                yield _whole(tensor, _renumbered(tensor.name, kept[layer].index(expert)))
+        elif ".experts.*" in pattern or pattern.startswith("layers.{}.router"):
+            yield _rows(tensor, kept[numbers[0]], config.num_experts)
+        else:
+            yield _whole(tensor, tensor.name)
+
+
+def _renumbered(name: str, expert: int) -> str:
+    """The name with another number for the expert, the last of its numbers."""
+    number = list(_NUMBER.finditer(name))[-1]
+    return f"{name[: number.start()]}{expert}{name[number.end() :]}"
+
+
+def _whole(tensor: Tensor, name: str) -> Piece:
+    dtype = _DTYPES.get(tensor.format, tensor.format)
+    return Piece(name, dtype, tensor.shape, tensor.file, [(tensor.offset, tensor.nbytes)])
+
+
+def _rows(tensor: Tensor, experts: Sequence[int], num_experts: int) -> Piece:
+    """A tensor whose first axis counts experts."""
+    if tensor.shape[0] != num_experts:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name!r} has {tensor.shape[0]} rows, but the model has "
+            f"{num_experts} experts"
+        )
+    step = tensor.nbytes // num_experts
+    ranges = [(tensor.offset + expert * step, step) for expert in experts]
+    shape = (len(experts), *tensor.shape[1:])
+    return _whole(tensor, tensor.name)._replace(shape=shape, ranges=ranges)
+
+
+def write_tensors(target: Path, pieces: Sequence[Piece]) -> Iterator[int]:
+    """Write a safetensors file; yields how many bytes were copied, as it goes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for piece in pieces:
+        end = at + piece.nbytes
+        header[piece.name] = dict(dtype=piece.dtype, shape=piece.shape, data_offsets=[at, end])
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64)
+    with target.open("xb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
+            with piece.file.open("rb") as file:
+                for offset, nbytes in piece.ranges:
+                    file.seek(offset)
+                    yield from _copy(file, out, nbytes)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _copy(file: Any, out: Any, nbytes: int) -> Iterator[int]:
+    while nbytes:
+        data = file.read(min(PIECE, nbytes))
+        if not data:
+            raise OSError(f"{file.name}: the file became shorter while it was read")
+        out.write(data)
+        nbytes -= len(data)
+        yield len(data)
+
+
+def _write_rest(
+    source: Path, folder: Path, files: Mapping[str, Sequence[Piece]], num_experts: int
+) -> None:
+    """The index, the tokenizer and, last, config.json: without it the folder does not open."""
+    if (source / hugging_face.INDEX).exists():
+        weight_map = {piece.name: name for name, pieces in files.items() for piece in pieces}
+        total = sum(piece.nbytes for pieces in files.values() for piece in pieces)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / hugging_face.INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if name != "config.json" and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    values = read_json(source / "config.json")
+    values |= {name: num_experts for name in COUNTS if name in values}
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_space(folder: Path, total: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < total + MARGIN:
+        reason = f"{total + MARGIN} bytes are needed, but only {free} are free"
+        raise OSError(errno.ENOSPC, reason, str(folder))

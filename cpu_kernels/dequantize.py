@@ -16,7 +16,7 @@ def scale_and_offset(k: Emitter, chunk: Chunk, group: int, half: int) -> tuple[V
     offset = k.constant(f32(1), 0.0)
     for values, sums in chunk.offsets:
         if sums in (SUMS, (FIRST_SUMS, SECOND_SUMS)[half]):
-            offset = values.lane(position) * chunk.offset_factor
+            offset = values.lane(position) * chunk.layout.offset_factor
     return scale, offset
 
 

@@ -14,8 +14,7 @@ from cpu_kernels.dequantize import scale_and_offset
 from cpu_kernels.dot import multiply_bytes, wants_unsigned
 from cpu_kernels.groups import (
     GROUPS,
-    LARGEST,
-    SIGNED,
+    LAYOUTS,
     Chunk,
     chunk_bytes,
     is_whole,
@@ -29,7 +28,7 @@ STEPS = 8  # of four weights, in a group
 
 def num_scales(format: str) -> int:
     """Scales of a group: one, or one for each half."""
-    return 2 if format == "q6_k" else 1
+    return LAYOUTS[format].num_scales
 
 
 def group_bytes(isa: str, format: str) -> int:
@@ -83,7 +82,7 @@ def panel_product(
     """See multiply_panel."""
     rows, tokens = ISAS[isa].panel_rows, ISAS[isa].panel_tokens
     size, scales = group_bytes(isa, format), num_scales(format)
-    is_signed = format in SIGNED and not wants_unsigned(isa)
+    is_signed = LAYOUTS[format].signed and not wants_unsigned(isa)
     xs = [k.load(sources + 8 * t, i64(1)) + position for t in range(tokens)]
     totals = [k.variable(k.constant(f32(rows), 0.0)) for _ in range(tokens)]
     with k.loop(num_chunks) as chunk, k.loop(k.integer(GROUPS)) as group:
@@ -102,7 +101,7 @@ def panel_product(
                 for step, weight in zip(steps, weights, strict=True):
                     four = k.load(x + bytes_at + (64 * (step // 4) + 4 * (step % 4)), i32(1))
                     pairs.append((weight, k.splat(four, rows).view(weight.type)))
-                dots = multiply_bytes(k, isa, pairs, LARGEST[format], is_signed)
+                dots = multiply_bytes(k, isa, pairs, LAYOUTS[format].largest, is_signed)
                 x_scale = k.splat(k.load(x + scales_at + SCALES, f32(1)), rows)
                 value = k.multiply_add(dots.cast("sitofp", f32), scale * x_scale, total.get())
                 if not is_signed:

@@ -14,8 +14,7 @@ from cpu_kernels.activations import CHUNK_BYTES, SCALES, byte_offset
 from cpu_kernels.dot import group_dots, wants_unsigned
 from cpu_kernels.groups import (
     GROUPS,
-    LARGEST,
-    OFFSET_FACTOR,
+    LAYOUTS,
     Chunk,
     chunk_bytes,
     is_whole,
@@ -68,7 +67,7 @@ def _multiply_chunk(
         ]
         for part, scale in enumerate(chunk.scales):
             chosen = pairs if len(chunk.scales) == 1 else [[both[part]] for both in pairs]
-            dots = group_dots(k, isa, chosen, LARGEST[format], chunk.is_signed)
+            dots = group_dots(k, isa, chosen, LAYOUTS[format].largest, chunk.is_signed)
             row.add(k, row.products, dots.cast("sitofp", f32), scale * x_scales)
 
 
@@ -86,7 +85,7 @@ def dot(k: Emitter, isa: str, format: str, weights: Value, num_groups: Value, xs
         with k.when(rest.compare(">", 0)):
             padded = with_padded_chunk(k, format, weights + whole * nbytes, rest)
             _multiply_chunk(k, isa, format, padded, whole * CHUNK_BYTES, rows)
-    return [row.total(k, OFFSET_FACTOR[format]) for row in rows]
+    return [row.total(k, LAYOUTS[format].offset_factor) for row in rows]
 
 
 @emitted("f32", "i64 i64 i64")

@@ -12,9 +12,14 @@ from cpu_kernels.formats import FORMATS
 HALVES = {
     "q4_0": [0],
     "q4_1": [0, 2],
+    "q5_0": [0],
+    "q5_1": [0, 2],
     "q8_0": [0],
     "iq4_nl": [0],
+    "iq4_xs": [0],
     "mxfp4": [],
+    "q2_k": [80, 82],
+    "q3_k": [108],
     "q4_k": [0, 2],
     "q5_k": [0, 2],
     "q6_k": [208],
@@ -87,3 +92,15 @@ def quantize(values, format):
             codes = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
             block[2:] = codes.view(np.uint8)
     return blocks
+
+
+def _e4m3(byte):
+    """https://arxiv.org/abs/2209.05433, table 1."""
+    sign, exponent, fraction = byte >> 7, byte >> 3 & 15, byte & 7
+    if (exponent, fraction) == (15, 7):
+        return float("nan")
+    value = fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
+    return -value if sign else value
+
+
+E4M3 = np.array([_e4m3(byte) for byte in range(256)])

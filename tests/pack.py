@@ -6,7 +6,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
-from cpu_kernels.groups import TABLES
+from cpu_kernels.groups import LAYOUTS
 
 
 def pack(values: np.ndarray, format: str) -> np.ndarray:
@@ -56,6 +56,36 @@ def _nibbles(codes: np.ndarray) -> np.ndarray:
     return (codes[:, 0::2] | codes[:, 1::2] << 4).reshape(-1, 128)
 
 
+def _quarters(codes: np.ndarray) -> np.ndarray:
+    """uint8 [n, 64] of codes [n, 8, 32] of two bits: four groups share the bytes of a run."""
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) << shifts, axis=2).reshape(-1, 64)
+
+
+def _q2_k(values: np.ndarray) -> np.ndarray:
+    groups = values.reshape(-1, 16, 16)
+    minimum = np.maximum(-groups.min(axis=2), 1e-8)
+    step = np.maximum((groups.max(axis=2) + minimum) / 3, 1e-8)
+    d, d_min = [x.max(axis=1, keepdims=True) / 15 for x in (step, minimum)]
+    scale = np.clip(np.ceil(step / d), 1, 15).astype(np.uint8)
+    offset = np.rint(minimum / d_min).astype(np.uint8)
+    codes = (groups + (d_min * offset)[:, :, None]) / (d * scale)[:, :, None]
+    codes = np.clip(np.rint(codes), 0, 3).astype(np.uint8)
+    return np.concatenate([scale | offset << 4, _quarters(codes), _half(d), _half(d_min)], axis=1)
+
+
+def _q3_k(values: np.ndarray) -> np.ndarray:
+    d, scale, codes = _scales(values.reshape(-1, 16, 16), 3.0, 31)
+    codes = np.clip(codes + 4, 0, 7).astype(np.uint8).reshape(-1, 8, 32)
+    shifts = np.arange(8, dtype=np.uint8)[:, None]
+    high = np.bitwise_or.reduce((codes >> 2) << shifts, axis=1)
+    scale = scale + 32
+    low = (scale[:, :8] & 15) | (scale[:, 8:] & 15) << 4
+    upper = (scale >> 4).reshape(-1, 4, 4) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    upper = np.bitwise_or.reduce(upper, axis=1)
+    return np.concatenate([high, _quarters(codes & 3), low, upper, _half(d)], axis=1)
+
+
 def _q4_k(values: np.ndarray) -> np.ndarray:
     d, scale, codes = _scales(values.reshape(-1, 8, 32), 7.0, 63)
     codes = np.clip(codes + 8, 0, 15).astype(np.uint8)
@@ -81,12 +111,36 @@ def _q6_k(values: np.ndarray) -> np.ndarray:
     return np.concatenate([low, high, scale, _half(d)], axis=1)
 
 
+def _nearest(scaled: np.ndarray) -> np.ndarray:
+    """uint8 [n, 16] of values [n, 32] in units of iq4's table."""
+    distances = np.abs(scaled[:, :, None] - np.array(LAYOUTS["iq4_nl"].table))
+    codes = distances.argmin(axis=2).astype(np.uint8)
+    return codes[:, :16] | codes[:, 16:] << 4
+
+
 def _iq4_nl(values: np.ndarray) -> np.ndarray:
     groups = values.reshape(-1, 32)
     d = np.maximum(np.abs(groups).max(axis=1, keepdims=True), 1e-8) / 113
-    distances = np.abs((groups / d)[:, :, None] - np.array(TABLES["iq4_nl"]))
-    codes = distances.argmin(axis=2).astype(np.uint8)
-    return np.concatenate([_half(d), codes[:, :16] | codes[:, 16:] << 4], axis=1)
+    return np.concatenate([_half(d), _nearest(groups / d)], axis=1)
 
 
-_SUPER_BLOCKS = {"q4_k": _q4_k, "q5_k": _q5_k, "q6_k": _q6_k}
+def _iq4_xs(values: np.ndarray) -> np.ndarray:
+    groups = values.reshape(-1, 8, 32)
+    d, scale, _ = _scales(groups, 113.0, 31)
+    codes = _nearest((groups / (d * scale)[:, :, None]).reshape(-1, 32)).reshape(-1, 128)
+    scale = scale + 32
+    low = (scale[:, 0::2] & 15) | (scale[:, 1::2] & 15) << 4
+    high = np.bitwise_or.reduce(
+        (scale >> 4).astype(np.uint16) << 2 * np.arange(8, dtype=np.uint16), axis=1
+    )
+    return np.concatenate([_half(d), high.view(np.uint8).reshape(-1, 2), low, codes], axis=1)
+
+
+_SUPER_BLOCKS = {
+    "iq4_xs": _iq4_xs,
+    "q2_k": _q2_k,
+    "q3_k": _q3_k,
+    "q4_k": _q4_k,
+    "q5_k": _q5_k,
+    "q6_k": _q6_k,
+}

@@ -160,7 +160,7 @@ DAMAGE = {
     "tensor type": (
         after(b"blk.0.attn_q.weight", 20, "I", 77),
         r"tensor 'blk.0.attn_q.weight' has type 77 \(unknown\), which is not supported"),
-    "old type": (after(b"blk.0.attn_q.weight", 20, "I", 6), r"type 6 \(Q5_0\)"),
+    "old type": (after(b"blk.0.attn_q.weight", 20, "I", 16), r"type 16 \(IQ2_XXS\)"),
     "dimensions": (after(b"blk.0.attn_q.weight", 0, "I", 9), "9 dimensions"),
     "huge shape": (after(b"blk.0.attn_q.weight", 4, "Q", 2**62), "truncated or damaged"),
     "odd shape": (after(b"blk.0.attn_q.weight", 4, "Q", 65), "no whole number of q4_0 blocks"),

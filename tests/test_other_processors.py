@@ -5,7 +5,7 @@ import pytest
 from llvmlite import ir
 
 from cpu_kernels import gemm, gemv
-from cpu_kernels.groups import QUANTIZED
+from cpu_kernels.groups import LAYOUTS
 from cpu_kernels.simd import Emitter, Value
 
 I64 = ir.IntType(64)
@@ -37,7 +37,7 @@ def assembly(write, num_values, triple, cpu):
 
 
 @pytest.mark.parametrize("isa", PROCESSORS)
-@pytest.mark.parametrize("format", QUANTIZED)
+@pytest.mark.parametrize("format", LAYOUTS)
 def test_kernels_use_the_instruction_they_are_for(isa, format):
     triple, cpu, instruction, register = PROCESSORS[isa]
 

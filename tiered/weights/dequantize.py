@@ -70,8 +70,36 @@ def _q4_1(blocks: np.ndarray) -> np.ndarray:
     return values
 
 
+def _fifth_bits(blocks: np.ndarray, start: int) -> np.ndarray:
+    """Bits 0 to 31 of the four bytes at `start`, each as the fifth bit of a byte."""
+    bits = np.unpackbits(blocks[:, start : start + 4], axis=1, bitorder="little")
+    return bits << 4
+
+
+def _q5_0(blocks: np.ndarray) -> np.ndarray:
+    codes = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2)
+    values: np.ndarray = _half(blocks, 0) * (codes.astype(np.float32) - 16)
+    return values
+
+
+def _q5_1(blocks: np.ndarray) -> np.ndarray:
+    codes = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4)
+    values: np.ndarray = _half(blocks, 0) * codes + _half(blocks, 2)
+    return values
+
+
 def _iq4_nl(blocks: np.ndarray) -> np.ndarray:
     values: np.ndarray = _half(blocks, 0) * _IQ4_NL[_nibbles(blocks[:, 2:])]
+    return values
+
+
+def _iq4_xs(blocks: np.ndarray) -> np.ndarray:
+    group = np.arange(8, dtype=np.uint16)
+    high = np.ascontiguousarray(blocks[:, 2:4]).view(np.uint16) >> (2 * group) & 3
+    low = blocks[:, 4:8, None] >> np.array([0, 4], np.uint8) & 15
+    scale = (low.reshape(-1, 8) | high << 4).astype(np.float32) - 32
+    codes = _nibbles(blocks[:, 8:].reshape(-1, 8, 16))
+    values: np.ndarray = (_half(blocks, 0) * scale)[:, :, None] * _IQ4_NL[codes]
     return values
 
 
@@ -99,6 +127,32 @@ def _k_values(blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
     scale, minimum = _k_scales(blocks[:, 4:16])
     d, d_min = _half(blocks, 0)[:, :, None], _half(blocks, 2)[:, :, None]
     values: np.ndarray = d * scale * codes - d_min * minimum
+    return values
+
+
+def _two_bits(packed: np.ndarray) -> np.ndarray:
+    """Codes [n, 8, 32] of 64 bytes: each 32 of them hold four groups."""
+    shift = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    codes: np.ndarray = packed.reshape(-1, 2, 1, 32) >> shift & 3
+    return codes.reshape(-1, 8, 32)
+
+
+def _q2_k(blocks: np.ndarray) -> np.ndarray:
+    codes = _two_bits(blocks[:, 16:80]).reshape(-1, 16, 16)
+    scale, minimum = blocks[:, :16] & 15, blocks[:, :16] >> 4
+    d, d_min = _half(blocks, 80), _half(blocks, 82)
+    values: np.ndarray = (d * scale)[:, :, None] * codes - (d_min * minimum)[:, :, None]
+    return values
+
+
+def _q3_k(blocks: np.ndarray) -> np.ndarray:
+    bit = np.arange(8, dtype=np.uint8)[:, None]
+    high = (blocks[:, None, :32] >> bit & 1) << 2
+    codes = (_two_bits(blocks[:, 32:96]) | high).reshape(-1, 16, 16).astype(np.float32) - 4
+    low, rest = _nibbles(blocks[:, 96:104]), blocks[:, 104:108]
+    upper = np.concatenate([rest >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
+    scale = (low | upper << 4).astype(np.float32) - 32
+    values: np.ndarray = (_half(blocks, 108) * scale)[:, :, None] * codes
     return values
 
 
@@ -133,8 +187,13 @@ _BLOCKS = {
     "q8_0": _q8_0,
     "q4_0": _q4_0,
     "q4_1": _q4_1,
+    "q5_0": _q5_0,
+    "q5_1": _q5_1,
     "iq4_nl": _iq4_nl,
     "mxfp4": _mxfp4,
+    "iq4_xs": _iq4_xs,
+    "q2_k": _q2_k,
+    "q3_k": _q3_k,
     "q4_k": _q4_k,
     "q5_k": _q5_k,
     "q6_k": _q6_k,
@@ -145,7 +204,12 @@ _SCALES = {
     "q8_0": (0, 2),
     "q4_0": (0, 2),
     "q4_1": (0, 4),
+    "q5_0": (0, 2),
+    "q5_1": (0, 4),
     "iq4_nl": (0, 2),
+    "iq4_xs": (0, 2),
+    "q2_k": (80, 84),
+    "q3_k": (108, 110),
     "q4_k": (0, 4),
     "q5_k": (0, 4),
     "q6_k": (208, 210),

@@ -1,0 +1,150 @@
+"""The scales of a chunk's eight groups, and what is added to its integers, for each number format.
+
+Each function returns a chunk's `scales`: float32 vectors of the eight groups, in the order of
+POSITION; two of them where the halves of a group differ; and its `offsets`: such vectors, each with
+the kind of activation sums (see activations.py) that it belongs to.
+Layouts are ggml's (ggml-common.h, ggml-quants.c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from cpu_kernels.activations import FIRST_SUMS, POSITION, SECOND_SUMS, SUMS
+from cpu_kernels.formats import FORMATS
+from cpu_kernels.simd import Emitter, Value, f16, f32, i8, i16, i32, i64
+
+GROUPS = 8  # in a chunk
+ORDER = [POSITION.index(i) for i in range(GROUPS)]
+Scales = tuple[list[Value], list[tuple[Value, int]]]
+
+
+def scales_and_offsets(k: Emitter, format: str, address: Value) -> Scales:
+    """Of the chunk at `address`."""
+    return _SCALES[format](k, address)
+
+
+def _one_scale(block_bytes: int, k: Emitter, address: Value) -> Scales:
+    """Blocks of one group that begin with a float16."""
+    scale = _halves(k, address, block_bytes)
+    return [scale], [(scale, SUMS)]
+
+
+def _scale_and_minimum(block_bytes: int, k: Emitter, address: Value) -> Scales:
+    minimum = _halves(k, address + 2, block_bytes)
+    return [_halves(k, address, block_bytes)], [(minimum, SUMS)]
+
+
+def _halves(k: Emitter, address: Value, block_bytes: int) -> Value:
+    """The float16 at the same place in each of eight blocks, as float32."""
+    halves = []
+    # Put together in general registers: the vector units are what a GEMV waits for.
+    for four in (ORDER[:4], ORDER[4:]):
+        word = None
+        for index, group in enumerate(four):
+            bits = k.load(address + block_bytes * group, i16(1))
+            bits = bits.cast("zext", i64) << (16 * index)
+            word = bits if word is None else word | bits
+        halves.append(word)
+    return k.gather(halves).view(f16(8)).cast("fpext", f32)
+
+
+def _mxfp4(k: Emitter, address: Value) -> Scales:
+    """Half (see groups.py) of 2^(byte - 127), as bits of a float32."""
+    word = None
+    for position, group in enumerate(ORDER):
+        byte = k.load(address + 17 * group, i8(1)).cast("zext", i64) << (8 * position)
+        word = byte if word is None else word | byte
+    exponent = word.view(i8(GROUPS)).cast("zext", i32)
+    tiny = (exponent + 1) * (1 << 21)  # below the normal numbers
+    normal = (exponent - 1) << 23
+    scale = k.select(exponent.compare("<", 2), tiny, normal).view(f32(GROUPS))
+    return [scale], [(scale, SUMS)]
+
+
+def _factor(k: Emitter, address: Value) -> Value:
+    return k.splat(k.load(address, f16(1)).cast("fpext", f32), GROUPS)
+
+
+def _scaled(k: Emitter, bytes_: Value, mask: list[int], factor: Value, zero: int = 0) -> Value:
+    """(byte - zero) * factor of the chosen unsigned bytes."""
+    integers = k.shuffle(bytes_, mask=mask).cast("zext", i32)
+    return (integers - zero if zero else integers).cast("sitofp", f32) * factor
+
+
+def _halves_of_groups(half: int) -> list[int]:
+    return [2 * group + half for group in ORDER]
+
+
+def _iq4_xs(k: Emitter, address: Value) -> Scales:
+    """A factor; the upper 2 bits of eight scales in 2 bytes, the lower 4 in 4 bytes."""
+    high = k.splat(k.load(address + 2, i16(1)).cast("zext", i32), GROUPS)
+    low = k.splat(k.load(address + 4, i32(1)), GROUPS)
+    integers = (low >> [4 * group for group in ORDER]) & 15
+    integers = integers | (((high >> [2 * group for group in ORDER]) & 3) << 4)
+    scale = (integers - 32).cast("sitofp", f32) * _factor(k, address)
+    return [scale], [(scale, SUMS)]
+
+
+def _q2_k(k: Emitter, address: Value) -> Scales:
+    """A byte for each half of a group: 4 bits of scale, 4 bits of minimum; two factors at last."""
+    bytes_ = k.load(address, i8(16))
+    factors = _factor(k, address + 80), _factor(k, address + 82)
+    scales, minima = [
+        [_scaled(k, part, _halves_of_groups(half), factor) for half in (0, 1)]
+        for part, factor in zip((bytes_ & 15, (bytes_ >> 4) & 15), factors, strict=True)
+    ]
+    return scales, [(minima[0], FIRST_SUMS), (minima[1], SECOND_SUMS)]
+
+
+def _q3_k(k: Emitter, address: Value) -> Scales:
+    """The lower 4 bits of sixteen scales in 8 bytes, the upper 2 in 4 bytes, and one factor."""
+    a, b, c = [k.load(address + (96 + 4 * i), i32(1)) for i in range(3)]
+    words = [
+        ((low >> shift) & 0x0F0F0F0F) | (((c >> (2 * index)) & 0x03030303) << 4)
+        for index, (low, shift) in enumerate(((a, 0), (b, 0), (a, 4), (b, 4)))
+    ]
+    bytes_, factor = k.gather(words).view(i8(16)), _factor(k, address + 108)
+    scales = [_scaled(k, bytes_, _halves_of_groups(half), factor, zero=32) for half in (0, 1)]
+    return scales, [(scales[0], FIRST_SUMS), (scales[1], SECOND_SUMS)]
+
+
+def _six_bits(k: Emitter, address: Value) -> Scales:
+    """q4_k and q5_k: two factors, then eight scales and eight minima of 6 bits in 12 bytes."""
+    a, b, c = [k.load(address + (4 + 4 * i), i32(1)) for i in range(3)]
+    scales = a & 0x3F3F3F3F, (c & 0x0F0F0F0F) | ((a >> 2) & 0x30303030)
+    minima = b & 0x3F3F3F3F, ((c >> 4) & 0x0F0F0F0F) | ((b >> 2) & 0x30303030)
+    scale, minimum = [
+        _scaled(k, k.gather(words).view(i8(8)), ORDER, _factor(k, address + offset))
+        for offset, words in ((0, scales), (2, minima))
+    ]
+    return [scale], [(minimum, SUMS)]
+
+
+def _q6_k(k: Emitter, address: Value) -> Scales:
+    """A signed byte for each half of a group, and one factor."""
+    factor, bytes_ = _factor(k, address + 208), k.load(address + 192, i8(16))
+    scales = [
+        k.shuffle(bytes_, mask=_halves_of_groups(half)).cast("sext", i32).cast("sitofp", f32)
+        * factor
+        for half in (0, 1)
+    ]
+    return scales, [(scales[0], FIRST_SUMS), (scales[1], SECOND_SUMS)]
+
+
+def _for_blocks(scales: Callable[..., Scales], format: str) -> Callable[[Emitter, Value], Scales]:
+    return partial(scales, FORMATS[format].block_bytes)
+
+
+_SCALES: dict[str, Callable[[Emitter, Value], Scales]] = {
+    **{f: _for_blocks(_one_scale, f) for f in ("q4_0", "q5_0", "q8_0", "iq4_nl")},
+    **{f: _for_blocks(_scale_and_minimum, f) for f in ("q4_1", "q5_1")},
+    "mxfp4": _mxfp4,
+    "iq4_xs": _iq4_xs,
+    "q2_k": _q2_k,
+    "q3_k": _q3_k,
+    "q4_k": _six_bits,
+    "q5_k": _six_bits,
+    "q6_k": _q6_k,
+}

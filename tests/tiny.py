@@ -363,14 +363,20 @@ def hf_checkpoint(
 
 
 def write_safetensors(file: Path, tensors: dict[str, np.ndarray], dtype: str = "bf16") -> None:
+    """Floats become `dtype`; integers stay what they are, and uint8 of the type named with it."""
     kinds = {"bf16": bf16, "f16": np.float16, "f32": np.float32}
+    integers = {"int8": "I8", "int32": "I32", "int64": "I64", "uint8": "U8"}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     parts, offset = [], 0
     for name, values in tensors.items():
-        parts.append(np.asarray(kinds[dtype](values)).tobytes())
+        stored = integers.get(values.dtype.name)
+        parts.append(np.asarray(values if stored else kinds[dtype](values)).tobytes())
         end = offset + len(parts[-1])
+        name, _, named = name.partition(" as ")
         header[name] = dict(
-            dtype=dtype.upper(), shape=list(values.shape), data_offsets=[offset, end]
+            dtype=named or stored or dtype.upper(),
+            shape=list(values.shape),
+            data_offsets=[offset, end],
         )
         offset = end
     text = json.dumps(header).encode()

@@ -20,7 +20,12 @@ from tiered.formats import safetensors as hugging_face
 from tiered.weights.convert import MARGIN, TOKENIZER_FILES
 
 PIECE = 16 << 20  # bytes copied at once
-COUNTS = "num_experts", "num_local_experts", "n_routed_experts"  # how config.json spells it
+COUNTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)  # how config.json spells it
 
 Kept = Mapping[int, Sequence[int]]  # by layer: the experts that stay, in ascending order
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
@@ -110,11 +115,13 @@ def _pieces(file: Path, source: Path, config: ModelConfig, kept: Kept) -> Iterat
             if re.search(r"expert|router|\.gate\.", tensor.name):
                 raise CheckpointError(f"{file}: no rule says how to cut tensor {tensor.name!r}")
             yield _whole(tensor, tensor.name)
+        elif pattern.startswith("layers.") and numbers[0] >= config.num_layers:
+            continue  # only drafts tokens, with experts that nobody measured
         elif ".experts.{}." in pattern:
             layer, expert = numbers
             if expert in kept[layer]:
                 yield _whole(tensor, _renumbered(tensor.name, kept[layer].index(expert)))
-        elif ".experts.*" in pattern or pattern.startswith("layers.{}.router"):
+        elif re.search(r"\.(experts\.\*|experts_bias|router)", pattern):
             yield _rows(tensor, kept[numbers[0]], config.num_experts)
         else:
             yield _whole(tensor, tensor.name)
@@ -188,7 +195,8 @@ def _write_rest(
         if name != "config.json" and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     values = read_json(source / "config.json")
-    values |= {name: num_experts for name in COUNTS if name in values}
+    for part in (values, values.get("text_config", {})):
+        part |= {name: num_experts for name in COUNTS if name in part}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

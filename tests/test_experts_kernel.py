@@ -74,8 +74,9 @@ def addresses_of(blobs, layout, experts):
 
 
 def assert_close(got, want, exact):
-    # An int8 activation may be rounded the other way (1/254 of its group's largest).
-    tolerance = 1e-5 if exact else 3e-3
+    # An int8 activation may be rounded the other way: 1/127 of its group's largest value times one
+    # weight, among products of 32 values or more.
+    tolerance = 1e-5 if exact else 1e-2
     assert np.abs(got - want).max() <= tolerance * np.abs(want).max() + 1e-20
 
 

@@ -20,12 +20,8 @@ from tiered.formats import safetensors as hugging_face
 from tiered.weights.convert import MARGIN, TOKENIZER_FILES
 
 PIECE = 16 << 20  # bytes copied at once
-COUNTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-)  # how config.json spells it
+# How config.json spells it.
+COUNTS = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"
 
 Kept = Mapping[int, Sequence[int]]  # by layer: the experts that stay, in ascending order
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
@@ -139,15 +135,16 @@ def _whole(tensor: Tensor, name: str) -> Piece:
 
 
 def _rows(tensor: Tensor, experts: Sequence[int], num_experts: int) -> Piece:
-    """A tensor whose first axis counts experts."""
-    if tensor.shape[0] != num_experts:
+    """A tensor whose first axis, but for axes of 1, counts experts."""
+    ones = next((axis for axis, size in enumerate(tensor.shape) if size != 1), 0)
+    if tensor.shape[ones] != num_experts:
         raise CheckpointError(
-            f"{tensor.file}: tensor {tensor.name!r} has {tensor.shape[0]} rows, but the model has "
-            f"{num_experts} experts"
+            f"{tensor.file}: tensor {tensor.name!r} has {tensor.shape[ones]} rows, but the model "
+            f"has {num_experts} experts"
         )
     step = tensor.nbytes // num_experts
     ranges = [(tensor.offset + expert * step, step) for expert in experts]
-    shape = (len(experts), *tensor.shape[1:])
+    shape = (*tensor.shape[:ones], len(experts), *tensor.shape[ones + 1 :])
     return _whole(tensor, tensor.name)._replace(shape=shape, ranges=ranges)
 
 

@@ -2,6 +2,7 @@
 # ruff: noqa: E402 (what is not installed skips the file before it is imported)
 
 import shutil
+import threading
 
 import pytest
 from naive import NaiveBackend
@@ -94,8 +95,12 @@ def test_a_conversation_streams_and_the_picture_moves(page):
 def test_stop_ends_an_answer(page, service):
     before = service.scheduler.counts.finished["cancelled"]
     say(page, "Go on and on", 900)
-    wait(page, lambda: find(page, "#stop").is_displayed() and service.scheduler.running)
+    wait(page, lambda: service.scheduler.running)
+    clicked = threading.Event()
+    service.scheduler.call(clicked.wait)  # however slow the browser is, the answer goes on
+    wait(page, lambda: find(page, "#stop").is_displayed())
     find(page, "#stop").click()
+    clicked.set()
     wait(page, lambda: service.scheduler.counts.finished["cancelled"] == before + 1)
     wait(page, lambda: find(page, "#send").is_displayed())
     assert find(page, ".assistant .note").text == "stopped"

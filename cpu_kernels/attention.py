@@ -65,6 +65,9 @@ def _finish_heads(layer, thread, num_threads):
         is_query, is_value = head < num_heads, head >= num_heads + num_kv_heads
         kv_head = head - num_heads if not is_value else head - num_heads - num_kv_heads
         weight = 0 if is_value else norms[0] if is_query else norms[1]
+        factor = np.float32(1.0)
+        if is_value and word(layer, ATTENTION.value_norm):
+            factor = rms_scale(source, head_dim, eps)
         if weight:
             if full:
                 weight += 4 * head_dim * (head if is_query else kv_head)
@@ -73,7 +76,7 @@ def _finish_heads(layer, thread, num_threads):
                 scale = rms_scale(source, head_dim, eps)
             apply_norm(source, weight, values, head_dim, scale)
         else:
-            scaled_copy(source, values, head_dim, np.float32(1.0))
+            scaled_copy(source, values, head_dim, factor)
         if limit > 0:
             clip(values, head_dim, limit)
         if not is_value:
@@ -130,7 +133,13 @@ def attention(layer, thread, num_threads, team):
     out = word(batch, BATCH.out)
     multiply(word(layer, ATTENTION.o), prepared, num_rows, out, hidden_size, thread, num_threads)
     barrier(team)
-    lo, hi = share(num_rows * hidden_size, thread, num_threads)
+    norm = word(layer, ATTENTION.out_norm)
+    if norm:
+        lo, hi = share(num_rows, thread, num_threads)
+        rms_norm_rows(out, norm, out, lo, hi, hidden_size, _float(layer, ATTENTION.eps))
+        lo, hi = lo * hidden_size, hi * hidden_size
+    else:
+        lo, hi = share(num_rows * hidden_size, thread, num_threads)
     add(x + 4 * lo, out + 4 * lo, hi - lo)
 
 
@@ -168,27 +177,28 @@ class AttentionLayer:
     def __init__(
         self, weights: Any, config: Any, index: int, batch: Record, rope: RopeTable
     ) -> None:
-        c = config
+        c, shape = config, config.attention_shape(index)
+        head_dim, num_kv_heads = shape.head_dim, shape.num_kv_heads
         self.geometry = Geometry(
-            c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, padded(c.head_dim),
+            c.hidden_size, c.num_heads, num_kv_heads, head_dim, padded(head_dim),
             weights.gate is not None,
         )  # fmt: skip
-        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        q_size, kv_size = c.num_heads * head_dim, num_kv_heads * head_dim
         if c.qk_norm not in ("", "head", "full"):
             raise ValueError(f'qk_norm must be "", "head" or "full", not {c.qk_norm!r}')
         full = c.qk_norm == "full"
-        norm_shapes = (q_size, kv_size) if full else (c.head_dim, c.head_dim)
+        norm_shapes = (q_size, kv_size) if full else (head_dim, head_dim)
         has_norm = bool(c.qk_norm)
-        for name, shape in (
+        for name, expected in (
             ("q", (q_size, c.hidden_size)),
             ("k", (kv_size, c.hidden_size)),
             ("v", (kv_size, c.hidden_size)),
             ("o", (c.hidden_size, q_size)),
             *([("gate", (q_size, c.hidden_size))] if weights.gate is not None else []),
         ):
-            if tuple(getattr(weights, name).shape) != shape:
+            if tuple(getattr(weights, name).shape) != expected:
                 raise ValueError(
-                    f"attention weight {name} must have shape {shape}, "
+                    f"attention weight {name} must have shape {expected}, "
                     f"not {tuple(getattr(weights, name).shape)}"
                 )
         self.rope = rope
@@ -197,10 +207,10 @@ class AttentionLayer:
             ATTENTION,
             batch=batch.address,
             num_heads=c.num_heads,
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            padded_dim=padded(c.head_dim),
-            group=c.num_heads // c.num_kv_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            padded_dim=padded(head_dim),
+            group=c.num_heads // num_kv_heads,
             window=c.window(index),
             sinks=floats(weights.sinks, "sinks", c.num_heads),
             hidden_size=c.hidden_size,
@@ -214,8 +224,10 @@ class AttentionLayer:
             q_norm=floats(weights.q_norm, "q_norm", norm_shapes[0]) if has_norm else None,
             k_norm=floats(weights.k_norm, "k_norm", norm_shapes[1]) if has_norm else None,
             full_norm=int(full),
+            value_norm=int(c.value_norm),
+            out_norm=floats(weights.out_norm, "out_norm", c.hidden_size),
             clip=float(c.clip_qkv),
-            query_scale=float(c.query_scale or c.head_dim**-0.5),
+            query_scale=float(c.query_scale or head_dim**-0.5),
             fine=rope.fine,
             coarse=rope.coarse,
             half=rope.half,
@@ -238,10 +250,12 @@ class Attention:
         self._ropes: dict[Any, RopeTable] = {}
 
     def layer(self, weights: Any, config: Any, index: int) -> AttentionLayer:
-        return AttentionLayer(weights, config, index, self._batch.record, self._rope(config))
+        shape = config.attention_shape(index)
+        rope = self._rope(shape.rope, shape.head_dim, config.context_length)
+        return AttentionLayer(weights, config, index, self._batch.record, rope)
 
     def latent_layer(self, weights: Any, config: Any, index: int) -> LatentAttentionLayer:
-        rope = self._rope(config)
+        rope = self._rope(config.rope, config.head_dim, config.context_length)
         return LatentAttentionLayer(weights, config, index, self._batch.record, rope)
 
     def run(self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
@@ -252,18 +266,19 @@ class Attention:
         self._use(layer, kv, index)
         self._team.run(layer.op.address, layer.record.address)
 
-    def _rope(self, config: Any) -> RopeTable:
-        key = config.rope, config.head_dim
+    def _rope(self, rope: Any, head_dim: int, context_length: int) -> RopeTable:
+        key = rope, head_dim
         if key not in self._ropes:
-            self._ropes[key] = RopeTable(config.rope, config.head_dim, config.context_length)
+            self._ropes[key] = RopeTable(rope, head_dim, context_length)
         return self._ropes[key]
 
     def _use(self, layer: Any, kv: KVPages, index: int) -> None:
         """Keep keys and values in layer `index` of kv; be ready for the batch's positions."""
         g, record, rope = layer.geometry, layer.attention, layer.rope
-        if (kv.num_kv_heads, kv.head_dim) != (g.num_kv_heads, g.head_dim):
+        if kv.shapes[index] != (g.num_kv_heads, g.head_dim):
+            heads, size = kv.shapes[index]
             raise ValueError(
-                f"the KV cache has {kv.num_kv_heads} heads of {kv.head_dim} values, "
+                f"the KV cache has {heads} heads of {size} values, "
                 f"the layer {g.num_kv_heads} of {g.head_dim}"
             )
         rope.reserve(self._batch.num_positions)
@@ -274,5 +289,6 @@ class Attention:
 
 def kv_pages(config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages:
     """Room for the keys and values of all layers of a model that have them."""
-    layers = config.attention_layers
-    return KVPages(layers, config.num_kv_heads, config.head_dim, num_pages, page_size, dtype)
+    shapes = {layer: config.attention_shape(layer) for layer in config.attention_layers}
+    sizes = {layer: (shape.num_kv_heads, shape.head_dim) for layer, shape in shapes.items()}
+    return KVPages(sizes, num_pages, page_size, dtype)

@@ -20,6 +20,7 @@ from cpu_kernels.isa import choose
 from cpu_kernels.kv import KVPages
 from cpu_kernels.latent import LatentAttentionLayer
 from cpu_kernels.linear import Matrix
+from cpu_kernels.merge import Merge, MergeLayer
 from cpu_kernels.record import Scratch
 from cpu_kernels.route import Router, RouterLayer, Routing
 from cpu_kernels.team import Team
@@ -50,6 +51,7 @@ class CpuBackend:
         # Look-ahead may run beside the forward pass, and must not use its memory.
         self._guesser = Router(self._team)
         self._combine = Combine()
+        self._merge = Merge(self._team)
         self._head = Head(self._team)
         self._hidden_size = 0
 
@@ -74,10 +76,8 @@ class CpuBackend:
     def recurrent_state(self, config: Any) -> RecurrentState:
         return RecurrentState(config)
 
-    def router_layer(
-        self, norm: np.ndarray, router: Matrix, config: Any, correction: np.ndarray | None = None
-    ) -> RouterLayer:
-        return RouterLayer(norm, router, config, correction)
+    def router_layer(self, weights: Any, config: Any) -> RouterLayer:
+        return RouterLayer(weights, config)
 
     def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> ExpertLayer:
         layer = ExpertLayer(layout, config, self._isa, self.exact, self._workspace, biases)
@@ -89,6 +89,9 @@ class CpuBackend:
     ) -> FeedForwardLayer:
         return FeedForwardLayer(weights, config, self._isa, self.exact, self._workspace, norm)
 
+    def merge_layer(self, weights: Any, config: Any) -> MergeLayer:
+        return MergeLayer(weights, config)
+
     def output_layer(self, norm: np.ndarray, head: Matrix, config: Any) -> OutputLayer:
         return OutputLayer(norm, head, config)
 
@@ -97,8 +100,8 @@ class CpuBackend:
 
     # -- the forward pass --
 
-    def embed(self, table: Matrix, tokens: np.ndarray) -> np.ndarray:
-        return self._embedding.run(table, tokens)
+    def embed(self, table: Matrix, tokens: np.ndarray, scale: float = 1.0) -> np.ndarray:
+        return self._embedding.run(table, tokens, scale)
 
     def attention(self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
         if isinstance(layer, DeltaLayer):
@@ -109,8 +112,8 @@ class CpuBackend:
     def route(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
         return self._router.route(x, layer)
 
-    def guess(self, h: np.ndarray, layer: RouterLayer) -> Routing:
-        return self._guesser.guess(h, layer)
+    def guess(self, x: np.ndarray, h: np.ndarray, layer: RouterLayer) -> Routing:
+        return self._guesser.guess(x, h, layer)
 
     def experts(
         self, h: np.ndarray, layer: ExpertLayer, addresses: np.ndarray, jobs: Any, out: np.ndarray
@@ -123,8 +126,22 @@ class CpuBackend:
     def combine(self, x: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
         self._combine.run(self._team, x, out, weights)
 
-    def feed_forward(self, x: np.ndarray, h: np.ndarray | None, layer: FeedForwardLayer) -> None:
-        layer.run(self._team, x, h)
+    def feed_forward(
+        self,
+        x: np.ndarray,
+        h: np.ndarray | None,
+        layer: FeedForwardLayer,
+        into: np.ndarray | None = None,
+    ) -> None:
+        layer.run(self._team, x, h, into)
+
+    def branches(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._merge.branches(x)
+
+    def merge(
+        self, x: np.ndarray, dense: np.ndarray, routed: np.ndarray, layer: MergeLayer
+    ) -> None:
+        self._merge.run(x, dense, routed, layer)
 
     def head(self, x: np.ndarray, rows: np.ndarray, layer: OutputLayer) -> np.ndarray:
         return self._head.run(x, rows, layer)

@@ -22,7 +22,7 @@ from cpu_kernels.record import Record, fields
 from cpu_kernels.team import Team, barrier, op, share
 from cpu_kernels.workspace import Workspace
 
-FEED_FORWARD = fields("experts x norm eps scale scores")
+FEED_FORWARD = fields("experts x target norm eps scale scores")
 
 
 @op
@@ -46,10 +46,10 @@ def _feed_forward(r, thread, num_threads, team):
         multiply(scale, prepared, num_rows, scores, 1, thread, num_threads)
     run_experts(experts, thread, num_threads, team)
     barrier(team)
-    out = word(experts, EXPERTS.out)
+    out, target = word(experts, EXPERTS.out), word(r, FEED_FORWARD.target)
     for row in range(first, last):
         factor = sigmoid(load_f32(scores, row)) if scale != 0 else 1.0
-        add_scaled(x + 4 * row * hidden, out + 4 * row * hidden, hidden, factor)
+        add_scaled(target + 4 * row * hidden, out + 4 * row * hidden, hidden, factor)
 
 
 class _Layout(NamedTuple):
@@ -59,8 +59,8 @@ class _Layout(NamedTuple):
 
 
 class FeedForwardLayer:
-    """x += ffn(h), times sigmoid(scale @ h) if there is a scale; `weights` has matrices gate, up,
-    down and scale (or None). With `norm` (float32 [hidden_size]), h = norm(x)."""
+    """x (or `into`) += ffn(h), times sigmoid(scale @ h) if there is a scale; `weights` has matrices
+    gate, up, down and scale (or None). With `norm` (float32 [hidden_size]), h = norm(x)."""
 
     def __init__(
         self,
@@ -86,7 +86,9 @@ class FeedForwardLayer:
         )
         _ = _feed_forward.address
 
-    def run(self, team: Team, x: np.ndarray, h: np.ndarray | None) -> None:
+    def run(
+        self, team: Team, x: np.ndarray, h: np.ndarray | None, into: np.ndarray | None = None
+    ) -> None:
         num_rows, hidden = x.shape
         if h is None and self.norm is None:
             raise ValueError("this feed-forward was prepared without a norm: give it h")
@@ -102,5 +104,6 @@ class FeedForwardLayer:
             h=space.dense["h"] if h is None else h, num_rows=num_rows, out=space.dense["out"]
         )
         norm = self.norm if h is None else None
-        self.record.set(x=x, scores=space.dense["scores"], norm=norm)
+        target = x if into is None else into
+        self.record.set(x=x, target=target, scores=space.dense["scores"], norm=norm)
         team.run(_feed_forward.address, self.record.address)

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.gating import soft_cap
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, word
 from cpu_kernels.norm import apply_norm, rms_scale
 from cpu_kernels.record import Record, Scratch, fields, floats
 from cpu_kernels.team import Team, barrier, op, share
 
-HEAD = fields("x rows num_rows norm eps hidden_size normed prepared head logits vocab_size")
+HEAD = fields("x rows num_rows norm eps hidden_size normed prepared head logits vocab_size softcap")
 
 
 @op
@@ -29,6 +30,11 @@ def head(r, thread, num_threads, team):
     barrier(team)
     logits, vocab_size = word(r, HEAD.logits), word(r, HEAD.vocab_size)
     multiply(word(r, HEAD.head), prepared, num_rows, logits, vocab_size, thread, num_threads)
+    softcap = load_f32(r, 2 * HEAD.softcap)
+    if softcap != np.float32(0.0):
+        barrier(team)
+        lo, hi = share(num_rows * vocab_size, thread, num_threads)
+        soft_cap(logits + 4 * lo, hi - lo, softcap)
 
 
 class OutputLayer:
@@ -38,7 +44,7 @@ class OutputLayer:
         self.vocab_size, self.hidden_size = head.shape
         self.norm = floats(norm, "norm", self.hidden_size)
         self.head = head
-        self.eps = float(config.norm_eps)
+        self.eps, self.softcap = float(config.norm_eps), float(config.logit_softcap)
 
 
 class Head:
@@ -74,6 +80,7 @@ class Head:
             head=layer.head.address,
             logits=logits,
             vocab_size=layer.vocab_size,
+            softcap=layer.softcap,
         )
         self._team.run(head.address, self._record.address)
         return logits

@@ -7,7 +7,7 @@ products of attention read memory in order. int8 has one scale per token and hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -33,19 +33,14 @@ def padded(head_dim: int) -> int:
 
 
 class KVPages:
-    """Keys and values of `num_pages` pages in each of `layers`, a number of them or their indices.
+    """Keys and values of `num_pages` pages in each layer; `shapes` has the number of heads, and of
+    values in one, by layer.
 
     `dtype` is "f32", "f16" or "int8"; `page_size` must be a multiple of 16 that divides 256.
     """
 
     def __init__(
-        self,
-        layers: int | Sequence[int],
-        num_kv_heads: int,
-        head_dim: int,
-        num_pages: int,
-        page_size: int,
-        dtype: str,
+        self, shapes: Mapping[int, tuple[int, int]], num_pages: int, page_size: int, dtype: str
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"the KV cache is kept as f32, f16 or int8, not {dtype!r}")
@@ -53,34 +48,37 @@ class KVPages:
             raise ValueError(
                 f"page_size must be {LANES} times a power of two, at most {CHUNK}, not {page_size}"
             )
-        layers = range(layers) if isinstance(layers, int) else layers
-        shape = len(layers), num_pages, num_kv_heads
+        self.shapes = dict(shapes)
         self.num_pages, self.page_size, self.dtype = num_pages, page_size, dtype
-        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
+        self.arrays = {layer: self._arrays(*shape) for layer, shape in self.shapes.items()}
+        self.records = {layer: self._record(layer) for layer in self.shapes}
+
+    def _arrays(self, num_heads: int, head_dim: int) -> dict[str, np.ndarray]:
+        kind, page_size, blocks = self.dtype, self.page_size, (self.num_pages, num_heads)
         # Zeroed memory is not touched before it is used: a large context costs what is in it.
-        self.keys = np.zeros((*shape, head_dim, page_size), DTYPES[dtype])
-        self.values = np.zeros((*shape, page_size, padded(head_dim)), DTYPES[dtype])
-        scales = shape if dtype == "int8" else (len(layers), 0, 0)
-        self.scales = np.zeros((*scales, 2, page_size), np.float32)
-        self.records = {  # by layer
-            layer: Record(
-                KV,
-                kind=KINDS.index(dtype),
-                element_bytes=ELEMENT_BYTES[dtype],
-                keys=self.keys[number],
-                values=self.values[number],
-                scales=self.scales[number],
-                num_pages=num_pages,
-                page_size=page_size,
-                num_heads=num_kv_heads,
-                head_dim=head_dim,
-                padded_dim=padded(head_dim),
-                key_page=head_dim * page_size * ELEMENT_BYTES[dtype],
-                value_page=padded(head_dim) * page_size * ELEMENT_BYTES[dtype],
-                multiply=multiply_kernel(dtype),
-            )
-            for number, layer in enumerate(layers)
+        return {
+            "keys": np.zeros((*blocks, head_dim, page_size), DTYPES[kind]),
+            "values": np.zeros((*blocks, page_size, padded(head_dim)), DTYPES[kind]),
+            "scales": np.zeros((*blocks, 2, page_size) if kind == "int8" else 0, np.float32),
         }
+
+    def _record(self, layer: int) -> Record:
+        kind, size, page_size = self.dtype, ELEMENT_BYTES[self.dtype], self.page_size
+        num_heads, head_dim = self.shapes[layer]
+        return Record(
+            KV,
+            **self.arrays[layer],
+            kind=KINDS.index(kind),
+            element_bytes=size,
+            num_pages=self.num_pages,
+            page_size=page_size,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            padded_dim=padded(head_dim),
+            key_page=head_dim * page_size * size,
+            value_page=padded(head_dim) * page_size * size,
+            multiply=multiply_kernel(kind),
+        )
 
     @property
     def any_record(self) -> Record:

@@ -15,15 +15,16 @@ from cpu_kernels.exponential import exp
 from cpu_kernels.inner import inner
 from cpu_kernels.lanes import LANES, by_lanes, larger, store_i32
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
-from cpu_kernels.memory import load_f32, store_f32, word
+from cpu_kernels.memory import load_f32, load_i32, store_f32, word
 from cpu_kernels.norm import rms_norm_rows
 from cpu_kernels.record import Record, Scratch, fields, floats
 from cpu_kernels.simd import emitted, f32
 from cpu_kernels.team import Team, barrier, op, share
 
 ROUTER = fields(
-    "num_rows x norm eps h hidden_size router num_experts top_k scoring correction num_groups "
-    "used_groups normalize scale prepared logits choices group_scores experts weights"
+    "num_rows x norm eps h hidden_size router num_experts top_k scoring correction scales "
+    "num_groups used_groups own_norm own normalize scale prepared logits choices group_scores "
+    "experts weights"
 )
 SCORINGS = ("softmax", "sigmoid")  # a scoring's number in records is its place here
 TAKEN = np.float32(-np.inf)
@@ -158,6 +159,11 @@ def _route_row(r, row):
     weights = word(r, ROUTER.weights) + 4 * row * top_k
     normalize, scale = word(r, ROUTER.normalize), load_f32(r, 2 * ROUTER.scale)
     choose_experts(choices, scores, num_experts, top_k, normalize, scale, experts, weights)
+    scales = word(r, ROUTER.scales)
+    if scales:
+        for rank in range(top_k):
+            own = load_f32(scales, load_i32(experts, rank))
+            store_f32(weights, rank, load_f32(weights, rank) * own)
 
 
 @op
@@ -165,9 +171,13 @@ def route(r, thread, num_threads, team):
     num_rows, hidden_size = word(r, ROUTER.num_rows), word(r, ROUTER.hidden_size)
     h, prepared = word(r, ROUTER.h), word(r, ROUTER.prepared)
     lo, hi = share(num_rows, thread, num_threads)
+    x, eps = word(r, ROUTER.x), load_f32(r, 2 * ROUTER.eps)
     if word(r, ROUTER.norm):
-        eps = load_f32(r, 2 * ROUTER.eps)
-        rms_norm_rows(word(r, ROUTER.x), word(r, ROUTER.norm), h, lo, hi, hidden_size, eps)
+        rms_norm_rows(x, word(r, ROUTER.norm), h, lo, hi, hidden_size, eps)
+    if word(r, ROUTER.own_norm):
+        h = word(r, ROUTER.own)
+        rms_norm_rows(x, word(r, ROUTER.own_norm), h, lo, hi, hidden_size, eps)
+    if x:
         barrier(team)
     prepare_activations(h, hidden_size, num_rows, hidden_size, prepared, thread, num_threads)
     barrier(team)
@@ -185,13 +195,11 @@ class Routing(NamedTuple):
 
 
 class RouterLayer:
-    """A layer's router: `norm` is float32 [hidden_size], `router` a Matrix [num_experts,
-    hidden_size], `correction` float32 [num_experts] or None; `config` has the attributes of
-    tiered.config.ModelConfig."""
+    """A layer's router. `weights` has the attributes of tiered.backend.RouterWeights, its router is
+    a Matrix; `config` has those of tiered.config.ModelConfig."""
 
-    def __init__(
-        self, norm: np.ndarray, router: Any, config: Any, correction: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, weights: Any, config: Any) -> None:
+        router = weights.router
         if tuple(router.shape) != (config.num_experts, config.hidden_size):
             raise ValueError(
                 f"the router must have shape {(config.num_experts, config.hidden_size)}, "
@@ -204,7 +212,8 @@ class RouterLayer:
                 f"router_scoring must be one of {', '.join(SCORINGS)}, "
                 f"not {config.router_scoring!r}"
             )
-        self.norm = floats(norm, "norm", config.hidden_size)
+        self.norm = floats(weights.norm, "norm", config.hidden_size)
+        self.own_norm = floats(weights.own_norm, "own_norm", config.hidden_size)
         self._router = router  # the record has only its address
         # Look-ahead may guess in one thread while another routes: each has a record.
         self.record, self.guess_record = (
@@ -216,7 +225,9 @@ class RouterLayer:
                 num_experts=config.num_experts,
                 top_k=config.top_k,
                 scoring=SCORINGS.index(config.router_scoring),
-                correction=floats(correction, "correction", config.num_experts),
+                correction=floats(weights.correction, "correction", config.num_experts),
+                scales=floats(weights.scales, "scales", config.num_experts),
+                own_norm=self.own_norm,
                 num_groups=self.num_groups,
                 used_groups=config.used_groups,
                 normalize=int(config.normalize_top_k),
@@ -240,9 +251,10 @@ class Router:
         h = self._scratch.floats("h", *x.shape)
         return h, self._run(x, h, layer, layer.record)
 
-    def guess(self, h: np.ndarray, layer: RouterLayer) -> Routing:
-        """The experts that the layer would choose for an `h` that another layer normed."""
-        return self._run(None, h, layer, layer.guess_record)
+    def guess(self, x: np.ndarray, h: np.ndarray, layer: RouterLayer) -> Routing:
+        """The experts that the layer would choose for x, of which another layer made the `h`."""
+        own = None if layer.own_norm is None else x
+        return self._run(own, h, layer, layer.guess_record)
 
     def _run(
         self, x: np.ndarray | None, h: np.ndarray, layer: RouterLayer, record: Record
@@ -271,8 +283,9 @@ class Router:
         record.set(
             num_rows=num_rows,
             x=x,
-            norm=None if x is None else layer.norm,
+            norm=None if record is layer.guess_record else layer.norm,
             h=h,
+            own=room("own", 0 if layer.own_norm is None else 4 * h.size),
             prepared=room("prepared", prepared_bytes(num_rows, layer.hidden_size)),
             logits=room("logits", 4 * num_rows * layer.num_experts),
             choices=room("choices", 4 * num_rows * layer.num_experts),

@@ -89,10 +89,11 @@ class GpuBackend:
     def recurrent_state(self, config: Any) -> None:
         _check_model(config)
 
-    def router_layer(
-        self, norm: np.ndarray, router: Matrix, config: Any, correction: np.ndarray | None = None
-    ) -> RouterLayer:
-        return RouterLayer(norm, router, config, correction, self._torch)
+    def router_layer(self, weights: Any, config: Any) -> RouterLayer:
+        return RouterLayer(weights, config, self._torch)
+
+    def merge_layer(self, weights: Any, config: Any) -> None:
+        _check_model(config)
 
     def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> Any:
         for tensor in (layout.gate, layout.up, layout.down):
@@ -115,8 +116,9 @@ class GpuBackend:
 
     # -- a forward pass --
 
-    def embed(self, table: Matrix, tokens: np.ndarray) -> torch.Tensor:
-        return table.rows(tokens)
+    def embed(self, table: Matrix, tokens: np.ndarray, scale: float = 1.0) -> torch.Tensor:
+        rows = table.rows(tokens)
+        return rows if scale == 1.0 else rows * scale
 
     def attention(
         self, x: torch.Tensor, layer: AttentionLayer, kv: KVPages, index: int, batch: Any
@@ -130,7 +132,7 @@ class GpuBackend:
         self._rows = Rows(h, self.arithmetic)
         return h, layer.choose(self._rows)
 
-    def guess(self, h: torch.Tensor, layer: RouterLayer) -> Routing:
+    def guess(self, x: torch.Tensor, h: torch.Tensor, layer: RouterLayer) -> Routing:
         return layer.choose(self._rows_of(h))
 
     def experts(
@@ -201,6 +203,7 @@ def _check_model(config: Any) -> None:
         "attention sinks": config.attention_sinks,
         "biases of experts": config.expert_biases,
         "latent attention": config.latent.kv_rank > 0,
+        "norms of results": config.output_norms,
         "recurrent layers": bool(config.delta_layers),
         f"the activation {config.activation}": config.activation != "silu",
     }

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from gpu_backend.matrix import Matrix, Rows
+from gpu_backend.matrix import Rows
 from gpu_backend.norm import rms_norm
 
 
@@ -19,16 +19,10 @@ class Routing(NamedTuple):
 class RouterLayer:
     """See cpu_kernels.route.RouterLayer."""
 
-    def __init__(
-        self,
-        norm: np.ndarray,
-        router: Matrix,
-        config: Any,
-        correction: np.ndarray | None,
-        device: torch.device,
-    ) -> None:
-        self._norm = torch.tensor(norm, device=device)
-        self._router = router.load()
+    def __init__(self, weights: Any, config: Any, device: torch.device) -> None:
+        self._norm = torch.tensor(weights.norm, device=device)
+        self._router = weights.router.load()
+        correction = weights.correction
         self._correction = None if correction is None else torch.tensor(correction, device=device)
         self._config = config
 

@@ -47,6 +47,8 @@ def silu(x):
 def gated(gate, up, config):
     if config.activation == "silu":
         return silu(gate) * up
+    if config.activation == "gelu_tanh":
+        return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
     assert config.activation == "clamped_silu"
     limit = config.activation_limit
     gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
@@ -103,10 +105,13 @@ class NaiveBackend:
         return NaiveMatrix(data, format, shape, bias)
 
     def attention_layer(self, weights, config, index=0):
-        return weights, config, config.window(index)
+        return weights, config, config.window(index), config.attention_shape(index)
 
-    def router_layer(self, norm, router, config, correction=None):
-        return norm, router, config, correction
+    def router_layer(self, weights, config):
+        return weights, config
+
+    def merge_layer(self, weights, config):
+        return weights, config
 
     def expert_layer(self, layout, config, biases=None):
         self.hidden_size = config.hidden_size
@@ -116,55 +121,65 @@ class NaiveBackend:
         return weights, config, norm
 
     def kv_pages(self, config, num_pages, page_size, dtype):
-        shape = 2, config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim
-        return np.zeros(shape, np.float32)
+        shapes = [config.attention_shape(layer) for layer in range(config.num_layers)]
+        return [
+            np.zeros((2, num_pages, page_size, s.num_kv_heads, s.head_dim), np.float32)
+            for s in shapes
+        ]
 
-    def embed(self, table, tokens):
-        return table.weight[tokens].copy()
+    def embed(self, table, tokens, scale=1.0):
+        return table.weight[tokens] * np.float32(scale)
 
     def attention(self, x, layer, kv, index, batch):
-        w, c, window = layer
+        w, c, window, shape = layer
         h = rms_norm(x, w.norm, c.norm_eps)
         q, k, v = w.q(h), w.k(h), w.v(h)
         if c.qk_norm == "full":
             q, k = rms_norm(q, w.q_norm, c.norm_eps), rms_norm(k, w.k_norm, c.norm_eps)
         if c.clip_qkv:
             q, k, v = (np.clip(t, -c.clip_qkv, c.clip_qkv) for t in (q, k, v))
-        q, k, v = (t.reshape(len(x), -1, c.head_dim) for t in (q, k, v))
+        q, k, v = (t.reshape(len(x), -1, shape.head_dim) for t in (q, k, v))
         if c.qk_norm == "head":
             q, k = rms_norm(q, w.q_norm, c.norm_eps), rms_norm(k, w.k_norm, c.norm_eps)
-        q, k = rope(q, batch.positions, c.rope), rope(k, batch.positions, c.rope)
-        page_size = kv.shape[3]
+        if c.value_norm:
+            v = rms_norm(v, np.ones(shape.head_dim, np.float32), c.norm_eps)
+        q, k = rope(q, batch.positions, shape.rope), rope(k, batch.positions, shape.rope)
+        keys_of, values_of = kv[index]
+        page_size = keys_of.shape[1]
         out = np.empty_like(q)
         for row in range(len(x)):
             table = batch.page_tables[batch.sequences[row]]
             at = batch.positions[row]
-            kv[0, index, table[at // page_size], at % page_size] = k[row]
-            kv[1, index, table[at // page_size], at % page_size] = v[row]
+            keys_of[table[at // page_size], at % page_size] = k[row]
+            values_of[table[at // page_size], at % page_size] = v[row]
         for row in range(len(x)):
             table = batch.page_tables[batch.sequences[row]]
             start = 0
             if window:
                 start = max(0, batch.positions[row] + 1 - window)
             at = np.arange(start, batch.positions[row] + 1)
-            keys, values = (t[index, table[at // page_size], at % page_size] for t in kv)
-            group = c.num_heads // c.num_kv_heads
+            keys, values = (t[table[at // page_size], at % page_size] for t in kv[index])
+            group = c.num_heads // shape.num_kv_heads
             keys, values = np.repeat(keys, group, 1), np.repeat(values, group, 1)
-            scores = np.einsum("hd,thd->ht", q[row], keys) / np.sqrt(c.head_dim)
+            scores = np.einsum("hd,thd->ht", q[row], keys)
+            scores *= c.query_scale or shape.head_dim**-0.5
             if w.sinks is not None:  # one more score, whose value is zero
                 scores = np.concatenate([scores, w.sinks[:, None]], 1)
                 values = np.concatenate([values, np.zeros_like(values[:1])])
             scores = softmax(scores)
             out[row] = np.einsum("ht,thd->hd", scores, values)
-        x += w.o(out.reshape(len(x), -1))
+        out = w.o(out.reshape(len(x), -1))
+        x += out if w.out_norm is None else rms_norm(out, w.out_norm, c.norm_eps)
 
     def route(self, x, layer):
-        norm, config = layer[0], layer[2]
-        h = rms_norm(x, norm, config.norm_eps)
-        return h, self.guess(h, layer)
+        weights, config = layer
+        h = rms_norm(x, weights.norm, config.norm_eps)
+        return h, self.guess(x, h, layer)
 
-    def guess(self, h, layer):
-        _, router, config, correction = layer
+    def guess(self, x, h, layer):
+        (_, router, correction, own_norm, scales), config = layer
+        if own_norm is not None:
+            h = rms_norm(x, own_norm, config.norm_eps)
         logits = router(h)
         scores = softmax(logits) if config.router_scoring == "softmax" else sigmoid(logits)
         choices = scores if correction is None else scores + correction
@@ -174,6 +189,8 @@ class NaiveBackend:
         weights = np.take_along_axis(scores, experts, -1)
         if config.normalize_top_k:
             weights /= weights.sum(-1, keepdims=True)
+        if scales is not None:
+            weights = weights * scales[experts]
         return Routing(experts, weights * np.float32(config.routing_scale))
 
     def experts(self, h, layer, addresses, jobs, out):
@@ -199,19 +216,32 @@ class NaiveBackend:
     def combine(self, x, out, weights):
         x += (out.reshape(*weights.shape, -1) * weights[..., None]).sum(1)
 
-    def feed_forward(self, x, h, layer):
+    def feed_forward(self, x, h, layer, into=None):
         w, config, norm = layer
         if h is None:
             h = rms_norm(x, norm, config.norm_eps)
         y = w.down(gated(w.gate(h), w.up(h), config))
-        x += y if w.scale is None else y * sigmoid(w.scale(h))
+        target = x if into is None else into
+        target += y if w.scale is None else y * sigmoid(w.scale(h))
+
+    def branches(self, x):
+        return np.zeros_like(x), np.zeros_like(x)
+
+    def merge(self, x, dense, routed, layer):
+        w, config = layer
+        dense, routed = (
+            rms_norm(y, norm, config.norm_eps)
+            for y, norm in ((dense, w.dense_norm), (routed, w.routed_norm))
+        )
+        x[:] = (x + rms_norm(dense + routed, w.norm, config.norm_eps)) * np.float32(w.scale)
 
     def output_layer(self, norm, head, config):
         return norm, head, config
 
     def head(self, x, rows, layer):
         norm, head, config = layer
-        return head(rms_norm(x[rows], norm, config.norm_eps))
+        logits, cap = head(rms_norm(x[rows], norm, config.norm_eps)), config.logit_softcap
+        return cap * np.tanh(logits / cap) if cap else logits
 
     def close(self):
         pass

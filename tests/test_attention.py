@@ -71,7 +71,7 @@ def selecting_weights(c, seed=0):
 
 def prepared(weights):
     """The same for Attention.layer."""
-    out = {"q_norm": None, "k_norm": None, "sinks": None, "gate": None}
+    out = {"q_norm": None, "k_norm": None, "sinks": None, "gate": None, "out_norm": None}
     for name, value in weights.items():
         value = value.astype(np.float32)
         if value.ndim == 2:
@@ -240,8 +240,9 @@ def test_what_earlier_texts_left_in_a_page_does_not_matter(teams):
     weights, x = random_weights(c), rows(30, c.hidden_size)
     clean = Runner(teams[1], c, weights, "f16")
     dirty = Runner(teams[1], c, weights, "f16")
-    dirty.kv.keys.fill(np.nan)
-    dirty.kv.values.fill(np.nan)
+    for arrays in dirty.kv.arrays.values():
+        arrays["keys"].fill(np.nan)
+        arrays["values"].fill(np.nan)
     for start, end in ((0, 1), (1, 30)):
         part, positions = x[start:end], np.arange(start, end)
         assert (clean(part, positions) == dirty(part, positions)).all()
@@ -298,7 +299,7 @@ def test_impossible_layers_and_caches_are_refused(teams):
     with pytest.raises(ValueError, match="norm must have"):
         attention.layer(prepared({**weights, "norm": np.ones(3)}), c, 0)
     with pytest.raises(ValueError, match="f32, f16 or int8"):
-        KVPages(1, 1, 16, 1, 64, "bf16")
+        KVPages({0: (1, 16)}, 1, 64, "bf16")
     for page_size in (0, 8, 48, 512):
         with pytest.raises(ValueError, match="page_size"):
-            KVPages(1, 1, 16, 1, page_size, "f16")
+            KVPages({0: (1, 16)}, 1, page_size, "f16")

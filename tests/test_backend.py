@@ -7,7 +7,7 @@ from naive_formats import random_matrix
 
 from cpu_kernels.backend import CpuBackend
 from cpu_kernels.isa import available
-from tiered.backend import AttentionWeights, Batch, FeedForwardWeights
+from tiered.backend import AttentionWeights, Batch, FeedForwardWeights, RouterWeights
 from tiered.config import ModelConfig
 from tiered.experts import expert_layout, group_by_expert
 
@@ -32,7 +32,7 @@ def forward(backend, threads=1):
         norm, matrix(64, hidden), matrix(32, hidden), matrix(32, hidden), matrix(hidden, 64)
     )
     attention = backend.attention_layer(weights, c)
-    router = backend.router_layer(norm, matrix(5, hidden, "f32", 1.0), c)
+    router = backend.router_layer(RouterWeights(norm, matrix(5, hidden, "f32", 1.0)), c)
     layout = expert_layout(hidden, c.expert_size, "q4_0", "q4_1", "q8_0")
     blobs = np.zeros((5, layout.nbytes), np.uint8)
     for blob in blobs:
@@ -66,7 +66,7 @@ def forward(backend, threads=1):
     backend.experts(h, experts, addresses, jobs, out)
     backend.combine(x, out, routing.weights)
     backend.feed_forward(x, h, shared)
-    guess = backend.guess(h, router)
+    guess = backend.guess(x, h, router)
     assert (np.asarray(guess.experts) == np.asarray(routing.experts)).all()
     backend.feed_forward(x, None, dense)
     return backend.head(x, np.array([2, 6], np.int32), output).copy()

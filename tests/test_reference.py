@@ -50,6 +50,13 @@ ARCHITECTURES = {
                        head_dim=32, rotary_dim=16),
     "ernie4_5_moe": dict(moe_num_experts=8, moe_k=2, moe_intermediate_size=96,
                          intermediate_size=128, moe_layer_start_index=1),
+    "gemma4_text": dict(
+        num_experts=8, top_k_experts=2, enable_moe_block=True, moe_intermediate_size=96,
+        intermediate_size=128, head_dim=32, global_head_dim=48, num_global_key_value_heads=1,
+        attention_k_eq_v=True, hidden_size_per_layer_input=0, final_logit_softcapping=8.0,
+        sliding_window=24,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    ),
     "deepseek_v2": dict(
         **LATENT, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2,
         topk_method="group_limited_greedy", routed_scaling_factor=4.0, q_lora_rank=None,

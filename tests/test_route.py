@@ -11,6 +11,7 @@ from cpu_kernels.isa import choose
 from cpu_kernels.linear import Matrix
 from cpu_kernels.route import Router, RouterLayer
 from cpu_kernels.team import Team
+from tiered.backend import RouterWeights
 
 EPS = 1e-5
 
@@ -71,7 +72,7 @@ def test_the_best_experts_are_chosen(team, num_experts, top_k, hidden_size, norm
         norm = random.random(hidden_size) + 0.5
         weight = random.standard_normal((num_experts, hidden_size))
         c = config(num_experts, top_k, hidden_size, normalize)
-        layer = RouterLayer(norm, float_matrix(weight), c)
+        layer = RouterLayer(RouterWeights(norm, float_matrix(weight)), c)
         router = Router(team)
         h, routing = router.route(x, layer)
         reference = naive_norm(x, norm)
@@ -81,7 +82,7 @@ def test_the_best_experts_are_chosen(team, num_experts, top_k, hidden_size, norm
             assert routing.experts[row].tolist() == experts
             # A logit of size 10 is known to about 1e-6 of itself, and its exponential as well.
             np.testing.assert_allclose(routing.weights[row], weights, rtol=5e-5)
-        guess = router.guess(h, layer)
+        guess = router.guess(x, h, layer)
         assert (guess.experts == routing.experts).all()
         assert (guess.weights == routing.weights).all()
 
@@ -102,7 +103,7 @@ def test_other_scores_corrections_and_groups(team, more, normalize, corrected):
     x = random.standard_normal((40, 32)).astype(np.float32)
     weight = random.standard_normal((32, 32)) / 4  # sigmoids of larger logits are equal
     correction = random.standard_normal(32).astype(np.float32) if corrected else None
-    layer = RouterLayer(np.ones(32), float_matrix(weight), c, correction)
+    layer = RouterLayer(RouterWeights(np.ones(32), float_matrix(weight), correction), c)
     _, routing = Router(team).route(x, layer)
     for row, h in enumerate(naive_norm(x, np.ones(32))):
         experts, weights = naive_choice(weight @ h, c, correction)
@@ -115,9 +116,10 @@ def route_logits(team, logits, top_k, normalize=True):
     logits = np.asarray(logits, np.float32)
     size = logits.shape[1]
     layer = RouterLayer(
-        np.ones(size), float_matrix(np.eye(size)), config(size, top_k, size, normalize)
+        RouterWeights(np.ones(size), float_matrix(np.eye(size))),
+        config(size, top_k, size, normalize),
     )
-    return Router(team).guess(logits, layer)
+    return Router(team).guess(logits, logits, layer)
 
 
 def test_of_equal_scores_the_first_expert_wins(team):
@@ -154,7 +156,7 @@ def test_a_router_that_is_not_a_number_still_chooses_experts(team):
 
 def test_a_router_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="router must have shape"):
-        RouterLayer(np.ones(4), float_matrix(np.eye(4)), config(8, 2, 4))
+        RouterLayer(RouterWeights(np.ones(4), float_matrix(np.eye(4))), config(8, 2, 4))
 
 
 def test_embedding_and_head(team):
@@ -163,7 +165,7 @@ def test_embedding_and_head(team):
     table, norm = random.standard_normal((vocab_size, hidden_size)), random.random(hidden_size)
     matrix = float_matrix(table)
     tokens = np.array([3, 49, 0, 3], np.int32)
-    x = Embedding(team).run(matrix, tokens)
+    x = Embedding(team).run(matrix, tokens, 1.0)
     assert (x == table[tokens].astype(np.float32)).all()
     layer = OutputLayer(norm, matrix, config(0, 0, hidden_size))
     head = Head(team)
@@ -174,4 +176,4 @@ def test_embedding_and_head(team):
     with pytest.raises(IndexError, match="rows"):
         head.run(x, np.array([4]), layer)
     with pytest.raises(IndexError, match="token"):
-        Embedding(team).run(matrix, np.array([50]))
+        Embedding(team).run(matrix, np.array([50]), 1.0)

@@ -97,7 +97,9 @@ def test_stop_ends_an_answer(page, service):
     say(page, "Go on and on", 900)
     wait(page, lambda: service.scheduler.running)
     clicked = threading.Event()
-    service.scheduler.call(lambda: clicked.wait(60))  # however slow the browser is, the answer goes on
+    service.scheduler.call(
+        lambda: clicked.wait(60)
+    )  # however slow the browser is, the answer goes on
     wait(page, lambda: find(page, "#stop").is_displayed())
     find(page, "#stop").click()
     clicked.set()

@@ -31,6 +31,7 @@ class AttentionWeights(NamedTuple):
     k_norm: np.ndarray | None = None  # float32 [head_dim] or [num_kv_heads * head_dim]
     sinks: np.ndarray | None = None  # float32 [num_heads]
     gate: Matrix | None = None  # [num_heads * head_dim, hidden_size]
+    out_norm: np.ndarray | None = None  # float32 [hidden_size]: of the result
 
 
 class LatentWeights(NamedTuple):
@@ -60,6 +61,23 @@ class DeltaWeights(NamedTuple):
     decay: np.ndarray  # float32 [num_value_heads]: -exp(A_log)
     head_norm: np.ndarray  # float32 [value_dim]
     o: Matrix  # [hidden_size, num_value_heads * value_dim]
+
+
+class RouterWeights(NamedTuple):
+    norm: np.ndarray  # float32 [hidden_size]: makes the experts' input, and mostly the router's
+    router: Matrix  # [num_experts, hidden_size]
+    correction: np.ndarray | None = None  # float32 [num_experts]: added to choose experts by
+    own_norm: np.ndarray | None = None  # float32 [hidden_size]: makes the router's input
+    scales: np.ndarray | None = None  # float32 [num_experts]: times the routing weights
+
+
+class MergeWeights(NamedTuple):
+    """Of a layer whose experts run beside a dense feed-forward, each with norms of its own."""
+
+    dense_norm: np.ndarray  # float32 [hidden_size]: of the dense result
+    routed_norm: np.ndarray  # float32 [hidden_size]: of the experts' result
+    norm: np.ndarray  # float32 [hidden_size]: of their sum
+    scale: float  # of the whole layer
 
 
 class ExpertBiases(NamedTuple):
@@ -118,16 +136,8 @@ class Backend(Protocol):
     def recurrent_state(self, config: ModelConfig) -> Any:
         """Memory for what the recurrent layers remember of one text."""
 
-    def router_layer(
-        self,
-        norm: np.ndarray,
-        router: Matrix,
-        config: ModelConfig,
-        correction: np.ndarray | None = None,
-    ) -> Any:
-        """Prepare the norm before the experts and the router; the result goes to `route`.
-
-        `correction` (float32 [num_experts]) is added to the scores that experts are chosen by."""
+    def router_layer(self, weights: RouterWeights, config: ModelConfig) -> Any:
+        """Prepare the norm before the experts and the router; the result goes to `route`."""
 
     def expert_layer(
         self, layout: ExpertLayout, config: ModelConfig, biases: ExpertBiases | None = None
@@ -139,11 +149,14 @@ class Backend(Protocol):
     ) -> Any:
         """Prepare a dense feed-forward once; with `norm`, of a layer without experts."""
 
+    def merge_layer(self, weights: MergeWeights, config: ModelConfig) -> Any:
+        """Prepare the norms after a layer's branches once; the result goes to `merge`."""
+
     def kv_pages(self, config: ModelConfig, num_pages: int, page_size: int, dtype: str) -> Any:
         """KV cache memory for all layers; `dtype` is "f32", "f16" or "int8"."""
 
-    def embed(self, table: Matrix, tokens: np.ndarray) -> Array:
-        """x: rows of the embedding table; starts a new forward pass."""
+    def embed(self, table: Matrix, tokens: np.ndarray, scale: float = 1.0) -> Array:
+        """x: rows of the embedding table, times `scale`; starts a new forward pass."""
 
     def attention(self, x: Array, layer: Any, kv: Any, index: int, batch: Batch) -> None:
         """x += attention(norm(x)); appends this batch's keys and values to layer `index` of kv."""
@@ -151,8 +164,8 @@ class Backend(Protocol):
     def route(self, x: Array, layer: Any) -> tuple[Array, Routing]:
         """h = norm(x), and the experts that the router chooses for it."""
 
-    def guess(self, h: Array, layer: Any) -> Routing:
-        """What another layer's router makes of `h`: look-ahead."""
+    def guess(self, x: Array, h: Array, layer: Any) -> Routing:
+        """What another layer's router makes of `h`, or of `x` by a norm of its own: look-ahead."""
 
     def experts(
         self, h: Array, layer: Any, addresses: np.ndarray, jobs: ExpertJobs, out: Array
@@ -166,8 +179,16 @@ class Backend(Protocol):
     def combine(self, x: Array, out: Array, weights: np.ndarray) -> None:
         """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * top_k + rank]."""
 
-    def feed_forward(self, x: Array, h: Array | None, layer: Any) -> None:
-        """x += ffn(h), where h is norm(x) if not given."""
+    def feed_forward(
+        self, x: Array, h: Array | None, layer: Any, into: Array | None = None
+    ) -> None:
+        """x (or `into`) += ffn(h), where h is norm(x) if not given."""
+
+    def branches(self, x: Array) -> tuple[Array, Array]:
+        """Two arrays like x, zero, for what is to be merged; until the next layer's."""
+
+    def merge(self, x: Array, dense: Array, routed: Array, layer: Any) -> None:
+        """x = (x + norm(norm(dense) + norm(routed))) * scale."""
 
     def output_layer(self, norm: np.ndarray, head: Matrix, config: ModelConfig) -> Any:
         """Prepare the last norm and the output head once; the result goes to `head`."""

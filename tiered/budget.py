@@ -28,7 +28,8 @@ class MemoryPlan:
 
 def workspace_bytes(config: ModelConfig, chunk: int) -> int:
     """Scratch for `chunk` tokens at once: hidden states, projections, pair outputs, logits."""
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    shapes = config.own_shape, config.full_shape or config.own_shape
+    heads = max((config.num_heads + 2 * s.num_kv_heads) * s.head_dim for s in shapes)
     width = max(config.ffn_size, config.shared_expert_size, config.expert_size * config.top_k)
     per_token = 4 * (4 * config.hidden_size + 2 * heads + config.hidden_size * config.top_k)
     per_token += 4 * 2 * width + 2 * max(config.hidden_size, width)

@@ -29,6 +29,15 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class AttentionShape:
+    """What attention may have otherwise in one layer than in another."""
+
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeConfig
+
+
+@dataclass(frozen=True)
 class LatentConfig:
     """Multi-head latent attention: a token's keys and values are views of one vector of `kv_rank`
     values, and `rope_dim` more that carry its position. https://arxiv.org/abs/2405.04434
@@ -89,6 +98,8 @@ class ModelConfig:
     delta: DeltaConfig = field(default_factory=DeltaConfig)
     delta_layers: frozenset[int] = frozenset()  # have that in the place of attention
     gated_attention: bool = False  # each head's result times the sigmoid of a gate, beside q
+    value_norm: bool = False  # values are normed, head by head, without weights
+    output_norms: bool = False  # attention's and the feed-forward's results are normed, too
     norm_offset: float = 0.0  # what is added to the stored weights of norms
     query_scale: float = 0.0  # what scores are multiplied with; 0: 1 / sqrt(head_dim)
     num_experts: int = 0  # 0: a dense model
@@ -104,10 +115,15 @@ class ModelConfig:
     routing_scale: float = 1.0  # ... or to this
     expert_groups: int = 1  # experts are chosen from the best `used_groups` of so many groups
     used_groups: int = 1
+    expert_scales: bool = False  # routing weights times a number of each expert
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0  # logits are softcap * tanh(logits / softcap); 0: they are not
     sliding_window: int = 0  # attend to this many last positions; 0: all of them
     full_layers: frozenset[int] = frozenset()  # layers that attend to all of them nevertheless
+    full_shape: AttentionShape | None = None  # of those, where it is another
     attention_sinks: bool = False  # a score per head that takes attention and gives nothing
-    activation: str = "silu"  # of experts and feed-forwards: "silu" or "clamped_silu" (gpt-oss)
+    activation: str = "silu"  # of experts and feed-forwards: see cpu_kernels.gating.ACTIVATIONS
     activation_limit: float = 0.0  # where "clamped_silu" clamps
     expert_biases: bool = False
     eos_ids: tuple[int, ...] = ()
@@ -116,10 +132,11 @@ class ModelConfig:
         for name in ("num_layers", "hidden_size", "vocab_size", "num_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+        shapes = [self.own_shape, self.full_shape or self.own_shape]
+        if any(s.num_kv_heads < 1 or self.num_heads % s.num_kv_heads for s in shapes):
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
-                f"({self.num_kv_heads})"
+                f"({' and '.join(str(s.num_kv_heads) for s in dict.fromkeys(shapes))})"
             )
         if self.num_experts and not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k is {self.top_k}, but the model has {self.num_experts} experts")
@@ -135,6 +152,14 @@ class ModelConfig:
     def window(self, layer: int) -> int:
         """How many last positions a layer attends to; 0: all."""
         return 0 if layer in self.full_layers else self.sliding_window
+
+    @property
+    def own_shape(self) -> AttentionShape:
+        return AttentionShape(self.num_kv_heads, self.head_dim, self.rope)
+
+    def attention_shape(self, layer: int) -> AttentionShape:
+        full = self.full_shape if layer in self.full_layers else None
+        return full or self.own_shape
 
     def is_sparse(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.dense_layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -272,7 +273,8 @@ class Engine:
         identity = np.eye(size, dtype=np.float32).view(np.uint8).reshape(-1)
         head = self.backend.matrix(identity, "f32", (size, size))
         loader = WeightLoader(self.checkpoint, self.backend, self.choices.quantize)
-        return self.backend.output_layer(loader.norm("norm"), head, self.config)
+        plain = replace(self.config, logit_softcap=0.0)
+        return self.backend.output_layer(loader.norm("norm"), head, plain)
 
     def _outputs(
         self, ids: Sequence[int], start: int = 0, output: Any = None

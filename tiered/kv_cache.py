@@ -19,10 +19,13 @@ def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str, num_texts: int = 
     """Bytes that the keys and values of `num_tokens` tokens take, in whole pages, and what
     recurrent layers remember of `num_texts` texts."""
     num_pages = -(-num_tokens // PAGE_SIZE)
-    padded = -(-config.head_dim // VECTOR) * VECTOR
     scales = 2 * 4 if dtype == "int8" else 0
-    per_head = (config.head_dim + padded) * BYTES_PER_VALUE[dtype] + scales
-    per_token = len(config.attention_layers) * config.num_kv_heads * per_head
+    per_token = 0.0
+    for layer in config.attention_layers:
+        shape = config.attention_shape(layer)
+        padded = -(-shape.head_dim // VECTOR) * VECTOR
+        per_head = (shape.head_dim + padded) * BYTES_PER_VALUE[dtype] + scales
+        per_token += shape.num_kv_heads * per_head
     return int(num_pages * PAGE_SIZE * per_token) + num_texts * state_bytes(config)
 
 

@@ -64,6 +64,7 @@ class Layer(NamedTuple):
     experts: Any = None
     shared: Any = None  # the expert that every token uses
     feed_forward: Any = None  # instead of experts, in a dense layer
+    merge: Any = None  # where what experts and the shared expert say is normed
 
 
 class Decoder:
@@ -104,7 +105,8 @@ class Decoder:
             self.trace.begin(PREFILL if len(batch.tokens) > 1 else DECODE)
         if self.rules is not None:
             self.rules.begin(len(batch.tokens))
-        x = b.embed(self.embedding, batch.tokens)  # [num_tokens, hidden_size]
+        # [num_tokens, hidden_size]
+        x = b.embed(self.embedding, batch.tokens, self.config.embedding_scale)
         for index, layer in enumerate(self.layers):
             b.attention(x, layer.attention, kv, index, batch)
             clock.lap("attention")
@@ -142,26 +144,32 @@ class Decoder:
         for ready, addresses in self.source.fetch(index, jobs.experts, jobs.starts):
             clock.lap("waiting")
             if not guessed:  # only now: the loads that this layer waits for are queued already
-                self.guess(h, index)
+                self.guess(x, h, index)
                 guessed = True
                 clock.lap("router")
             b.experts(h, layer.experts, addresses, jobs.take(ready), out)
             clock.lap("experts")
-        b.combine(x, out, routing.weights)
-        if layer.shared is not None:
-            b.feed_forward(x, h, layer.shared)
+        if layer.merge is None:
+            b.combine(x, out, routing.weights)
+            if layer.shared is not None:
+                b.feed_forward(x, h, layer.shared)
+        else:
+            dense, routed = b.branches(x)
+            b.combine(routed, out, routing.weights)
+            b.feed_forward(x, None, layer.shared, dense)
+            b.merge(x, dense, routed, layer.merge)
         clock.lap("experts")
         if self.trace is not None:
             self.trace.record(index, batch.positions, routing)
 
-    def guess(self, h: Array, index: int) -> None:
+    def guess(self, x: Array, h: Array, index: int) -> None:
         """Apply the routers of layers ahead to this layer's hidden state."""
         if self.look_ahead is None:
             return
         for distance in self.look_ahead.distances(index):
             ahead = self.layers[index + distance]
             if ahead.router is not None:
-                guess = self.backend.guess(h, ahead.router)
+                guess = self.backend.guess(x, h, ahead.router)
                 if self.rules is not None:
                     guess = self.rules.apply(index + distance, guess)
                 self.look_ahead.submit(index + distance, guess)

@@ -16,6 +16,8 @@ from tiered.checkpoints.checkpoint import CheckpointError
 from tiered.checkpoints.facts import Facts
 from tiered.config import RopeConfig
 
+MOST_SCALE = 2e30  # what does not rotate at all is written as 1e30
+
 
 def rope_from_hf(facts: Facts, head_dim: int, context_length: int, theta: float) -> RopeConfig:
     """From config.json: `rope_parameters`, or `rope_theta` and `rope_scaling` of older files."""
@@ -30,6 +32,10 @@ def rope_from_hf(facts: Facts, head_dim: int, context_length: int, theta: float)
     kind = inner.text("rope_type", "type", default="default")
     if kind in ("default", "dynamic"):  # dynamic only differs beyond the trained context
         return RopeConfig(theta, dim)
+    if kind == "proportional":  # of the whole head, some pairs rotate as if all did
+        rotating = np.arange(head_dim // 2) < int(fraction * head_dim // 2)
+        scale = np.where(rotating, inner.number("factor", default=1.0), 1e30)
+        return RopeConfig(theta, head_dim, "half", _floats(scale))
     factor = inner.number("factor")
     original = inner.number("original_max_position_embeddings", default=context_length)
     if kind == "linear":
@@ -50,7 +56,7 @@ def rope_from_hf(facts: Facts, head_dim: int, context_length: int, theta: float)
             magnitude = _magnitude(factor, mscale[0]) / _magnitude(factor, mscale[1])
         magnitude = inner.number("attention_factor", default=magnitude)
         return RopeConfig(theta, dim, "half", _floats(scale), magnitude)
-    raise facts.error("rope_type", kind, "default, linear, dynamic, llama3 or yarn")
+    raise facts.error("rope_type", kind, "default, linear, dynamic, llama3, yarn or proportional")
 
 
 def score_magnitude_from_hf(facts: Facts) -> float:
@@ -97,7 +103,7 @@ def _checked_dim(facts: Facts, theta: float, dim: int, head_dim: int) -> int:
 
 
 def _floats(values: np.ndarray) -> tuple[float, ...]:
-    if not ((values > 0) & (values < 1e30)).all():
+    if not ((values > 0) & (values <= MOST_SCALE)).all():
         raise ValueError("the scaling of the rotary embedding must be positive")
     return tuple(float(value) for value in values)
 

@@ -233,6 +233,13 @@ def _checked(tensor: Tensor, num_dimensions: int) -> Tensor:
     return tensor
 
 
+OUTPUT_NORMS = (
+    "attention_out_norm",
+    "shared.norm",
+    "shared.out_norm",
+    "experts_out_norm",
+    "ffn_out_norm",
+)
 Expected = tuple[str, tuple[int, ...], bool]  # canonical name, shape, whether it must be there
 
 
@@ -245,17 +252,20 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
     for index in range(config.num_layers):
         layer = f"layers.{index}"
         yield f"{layer}.attention_norm", (hidden,), True
-        attention = _latent_attention if config.latent.kv_rank else _attention
-        attention = _delta if index in config.delta_layers else attention
-        for name, shape, required in attention(config):
+        for name, shape, required in _in_place_of_attention(config, index):
             yield f"{layer}.{name}", shape, required
         yield f"{layer}.ffn_norm", (hidden,), True
+        for name in OUTPUT_NORMS if config.output_norms else ():
+            yield f"{layer}.{name}", (hidden,), True
+        yield f"{layer}.scale", (1,), False
         if not config.is_sparse(index):
             yield from _feed_forward(f"{layer}.ffn", hidden, config.ffn_size)
             continue
         yield f"{layer}.router", (config.num_experts, hidden), True
         yield f"{layer}.router_bias", (config.num_experts,), False
         yield f"{layer}.router_correction", (config.num_experts,), False
+        yield f"{layer}.router_norm", (hidden,), False
+        yield f"{layer}.router_scales", (config.num_experts,), config.expert_scales
         if config.expert_biases:
             for name, size in ("gate", expert_size), ("up", expert_size), ("down", hidden):
                 yield f"{layer}.experts_bias.{name}", (config.num_experts, size), True
@@ -266,12 +276,20 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
             yield f"{layer}.shared.scale", (1, hidden), False
 
 
-def _attention(config: ModelConfig) -> Iterator[Expected]:
-    hidden, head_dim = config.hidden_size, config.head_dim
-    q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+def _in_place_of_attention(config: ModelConfig, index: int) -> Iterator[Expected]:
+    if index in config.delta_layers:
+        return _delta(config)
+    return _latent_attention(config) if config.latent.kv_rank else _attention(config, index)
+
+
+def _attention(config: ModelConfig, index: int) -> Iterator[Expected]:
+    """Where layers differ, those with the other shape may make values of the matrix for keys."""
+    hidden, shape = config.hidden_size, config.attention_shape(index)
+    head_dim = shape.head_dim
+    q_size, kv_size = config.num_heads * head_dim, shape.num_kv_heads * head_dim
     gates = q_size if config.gated_attention else 0  # head by head: queries, then gates
     for name, size in ("q", q_size + gates), ("k", kv_size), ("v", kv_size):
-        yield name, (size, hidden), True
+        yield name, (size, hidden), name != "v" or shape is not config.full_shape
         yield f"{name}_bias", (size,), False
     yield "o", (hidden, q_size), True
     yield "o_bias", (hidden,), False

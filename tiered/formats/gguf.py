@@ -10,6 +10,7 @@ from typing import Any
 from tiered import models
 from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.checkpoints.gguf_header import MAGIC, Metadata, read_header
+from tiered.checkpoints.rope import MOST_SCALE
 from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors
 from tiered.config import ModelConfig
 
@@ -95,7 +96,8 @@ def _parts(path: Path) -> list[Path]:
 
 def _with_rope_factors(checkpoint: Checkpoint, factors: Tensor) -> ModelConfig:
     """Llama-3 scaling comes as a tensor with one divisor per frequency."""
-    rope = checkpoint.config.rope
+    config = checkpoint.config  # where layers differ, only some have it
+    rope = (config.full_shape or config.own_shape).rope
     values = checkpoint.view(factors)
     half = rope.dim // 2
     if factors.format != "f32" or factors.shape != (half,):
@@ -103,8 +105,11 @@ def _with_rope_factors(checkpoint: Checkpoint, factors: Tensor) -> ModelConfig:
             f"{factors.file}: tensor 'rope_freqs.weight' must be F32 with {half} values"
         )
     scale = [float(value) for value in values.view("<f4")]
-    if not all(0 < value < 1e30 for value in scale):
+    if not all(0 < value <= MOST_SCALE for value in scale):
         raise CheckpointError(f"{factors.file}: tensor 'rope_freqs.weight' is damaged")
     if rope.inv_freq_scale:
         scale = [a * b for a, b in zip(scale, rope.inv_freq_scale, strict=True)]
-    return replace(checkpoint.config, rope=replace(rope, inv_freq_scale=tuple(scale)))
+    rope = replace(rope, inv_freq_scale=tuple(scale))
+    if config.full_shape is not None:
+        return replace(config, full_shape=replace(config.full_shape, rope=rope))
+    return replace(config, rope=rope)

@@ -20,7 +20,7 @@ from time import perf_counter
 
 import numpy as np
 
-from tiered.backend import Backend, default_threads, open_cpu
+from tiered.backend import Backend, RouterWeights, default_threads, open_cpu
 from tiered.config import EngineConfig, ModelConfig
 from tiered.experts import ExpertJobs, ExpertLayout, Routing, group_by_expert
 from tiered.memory import default_limit
@@ -78,7 +78,9 @@ class ExpertBench:
         rng = np.random.default_rng(0)
         floats = rng.standard_normal((self.num_experts, hidden), np.float32)
         self._table = backend.matrix(floats.view(np.uint8).reshape(-1), "f32", floats.shape)
-        self._router = backend.router_layer(np.ones(hidden, np.float32), self._table, config)
+        self._router = backend.router_layer(
+            RouterWeights(np.ones(hidden, np.float32), self._table), config
+        )
         self._layer = backend.expert_layer(layout, config)
         self._blobs = np.zeros((self.num_experts, layout.nbytes + 64), np.uint8)
         self._blobs[:, ::97] = 1  # zeros would do for the time, too; pages have to exist

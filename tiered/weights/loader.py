@@ -13,6 +13,8 @@ from tiered.backend import (
     ExpertBiases,
     FeedForwardWeights,
     LatentWeights,
+    MergeWeights,
+    RouterWeights,
 )
 from tiered.checkpoints.checkpoint import CheckpointError, Tensor
 from tiered.checkpoints.damage import damaged
@@ -65,7 +67,8 @@ class WeightLoader:
 
     def output(self) -> Any:
         head = "head" if "head" in self.checkpoint.tensors else "embed"
-        return self.backend.output_layer(self.norm("norm"), self.matrix(head), self.config)
+        norm = self.norm("norm") * np.float32(self.config.logit_scale)
+        return self.backend.output_layer(norm, self.matrix(head), self.config)
 
     def required(self, name: str) -> np.ndarray:
         self.required_tensor(name)
@@ -106,12 +109,13 @@ class WeightLoader:
             self.norm(prefix + "attention_norm"),
             q,
             self.steering(prefix + "k"),
-            self.matrix(prefix + "v"),
+            self.matrix(prefix + ("v" if prefix + "v" in self.checkpoint.tensors else "k")),
             self.matrix(prefix + "o"),
             self.norm(prefix + "q_norm", required=False),
             self.norm(prefix + "k_norm", required=False),
             self.vector(prefix + "sinks"),
             gate,
+            self.norm(prefix + "attention_out_norm", required=False),
         )
         return self.backend.attention_layer(weights, self.config, index)
 
@@ -213,15 +217,36 @@ class WeightLoader:
         assert store is not None
         shared = None
         if config.shared_expert_size:
-            shared = self.backend.feed_forward_layer(self.feed_forward(prefix + "shared"), config)
+            weights = self.feed_forward(prefix + "shared")
+            own_norm = self.norm(prefix + "shared.norm") if config.output_norms else None
+            shared = self.backend.feed_forward_layer(weights, config, own_norm)
         return Layer(
             attention,
-            self.backend.router_layer(
-                norm,
-                self.steering(prefix + "router"),
-                config,
-                self.vector(prefix + "router_correction"),
-            ),
+            self.backend.router_layer(self.router(index, norm), config),
             self.backend.expert_layer(store.layout(index), config, self.expert_biases(index)),
             shared,
+            merge=self.merge(prefix) if config.output_norms else None,
         )
+
+    def router(self, index: int, norm: np.ndarray) -> RouterWeights:
+        prefix = f"layers.{index}.router"
+        own_norm = self.vector(f"{prefix}_norm")
+        if own_norm is not None:
+            own_norm = own_norm * np.float32(self.config.hidden_size**-0.5)
+        return RouterWeights(
+            norm,
+            self.steering(prefix),
+            self.vector(f"{prefix}_correction"),
+            own_norm,
+            self.vector(f"{prefix}_scales"),
+        )
+
+    def merge(self, prefix: str) -> Any:
+        scale = self.vector(prefix + "scale")
+        weights = MergeWeights(
+            self.norm(prefix + "shared.out_norm"),
+            self.norm(prefix + "experts_out_norm"),
+            self.norm(prefix + "ffn_out_norm"),
+            1.0 if scale is None else float(scale[0]),
+        )
+        return self.backend.merge_layer(weights, self.config)

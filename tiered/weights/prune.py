@@ -26,6 +26,8 @@ COUNTS = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_expert
 Kept = Mapping[int, Sequence[int]]  # by layer: the experts that stay, in ascending order
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
+# Canonical names whose first axis counts experts.
+_OF_EXPERTS = re.compile(r"\.(experts\.\*.*|experts_bias.*|router(_bias|_correction|_scales)?)$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
@@ -117,7 +119,7 @@ def _pieces(file: Path, source: Path, config: ModelConfig, kept: Kept) -> Iterat
             layer, expert = numbers
             if expert in kept[layer]:
                 yield _whole(tensor, _renumbered(tensor.name, kept[layer].index(expert)))
-        elif re.search(r"\.(experts\.\*|experts_bias|router)", pattern):
+        elif _OF_EXPERTS.search(pattern):
             yield _rows(tensor, kept[numbers[0]], config.num_experts)
         else:
             yield _whole(tensor, tensor.name)

@@ -39,14 +39,15 @@ def test_formats_agree_with_the_gguf_package(format):
 def test_tensors_are_those_of_the_gguf_package(tmp_path, model_type, options):
     file = tiny.gguf_checkpoint(tmp_path / "tiny.gguf", model_type, **options)
     reader = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    kind = tiny.KINDS[model_type]
     with open_checkpoint(file) as checkpoint:
         layer = "layers.1.experts.5." if model_type != "llama" else "layers.1.ffn."
         exps = "_exps" if model_type != "llama" else ""
         for name, stored in (
             ("embed", "token_embd.weight"),
             ("layers.1.o", "blk.1.attn_output.weight"),
-            ("layers.0.ffn_norm", f"blk.0.{tiny.KINDS[model_type].ffn_norm}.weight"),
-            (layer + "gate", f"blk.1.ffn_gate{exps}.weight"),
+            (tiny.after_attention(model_type, 0), f"blk.0.{kind.ffn_norm}.weight"),
+            *([] if kind.gemma else [(layer + "gate", f"blk.1.ffn_gate{exps}.weight")]),
             (layer + "down", f"blk.1.ffn_down{exps}.weight"),
         ):
             expected = reader[stored].data

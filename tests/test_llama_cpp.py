@@ -11,6 +11,7 @@ llama_cpp = pytest.importorskip("llama_cpp")
 PROMPT, NUM_TOKENS = list(range(3, 43)), 24
 # Its OLMoE wants as many heads of keys as of queries, its V2 knows Lite by the number of layers,
 # and for gpt-oss it rounds YaRN's range, which the model was not trained with.
+ROUNDED = {"gemma4", "gemma4_text"}  # its GELU is a table in half precision
 LEFT_OUT = {"olmoe", "deepseek_v2", "gpt_oss"}
 
 
@@ -29,5 +30,6 @@ def test_the_same_logits_and_tokens(model_type, tmp_path):
         token = int(model.scores[model.n_tokens - 1].argmax())
     model.close()
     with Engine(file, quantize="none", kv_dtype="f32", threads=2) as engine:
-        assert np.abs(engine.logits(PROMPT) - logits).max() <= 1e-5 * np.ptp(logits)
+        tolerance = 1e-4 if model_type in ROUNDED else 1e-5
+        assert np.abs(engine.logits(PROMPT) - logits).max() <= tolerance * np.ptp(logits)
         assert list(engine.generate_tokens(PROMPT, NUM_TOKENS)) == tokens

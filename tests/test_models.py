@@ -28,9 +28,14 @@ FACTS = {
     "qwen3_next": dict(delta_layers={0}, gated_attention=True, shared_expert_size=96),
     "qwen3_5_moe": dict(delta_layers={0}, gated_attention=True, normalize_top_k=True),
     "qwen3_5_moe_text": dict(delta_layers={0}, gated_attention=True, qk_norm="head"),
+    "gemma4": dict(qk_norm="head", value_norm=True, output_norms=True, expert_scales=True,
+                   query_scale=1.0, activation="gelu_tanh", embedding_scale=8.0,
+                   logit_softcap=20.0, sliding_window=24, full_layers={1}, shared_expert_size=96,
+                   num_kv_heads=2, head_dim=16),
+    "gemma4_text": dict(num_experts=8, expert_size=64, normalize_top_k=True),
     "glm4_moe_lite": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
 }  # fmt: skip
-HF_NAMES_IT = {"qwen3_5_moe_text": "qwen3_5_moe"}  # others: itself
+HF_NAMES_IT = {"qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4"}  # others: itself
 GGUF_NAMES_IT = {"deepseek_v3": "deepseek_v2", "glm4_moe_lite": "deepseek_v2", **HF_NAMES_IT}
 
 
@@ -56,6 +61,10 @@ def test_both_kinds_of_files_say_the_same(tmp_path, model_type):
         assert names[0] == names[1]
         assert a.config.rope.dim == b.config.rope.dim
         assert a.config.rope.pairs == ("adjacent" if model_type in ADJACENT else "half")
+        shapes = [(s.num_kv_heads, s.head_dim, s.rope.theta, np.array(s.rope.inv_freq_scale))
+                  for s in (c.attention_shape(1) for c in (a.config, b.config))]  # fmt: skip
+        assert shapes[0][:3] == shapes[1][:3]
+        assert np.allclose(shapes[0][3], shapes[1][3], rtol=1e-5)
         adjacent = model_type in (*ADJACENT, *tiny.ADJACENT)
         assert b.config.rope.pairs == ("adjacent" if adjacent else "half")
 

@@ -87,8 +87,10 @@ PROMPT = np.random.default_rng(0).integers(3, 384, 40).tolist()
 
 
 def corrections(model):
-    """What is added to scores, where the choice of experts is corrected: no parameters."""
-    return [(name, b) for name, b in model.named_buffers() if "e_score_correction" in name]
+    """Weights that are no parameters: what is added to scores to choose experts by, and Gemma's
+    scale of a layer."""
+    names = ("e_score_correction_bias", "layer_scalar")
+    return [(name, b) for name, b in model.named_buffers() if name.endswith(names)]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -149,4 +151,6 @@ def test_a_f16_kv_cache_stays_close(reference):
         expected = model(torch.tensor([PROMPT])).logits[0].numpy()
     with Engine(folder, quantize="none", threads=2) as engine:
         got = engine.logits(PROMPT)
-    assert np.abs(got - expected).max() <= 1e-3 * np.ptp(expected)
+    # Gemma does not divide scores by the root of a head's size: they round more.
+    tolerance = 3e-3 if model.config.model_type == "gemma4_text" else 1e-3
+    assert np.abs(got - expected).max() <= tolerance * np.ptp(expected)

@@ -9,9 +9,10 @@ from cpu_kernels.embed import Embedding
 from cpu_kernels.head import Head, OutputLayer
 from cpu_kernels.isa import choose
 from cpu_kernels.linear import Matrix
+from cpu_kernels.merge import Merge, MergeLayer
 from cpu_kernels.route import Router, RouterLayer
 from cpu_kernels.team import Team
-from tiered.backend import RouterWeights
+from tiered.backend import MergeWeights, RouterWeights
 
 EPS = 1e-5
 
@@ -51,6 +52,7 @@ def naive_choice(logits, c, correction=None):
 
 def config(num_experts, top_k, hidden_size, normalize=True, **more):
     given = dict(router_scoring="softmax", routing_scale=1.0, expert_groups=1, used_groups=1)
+    given |= dict(logit_softcap=0.0)
     return SimpleNamespace(
         num_experts=num_experts,
         top_k=top_k,
@@ -109,6 +111,43 @@ def test_other_scores_corrections_and_groups(team, more, normalize, corrected):
         experts, weights = naive_choice(weight @ h, c, correction)
         assert routing.experts[row].tolist() == experts
         np.testing.assert_allclose(routing.weights[row], weights, rtol=5e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 37])
+def test_a_norm_and_scales_of_its_own(team, num_rows):
+    """Experts see x by one norm, the router by another; its weights are scaled expert by expert."""
+    c, random = config(8, 3, 32), np.random.default_rng(6)
+    x = random.standard_normal((num_rows, 32)).astype(np.float32)
+    norm, own_norm = random.random((2, 32)).astype(np.float32) + 0.5
+    scales = random.random(8).astype(np.float32) + 0.5
+    weight = random.standard_normal((8, 32))
+    layer = RouterLayer(
+        RouterWeights(norm, float_matrix(weight), own_norm=own_norm, scales=scales), c
+    )
+    router = Router(team)
+    h, routing = router.route(x, layer)
+    np.testing.assert_allclose(h, naive_norm(x, norm), rtol=1e-5, atol=1e-6)
+    for row, own in enumerate(naive_norm(x, own_norm)):
+        experts, weights = naive_choice(weight @ own, c)
+        assert routing.experts[row].tolist() == experts
+        np.testing.assert_allclose(routing.weights[row], weights * scales[experts], rtol=5e-5)
+    guess = router.guess(x, np.full_like(h, np.nan), layer)
+    assert (guess.experts == routing.experts).all() and (guess.weights == routing.weights).all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 37])
+def test_branches_are_normed_and_merged(team, num_rows):
+    random = np.random.default_rng(7)
+    x, dense, routed = random.standard_normal((3, num_rows, 33)).astype(np.float32)
+    norms = random.random((3, 33)).astype(np.float32) + 0.5
+    layer, merge = MergeLayer(MergeWeights(*norms, 0.7), config(8, 2, 33)), Merge(team)
+    branches = merge.branches(x)
+    assert all((branch == 0).all() and branch.shape == x.shape for branch in branches)
+    branches[0][:], branches[1][:] = dense, routed
+    sum = naive_norm(dense, norms[0]) + naive_norm(routed, norms[1])
+    expected = (x + naive_norm(sum, norms[2])) * 0.7
+    merge.run(x, *branches, layer)
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
 
 
 def route_logits(team, logits, top_k, normalize=True):
@@ -172,6 +211,11 @@ def test_embedding_and_head(team):
     logits = head.run(x, np.array([2, 0]), layer)
     reference = naive_norm(x[[2, 0]], norm) @ table.T
     np.testing.assert_allclose(logits, reference, rtol=1e-4, atol=1e-4)
+    capped = OutputLayer(norm, matrix, config(0, 0, hidden_size, logit_softcap=2.5))
+    logits = head.run(x, np.array([2, 0]), capped)
+    np.testing.assert_allclose(logits, 2.5 * np.tanh(reference / 2.5), rtol=1e-4, atol=1e-4)
+    scaled = Embedding(team).run(matrix, tokens, 3.5)
+    assert (scaled == table[tokens].astype(np.float32) * np.float32(3.5)).all()
     assert head.run(x, np.array([], np.int32), layer).shape == (0, vocab_size)
     with pytest.raises(IndexError, match="rows"):
         head.run(x, np.array([4]), layer)

@@ -31,7 +31,7 @@ def test_what_was_written_is_read(tmp_path, model_type, dtype, tolerance):
             ("embed", prefix + "embed_tokens.weight"),
             ("norm", prefix + "norm.weight"),
             ("layers.1.o", layer + "self_attn.o_proj.weight"),
-            ("layers.1.ffn_norm", layer + "post_attention_layernorm.weight"),
+            (tiny.after_attention(model_type, 1), layer + "post_attention_layernorm.weight"),
         ):
             got = checkpoint.float32(name)
             assert got.shape == expected[stored].shape
@@ -48,7 +48,8 @@ def test_every_tensor_has_its_place(tmp_path, model_type):
             parts = stored.replace("language_model.", "").split(".")
             if parts[-2] in words and parts[-1] == "weight":
                 kind = ("experts." + parts[-3] if "experts" in parts else
-                        "shared" if "shared_expert" in stored else "ffn")  # fmt: skip
+                        "shared" if "shared_expert" in stored or "gemma" in model_type else
+                        "ffn")  # fmt: skip
                 name = f"layers.{parts[2]}.{kind}.{words[parts[-2]]}"
                 assert np.array_equal(checkpoint.float32(name), values)
 

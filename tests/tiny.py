@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+import tiny_gemma4
 from pack import bf16, pack
 
 SIZES = dict(vocab=320, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, experts=8, top_k=2)
@@ -39,6 +40,7 @@ class Kind(NamedTuple):
     dense: tuple[int, ...] = ()  # layers without experts
     half_rope: bool = False
     delta: str = ""  # Qwen's DeltaNet in all but every second layer; its rows "mixed" or "apart"
+    gemma: bool = False  # see tiny_gemma4
     prefix: str = "model."
 
 
@@ -67,11 +69,20 @@ KINDS = {
     "qwen3_next": _QWEN._replace(gguf="qwen3next", delta="mixed"),
     "qwen3_5_moe": _QWEN._replace(prefix="model.language_model."),
     "qwen3_5_moe_text": _QWEN,
+    "gemma4": Kind("gemma4", ffn_norm="post_attention_norm", gemma=True,
+                   prefix="model.language_model."),
+    "gemma4_text": Kind("gemma4", ffn_norm="post_attention_norm", gemma=True),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
 DENSE = "llama"
 ADJACENT = "llama", "mixtral"  # GGUF has the values that rotate together side by side, HF not
+
+
+def after_attention(model_type: str, layer: int) -> str:
+    """The canonical name of what is mostly called post_attention_layernorm."""
+    name = "attention_out_norm" if KINDS[model_type].gemma else "ffn_norm"
+    return f"layers.{layer}.{name}"
 
 
 class Weight(NamedTuple):
@@ -100,6 +111,9 @@ class _Weights:
         else:
             values = 1 + np.float32(0.1) * values
         self.found.append(Weight(hf + ("" if is_bias else ".weight"), gguf, values))
+
+    def add_values(self, hf: str, gguf: str, values: np.ndarray) -> None:
+        self.found.append(Weight(hf, gguf, values))
 
     def matrix(self, *shape: int) -> np.ndarray:
         return self.rng.standard_normal(shape, np.float32) / np.sqrt(np.float32(shape[-1]))
@@ -255,6 +269,10 @@ def weights(model_type: str, seed: int = 0, tied: bool = False, **sizes: int) ->
         hf, gg = f"{kind.prefix}layers.{i}.", f"blk.{i}."
         w.norm(hf + "input_layernorm", gg + "attn_norm.weight", hidden)
         w.norm(hf + "post_attention_layernorm", f"{gg}{kind.ffn_norm}.weight", hidden)
+        if kind.gemma:
+            tiny_gemma4.add_attention(w, hf + "self_attn.", gg, i)
+            tiny_gemma4.add_rest(w, hf, gg)
+            continue
         attention = w.latent_attention if kind.latent else w.attention
         if kind.delta and i % 2 == 0:
             w.delta(hf + "linear_attn.", gg)
@@ -286,7 +304,7 @@ def hf_config(model_type: str, **sizes: Any) -> dict[str, Any]:
             qk_nope_head_dim=s["nope_dim"], qk_rope_head_dim=s["rope_dim"], head_dim=s["rope_dim"],
             num_key_value_heads=s["heads"],
         )  # fmt: skip
-    config |= _hf_feed_forward(model_type, kind, s)
+    config |= tiny_gemma4.hf_config(s) if kind.gemma else _hf_feed_forward(model_type, kind, s)
     if kind.delta:
         config |= dict(
             linear_num_key_heads=s["key_heads"], linear_num_value_heads=s["value_heads"],
@@ -294,8 +312,8 @@ def hf_config(model_type: str, **sizes: Any) -> dict[str, Any]:
             linear_conv_kernel_dim=s["conv_size"], full_attention_interval=2,
             partial_rotary_factor=0.25,
         )  # fmt: skip
-    if model_type == "qwen3_5_moe":  # which also sees images
-        text = config | dict(model_type="qwen3_5_moe_text")
+    if model_type in ("qwen3_5_moe", "gemma4"):  # which also see images
+        text = config | dict(model_type=f"{model_type}_text")
         return dict(model_type=model_type, text_config=text, tie_word_embeddings=False)
     return config
 
@@ -438,6 +456,8 @@ def gguf_checkpoint(
         sizes = {**K_QUANT_SIZES, **sizes}
     tensors = [w for w in weights(model_type, seed, tied, **sizes) if w.gguf]
     tensors += list(_fused(weights(model_type, seed, tied, **sizes)))
+    if KINDS[model_type].gemma:
+        rope_factors = tiny_gemma4.rope_factors({**SIZES, **sizes}).tolist()
     if rope_factors is not None:
         factors = np.array(rope_factors, np.float32)
         tensors.append(Weight("", "rope_freqs.weight", factors))
@@ -490,6 +510,7 @@ def _format_of(weight: Weight, format: str, formats: dict[str, str]) -> str:
         or name.endswith("bias")
         or "ffn_gate_inp" in name
         or "conv1d" in name
+        or name.endswith(".scale")
     ):
         return "f32"  # as llama.cpp does: norms, biases and routers
     return next((kind for part, kind in formats.items() if part in weight.gguf), format)
@@ -505,6 +526,8 @@ def _write_metadata(writer: Any, model_type: str, s: dict[str, int], more: dict[
         _write_delta(writer, kind, s)
     if kind.latent:
         _write_latent(writer, kind, s)
+    elif kind.gemma:
+        tiny_gemma4.write_metadata(writer, s)
     else:
         writer.add_head_count_kv(s["kv_heads"])
         writer.add_key_length(s["head_dim"])
@@ -512,7 +535,8 @@ def _write_metadata(writer: Any, model_type: str, s: dict[str, int], more: dict[
         part = 4 if kind.delta else 2 if kind.half_rope else 1
         writer.add_rope_dimension_count(s["head_dim"] // part)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
+    if not kind.gemma:
+        writer.add_rope_freq_base(10_000.0)
     _write_feed_forward(writer, model_type, kind, s)
     for key, value in more.items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32
@@ -527,8 +551,9 @@ def _write_metadata(writer: Any, model_type: str, s: dict[str, int], more: dict[
 
 
 def _write_feed_forward(writer: Any, model_type: str, kind: Kind, s: dict[str, int]) -> None:
-    writer.add_feed_forward_length(s["ffn_size"] if kind.dense or not kind.experts else
-                                   s["expert_size"])  # fmt: skip
+    if not kind.gemma:
+        is_dense = kind.dense or not kind.experts
+        writer.add_feed_forward_length(s["ffn_size"] if is_dense else s["expert_size"])
     if kind.experts is None:
         return
     writer.add_expert_count(s["experts"])

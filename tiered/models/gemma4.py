@@ -39,8 +39,12 @@ TEXT_NAMES: Names = {
     },
 }
 HF_NAMES: Names = {
-    LANGUAGE_PREFIX + name.removeprefix(PREFIX) if name.startswith(PREFIX) else name: canonical
-    for name, canonical in TEXT_NAMES.items()
+    **TEXT_NAMES,
+    **{
+        LANGUAGE_PREFIX + name.removeprefix(PREFIX): canonical
+        for name, canonical in TEXT_NAMES.items()
+        if name.startswith(PREFIX)
+    },
 }
 GGUF_NAMES: Names = {
     **GGUF,
@@ -72,13 +76,12 @@ FIXED: dict[str, Any] = {
 
 
 def from_hf(facts: Facts) -> ModelConfig:
-    """The language model of a config.json that describes images and sounds, too."""
-    values = dict(facts.mapping("text_config")) if "text_config" in facts else dict(facts.values)
-    values.setdefault("eos_token_id", facts.find("eos_token_id", default=[]))
-    return text_from_hf(Facts(values, facts.source))
-
-
-def text_from_hf(facts: Facts) -> ModelConfig:
+    """Of a config.json that describes images and sounds, too, the text part is read."""
+    if "text_config" in facts:
+        values = {"eos_token_id": facts.find("eos_token_id", default=None)}
+        text = facts.mapping("text_config").items()
+        values |= {name: value for name, value in text if value is not None}
+        facts = Facts(values, facts.source)
     if not facts.flag("enable_moe_block", default=False):
         raise facts.error("enable_moe_block", False, "true: only Gemma 4 with experts is supported")
     for name in ("hidden_size_per_layer_input", "num_kv_shared_layers"):

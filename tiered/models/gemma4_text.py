@@ -1,14 +1,8 @@
-"""Gemma 4's language model alone."""
+"""What transformers calls Gemma 4's text part when it stands alone."""
 
-from tiered.models.gemma4 import (
-    GGUF_NAMES,
-    HAS_EXPERTS,
-    TEXT_NAMES,
-    from_gguf,
-)
-from tiered.models.gemma4 import text_from_hf as from_hf
+from tiered.models.gemma4 import GGUF_NAMES, HF_NAMES, from_gguf, from_hf
 
 GGUF_ARCHITECTURE = ""  # gemma4's
-HF_NAMES = TEXT_NAMES
+HAS_EXPERTS = True
 
 __all__ = ["GGUF_ARCHITECTURE", "GGUF_NAMES", "HAS_EXPERTS", "HF_NAMES", "from_gguf", "from_hf"]

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +37,13 @@ NAME = "tiered"
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 # What experts are called in checkpoints: passed over, and not reported as unexpected.
 _IN_FILES = r"\.experts\.(gate_up_proj|down_proj|\d+\.)"
+
+
+# By the names that ModelConfig has for them.
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+}
 
 
 class TieredConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -137,16 +146,23 @@ def _is_experts(module: Any) -> bool:
 
 
 def _check(name: str, module: Any) -> None:
-    """ValueError unless the module computes down(silu(gate x) * up x), as our kernels do."""
-    one = torch.ones(1, device="cpu")
+    """ValueError unless the module computes down(activation(gate x) * up x), as our kernels do."""
     gates_otherwise = "integrations" not in type(module)._apply_gate.__module__
     other = module.has_bias or not getattr(module, "has_gate", True)
     other = other or getattr(module, "has_post_expert_norm", False) or gates_otherwise
-    if other or not torch.equal(module.act_fn(one), torch.nn.functional.silu(one)):
+    if other or _activation(module) is None:
         raise ValueError(
             f"{name}: {type(module).__name__} computes its experts in another way than "
-            "down(silu(gate x) * up x), which is what there are kernels for"
+            f"down(activation(gate x) * up x) with {' or '.join(_ACTIVATIONS)}, which is what "
+            "there are kernels for"
         )
+
+
+def _activation(module: Any) -> str | None:
+    """Which of them the module's is, by what it makes of a few numbers."""
+    x = torch.linspace(-3, 3, 7, device="cpu")
+    same = (name for name, f in _ACTIVATIONS.items() if torch.allclose(module.act_fn(x), f(x)))
+    return next(same, None)
 
 
 def _place(name: str, module: Any, experts: StandaloneExperts) -> Place:
@@ -154,6 +170,8 @@ def _place(name: str, module: Any, experts: StandaloneExperts) -> Place:
     match, config, path = _LAYER.search(name), experts.config, experts.checkpoint.path
     if match is None or int(match[1]) not in config.sparse_layers:
         raise ValueError(f"{path} has no experts for {name}")
+    if _activation(module) != config.activation:
+        raise ValueError(f"{path} has experts with {config.activation}, {name} has others")
     theirs = module.num_experts, module.hidden_dim, module.intermediate_dim
     ours = config.num_experts, config.hidden_size, config.expert_size
     if theirs != ours:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels.attention import Attention, AttentionLayer, kv_pages
-from cpu_kernels.delta import DeltaLayer, DeltaNet, RecurrentState
+from cpu_kernels.delta import DeltaLayer, DeltaNet
 from cpu_kernels.embed import Embedding
 from cpu_kernels.experts import Combine, ExpertLayer
 from cpu_kernels.feed_forward import FeedForwardLayer
@@ -22,7 +22,9 @@ from cpu_kernels.latent import LatentAttentionLayer
 from cpu_kernels.linear import Matrix
 from cpu_kernels.merge import Merge, MergeLayer
 from cpu_kernels.record import Scratch
+from cpu_kernels.recurrent import RecurrentState
 from cpu_kernels.route import Router, RouterLayer, Routing
+from cpu_kernels.short_conv import ConvLayer, ShortConv
 from cpu_kernels.team import Team
 from cpu_kernels.workspace import Workspace
 
@@ -47,6 +49,7 @@ class CpuBackend:
         self._embedding = Embedding(self._team)
         self._attention = Attention(self._team)
         self._delta = DeltaNet(self._team)
+        self._conv = ShortConv(self._team)
         self._router = Router(self._team)
         # Look-ahead may run beside the forward pass, and must not use its memory.
         self._guesser = Router(self._team)
@@ -72,6 +75,9 @@ class CpuBackend:
 
     def delta_layer(self, weights: Any, config: Any, number: int) -> DeltaLayer:
         return self._delta.layer(weights, config, number)
+
+    def conv_layer(self, weights: Any, config: Any, number: int) -> ConvLayer:
+        return self._conv.layer(weights, config, number)
 
     def recurrent_state(self, config: Any) -> RecurrentState:
         return RecurrentState(config)
@@ -106,6 +112,8 @@ class CpuBackend:
     def attention(self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
         if isinstance(layer, DeltaLayer):
             self._delta.run(x, layer, batch)
+        elif isinstance(layer, ConvLayer):
+            self._conv.run(x, layer, batch)
         else:
             self._attention.run(x, layer, kv, index, batch)
 

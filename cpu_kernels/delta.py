@@ -11,26 +11,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpu_kernels.delta_rule import (
-    COLUMNS,
-    add_product,
-    clear,
-    delta_step,
-    dot,
-)
-from cpu_kernels.gating import sigmoid, silu, silu_multiply
+from cpu_kernels.delta_rule import COLUMNS, clear, delta_step, dot
+from cpu_kernels.gating import sigmoid, silu_multiply
 from cpu_kernels.inner import inner
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
-from cpu_kernels.memory import load_f32, load_i32, store_f32, word
+from cpu_kernels.memory import load_f32, store_f32, word
 from cpu_kernels.norm import add, apply_norm, rms_norm_rows, rms_scale, scaled_copy
 from cpu_kernels.record import Record, Scratch, fields, floats
+from cpu_kernels.recurrent import RUNS, convolve, run_at, runs_of
 from cpu_kernels.team import Team, barrier, next_task, op, share
 
-# A batch: `runs` has int64 [num_runs, 3]: the first of rows that follow each other in one text, how
-# many, and the address of that text's state.
+# A batch; `runs` is a record of RUNS.
 DELTA_BATCH = fields(
-    "x num_rows num_runs runs positions normed prepared mixed_in mixed z b a decays betas products "
-    "out values"
+    "x num_rows runs normed prepared mixed_in mixed z b a decays betas products out values"
 )
 # A layer: `state` and `history` are where it begins in a text's state, `conv` is [size, channels].
 DELTA = fields(
@@ -38,48 +31,6 @@ DELTA = fields(
     "num_key_heads num_value_heads key_dim value_dim is_tiled history state"
 )
 NORM_EPS = np.float32(1e-6)  # of queries and keys
-
-
-@inner
-def _run(batch, number):
-    """First row, number of rows, state and whether it is the text's beginning."""
-    runs = word(batch, DELTA_BATCH.runs)
-    first, count = word(runs, 3 * number), word(runs, 3 * number + 1)
-    fresh = load_i32(word(batch, DELTA_BATCH.positions), first) == 0
-    return first, count, word(runs, 3 * number + 2), fresh
-
-
-@inner
-def _convolve(layer, batch, thread, num_threads):
-    """This thread's channels: each token's, and those of the tokens before, weighted; SiLU."""
-    channels, size = word(layer, DELTA.channels), word(layer, DELTA.conv_size)
-    source, target = word(batch, DELTA_BATCH.mixed_in), word(batch, DELTA_BATCH.mixed)
-    weights, row = word(layer, DELTA.conv), 4 * channels
-    lo, hi = share((channels + 15) // 16, thread, num_threads)
-    lo, hi = 16 * lo, min(16 * hi, channels)
-    if hi <= lo:
-        return
-    for number in range(word(batch, DELTA_BATCH.num_runs)):
-        first, count, state, fresh = _run(batch, number)
-        history = state + word(layer, DELTA.history) + 4 * lo  # the last size - 1 tokens
-        if fresh:
-            for i in range(size - 1):
-                clear(history + i * row, hi - lo)
-        for i in range(first, first + count):
-            out = target + i * row + 4 * lo
-            for j in range(size):
-                before = i - first - (size - 1) + j  # the token, counted from the run's first
-                at = source + (first + before) * row + 4 * lo
-                if before < 0:
-                    at = history + (before + size - 1) * row
-                add_product(at, weights + j * row + 4 * lo, out, hi - lo, 1 if j == 0 else 0)
-            silu(out, hi - lo)
-        for i in range(size - 1):  # in order: what is read lies ahead of what is written
-            before = count - (size - 1) + i
-            at = source + (first + before) * row + 4 * lo
-            if before < 0:
-                at = history + (before + size - 1) * row
-            scaled_copy(at, history + i * row, hi - lo, np.float32(1.0))
 
 
 @inner
@@ -123,12 +74,13 @@ def _scan(layer, batch, team):
     channels, per_key = word(layer, DELTA.channels), value_heads // key_heads
     num_blocks = value_dim // COLUMNS
     mixed, values = word(batch, DELTA_BATCH.mixed), word(batch, DELTA_BATCH.values)
-    num_tasks = word(batch, DELTA_BATCH.num_runs) * value_heads * num_blocks
+    runs = word(batch, DELTA_BATCH.runs)
+    num_tasks = word(runs, RUNS.count) * value_heads * num_blocks
     task = next_task(team, 0)
     while task < num_tasks:
         number, block = task // num_blocks, task % num_blocks
         number, head = number // value_heads, number % value_heads
-        first, count, state, fresh = _run(batch, number)
+        first, count, state, fresh = run_at(runs, number)
         state += word(layer, DELTA.state) + 4 * COLUMNS * key_dim * (head * num_blocks + block)
         if fresh:
             clear(state, COLUMNS * key_dim)
@@ -167,7 +119,11 @@ def delta_net(layer, thread, num_threads, team):
     out = word(batch, DELTA_BATCH.a)
     multiply(word(layer, DELTA.a), prepared, num_rows, out, value_heads, thread, num_threads)
     barrier(team)
-    _convolve(layer, batch, thread, num_threads)
+    convolve(
+        word(batch, DELTA_BATCH.runs), word(batch, DELTA_BATCH.mixed_in),
+        word(batch, DELTA_BATCH.mixed), word(layer, DELTA.conv), word(layer, DELTA.channels),
+        word(layer, DELTA.conv_size), word(layer, DELTA.history), True, thread, num_threads,
+    )  # fmt: skip
     barrier(team)
     _prepare_heads(layer, batch, thread, num_threads)
     barrier(team)
@@ -195,7 +151,6 @@ class StateLayout(NamedTuple):
 
     history: int  # values of a layer's last tokens
     state: int  # values of its heads' matrices
-    num_layers: int
 
     @property
     def per_layer(self) -> int:
@@ -206,16 +161,7 @@ def state_layout(config: Any) -> StateLayout:
     """`config` has the attributes of tiered.config.ModelConfig."""
     d = config.delta
     state = d.num_value_heads * d.key_dim * d.value_dim
-    return StateLayout((d.conv_size - 1) * d.channels, state, len(config.delta_layers))
-
-
-class RecurrentState:
-    """What the recurrent layers remember of one text. Undefined until the text begins."""
-
-    def __init__(self, config: Any) -> None:
-        layout = state_layout(config)
-        self.values = np.empty(layout.num_layers * layout.per_layer, np.float32)
-        self.address: int = self.values.ctypes.data
+    return StateLayout((d.conv_size - 1) * d.channels, state)
 
 
 class DeltaLayer:
@@ -277,7 +223,8 @@ class DeltaNet:
     def __init__(self, team: Team) -> None:
         self._team = team
         self._scratch = Scratch()
-        self._batch = Record(DELTA_BATCH)
+        self._runs = Record(RUNS)
+        self._batch = Record(DELTA_BATCH, runs=self._runs.address)
 
     def layer(self, weights: Any, config: Any, number: int) -> DeltaLayer:
         return DeltaLayer(weights, config, number, self._batch)
@@ -296,14 +243,12 @@ class DeltaNet:
         n, d = len(x), layer.delta
         if x.dtype != np.float32 or x.shape != (n, layer.hidden_size):
             raise ValueError(f"x must be float32 [num_tokens, {layer.hidden_size}]")
-        runs, width = _runs(batch), d.num_value_heads * d.value_dim
+        runs, width = runs_of(batch), d.num_value_heads * d.value_dim
+        self._runs.set(count=len(runs), runs=runs, positions=batch.positions)
         room = self._scratch.room
         self._batch.set(
             x=x,
             num_rows=n,
-            num_runs=len(runs),
-            runs=runs,
-            positions=batch.positions,
             normed=room("normed", 4 * n * layer.hidden_size),
             prepared=room("prepared", prepared_bytes(n, max(layer.hidden_size, width))),
             mixed_in=room("mixed_in", 4 * n * d.channels),
@@ -318,14 +263,3 @@ class DeltaNet:
             values=room("values", 4 * n * width),
         )
         self._batch.filled_for = x, batch
-
-
-def _runs(batch: Any) -> np.ndarray:
-    """int64 [num_runs, 3]; see DELTA_BATCH. ValueError if a sequence's rows lie apart."""
-    starts = np.flatnonzero(np.diff(batch.sequences, prepend=-1))
-    counts = np.diff(np.append(starts, len(batch.sequences)))
-    owners = batch.sequences[starts]
-    if batch.states is None or len(set(owners.tolist())) != len(owners):
-        raise ValueError("recurrent layers need each sequence's rows in a run, and its state")
-    addresses = [batch.states[sequence].address for sequence in owners]
-    return np.stack([starts, counts, addresses], 1).astype(np.int64)

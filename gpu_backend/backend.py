@@ -86,6 +86,9 @@ class GpuBackend:
     def delta_layer(self, weights: Any, config: Any, number: int) -> None:
         _check_model(config)
 
+    def conv_layer(self, weights: Any, config: Any, number: int) -> None:
+        _check_model(config)
+
     def recurrent_state(self, config: Any) -> None:
         _check_model(config)
 
@@ -204,7 +207,7 @@ def _check_model(config: Any) -> None:
         "biases of experts": config.expert_biases,
         "latent attention": config.latent.kv_rank > 0,
         "norms of results": config.output_norms,
-        "recurrent layers": bool(config.delta_layers),
+        "recurrent layers": bool(config.recurrent_layers),
         f"the activation {config.activation}": config.activation != "silu",
     }
     if lacks := [name for name, needed in missing.items() if needed]:

@@ -33,6 +33,8 @@ FACTS = {
                    logit_softcap=20.0, sliding_window=24, full_layers={1}, shared_expert_size=96,
                    num_kv_heads=2, head_dim=16),
     "gemma4_text": dict(num_experts=8, expert_size=64, normalize_top_k=True),
+    "lfm2_moe": dict(conv_layers={0}, conv_size=4, dense_layers={0}, router_scoring="sigmoid",
+                     qk_norm="head", num_kv_heads=2),
     "glm4_moe_lite": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
 }  # fmt: skip
 HF_NAMES_IT = {"qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4"}  # others: itself

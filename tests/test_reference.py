@@ -50,6 +50,11 @@ ARCHITECTURES = {
                        head_dim=32, rotary_dim=16),
     "ernie4_5_moe": dict(moe_num_experts=8, moe_k=2, moe_intermediate_size=96,
                          intermediate_size=128, moe_layer_start_index=1),
+    "lfm2_moe": dict(
+        EXPERTS, moe_intermediate_size=96, intermediate_size=128, num_dense_layers=1,
+        conv_L_cache=3,
+        layer_types=["conv", "full_attention", "conv"],
+    ),
     "gemma4_text": dict(
         num_experts=8, top_k_experts=2, enable_moe_block=True, moe_intermediate_size=96,
         intermediate_size=128, head_dim=32, global_head_dim=48, num_global_key_value_heads=1,

@@ -27,12 +27,20 @@ def test_what_was_written_is_read(tmp_path, model_type, dtype, tolerance):
         assert {tensor.format for tensor in checkpoint.tensors.values()} == {dtype}
         prefix = tiny.KINDS[model_type].prefix
         layer = prefix + "layers.1."
-        for name, stored in (
+        names = [
             ("embed", prefix + "embed_tokens.weight"),
             ("norm", prefix + "norm.weight"),
             ("layers.1.o", layer + "self_attn.o_proj.weight"),
             (tiny.after_attention(model_type, 1), layer + "post_attention_layernorm.weight"),
-        ):
+        ]
+        if model_type == "lfm2_moe":
+            names[1:] = [
+                ("norm", prefix + "embedding_norm.weight"),
+                ("layers.1.o", layer + "self_attn.out_proj.weight"),
+                ("layers.1.attention_norm", layer + "operator_norm.weight"),
+                ("layers.0.conv.gates", prefix + "layers.0.conv.in_proj.weight"),
+            ]
+        for name, stored in names:
             got = checkpoint.float32(name)
             assert got.shape == expected[stored].shape
             assert np.allclose(got, expected[stored], rtol=tolerance, atol=1e-7)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 import tiny_gemma4
+import tiny_lfm2
 from pack import bf16, pack
 
 SIZES = dict(vocab=320, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, experts=8, top_k=2)
@@ -40,13 +41,14 @@ class Kind(NamedTuple):
     dense: tuple[int, ...] = ()  # layers without experts
     half_rope: bool = False
     delta: str = ""  # Qwen's DeltaNet in all but every second layer; its rows "mixed" or "apart"
-    gemma: bool = False  # see tiny_gemma4
+    own: Any = None  # a module with add_layer, hf_config and write_metadata
     prefix: str = "model."
 
 
 _DEEPSEEK = Kind("deepseek2", latent=1, shared="shared_experts.", dense=(0,))
 _QWEN = Kind("qwen35moe", ffn_norm="post_attention_norm", qk_norm="head", delta="apart",
              shared="shared_expert.", gated_shared=True)  # fmt: skip
+_GEMMA = Kind("gemma4", ffn_norm="post_attention_norm", own=tiny_gemma4)
 _CORRECTION = "gate.e_score_correction_bias"
 KINDS = {
     "llama": Kind("llama", experts=None),
@@ -69,9 +71,9 @@ KINDS = {
     "qwen3_next": _QWEN._replace(gguf="qwen3next", delta="mixed"),
     "qwen3_5_moe": _QWEN._replace(prefix="model.language_model."),
     "qwen3_5_moe_text": _QWEN,
-    "gemma4": Kind("gemma4", ffn_norm="post_attention_norm", gemma=True,
-                   prefix="model.language_model."),
-    "gemma4_text": Kind("gemma4", ffn_norm="post_attention_norm", gemma=True),
+    "gemma4": _GEMMA._replace(prefix="model.language_model."),
+    "gemma4_text": _GEMMA,
+    "lfm2_moe": Kind("lfm2moe", own=tiny_lfm2),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
@@ -81,7 +83,7 @@ ADJACENT = "llama", "mixtral"  # GGUF has the values that rotate together side b
 
 def after_attention(model_type: str, layer: int) -> str:
     """The canonical name of what is mostly called post_attention_layernorm."""
-    name = "attention_out_norm" if KINDS[model_type].gemma else "ffn_norm"
+    name = "attention_out_norm" if KINDS[model_type].own is tiny_gemma4 else "ffn_norm"
     return f"layers.{layer}.{name}"
 
 
@@ -262,17 +264,18 @@ def weights(model_type: str, seed: int = 0, tied: bool = False, **sizes: int) ->
     w, kind, hidden = _Weights(model_type, seed, s), KINDS[model_type], s["hidden"]
     scale = float(np.sqrt(hidden))
     w.add(kind.prefix + "embed_tokens", "token_embd.weight", s["vocab"], hidden, scale=scale)
-    w.norm(kind.prefix + "norm", "output_norm.weight", hidden)
+    is_lfm2 = kind.own is tiny_lfm2
+    last, stored = ("embedding_norm", "token_embd_norm") if is_lfm2 else ("norm", "output_norm")
+    w.norm(kind.prefix + last, f"{stored}.weight", hidden)
     if not tied:
         w.add("lm_head", "output.weight", s["vocab"], hidden)
     for i in range(s["layers"]):
         hf, gg = f"{kind.prefix}layers.{i}.", f"blk.{i}."
+        if kind.own is not None:
+            kind.own.add_layer(w, hf, gg, i)
+            continue
         w.norm(hf + "input_layernorm", gg + "attn_norm.weight", hidden)
         w.norm(hf + "post_attention_layernorm", f"{gg}{kind.ffn_norm}.weight", hidden)
-        if kind.gemma:
-            tiny_gemma4.add_attention(w, hf + "self_attn.", gg, i)
-            tiny_gemma4.add_rest(w, hf, gg)
-            continue
         attention = w.latent_attention if kind.latent else w.attention
         if kind.delta and i % 2 == 0:
             w.delta(hf + "linear_attn.", gg)
@@ -304,7 +307,7 @@ def hf_config(model_type: str, **sizes: Any) -> dict[str, Any]:
             qk_nope_head_dim=s["nope_dim"], qk_rope_head_dim=s["rope_dim"], head_dim=s["rope_dim"],
             num_key_value_heads=s["heads"],
         )  # fmt: skip
-    config |= tiny_gemma4.hf_config(s) if kind.gemma else _hf_feed_forward(model_type, kind, s)
+    config |= kind.own.hf_config(s) if kind.own else _hf_feed_forward(model_type, kind, s)
     if kind.delta:
         config |= dict(
             linear_num_key_heads=s["key_heads"], linear_num_value_heads=s["value_heads"],
@@ -456,7 +459,7 @@ def gguf_checkpoint(
         sizes = {**K_QUANT_SIZES, **sizes}
     tensors = [w for w in weights(model_type, seed, tied, **sizes) if w.gguf]
     tensors += list(_fused(weights(model_type, seed, tied, **sizes)))
-    if KINDS[model_type].gemma:
+    if KINDS[model_type].own is tiny_gemma4:
         rope_factors = tiny_gemma4.rope_factors({**SIZES, **sizes}).tolist()
     if rope_factors is not None:
         factors = np.array(rope_factors, np.float32)
@@ -510,6 +513,7 @@ def _format_of(weight: Weight, format: str, formats: dict[str, str]) -> str:
         or name.endswith("bias")
         or "ffn_gate_inp" in name
         or "conv1d" in name
+        or "shortconv.conv" in name
         or name.endswith(".scale")
     ):
         return "f32"  # as llama.cpp does: norms, biases and routers
@@ -526,8 +530,8 @@ def _write_metadata(writer: Any, model_type: str, s: dict[str, int], more: dict[
         _write_delta(writer, kind, s)
     if kind.latent:
         _write_latent(writer, kind, s)
-    elif kind.gemma:
-        tiny_gemma4.write_metadata(writer, s)
+    elif kind.own is not None:
+        kind.own.write_metadata(writer, s)
     else:
         writer.add_head_count_kv(s["kv_heads"])
         writer.add_key_length(s["head_dim"])
@@ -535,7 +539,7 @@ def _write_metadata(writer: Any, model_type: str, s: dict[str, int], more: dict[
         part = 4 if kind.delta else 2 if kind.half_rope else 1
         writer.add_rope_dimension_count(s["head_dim"] // part)
     writer.add_layer_norm_rms_eps(1e-5)
-    if not kind.gemma:
+    if kind.own is None:
         writer.add_rope_freq_base(10_000.0)
     _write_feed_forward(writer, model_type, kind, s)
     for key, value in more.items():
@@ -551,7 +555,7 @@ def _write_metadata(writer: Any, model_type: str, s: dict[str, int], more: dict[
 
 
 def _write_feed_forward(writer: Any, model_type: str, kind: Kind, s: dict[str, int]) -> None:
-    if not kind.gemma:
+    if kind.own is None:
         is_dense = kind.dense or not kind.experts
         writer.add_feed_forward_length(s["ffn_size"] if is_dense else s["expert_size"])
     if kind.experts is None:

@@ -45,9 +45,11 @@ def add_attention(w: Any, hf: str, gg: str, layer: int) -> None:
     w.add(hf + "k_norm", gg + "attn_k_norm.weight", size)
 
 
-def add_rest(w: Any, hf: str, gg: str) -> None:
-    """Both feed-forwards, their norms and the router."""
+def add_layer(w: Any, hf: str, gg: str, layer: int) -> None:
     s, hidden = w.s, w.s["hidden"]
+    w.add(hf + "input_layernorm", gg + "attn_norm.weight", hidden)
+    w.add(hf + "post_attention_layernorm", gg + "post_attention_norm.weight", hidden)
+    add_attention(w, hf + "self_attn.", gg, layer)
     for name, stored in NORMS.items():
         w.add(hf + name, f"{gg}{stored}.weight", hidden)
     w.feed_forward(hf + "mlp.", gg + "ffn_{}.weight", s["ffn_size"])

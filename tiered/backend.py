@@ -63,6 +63,15 @@ class DeltaWeights(NamedTuple):
     o: Matrix  # [hidden_size, num_value_heads * value_dim]
 
 
+class ConvWeights(NamedTuple):
+    """A gated short convolution."""
+
+    norm: np.ndarray  # float32 [hidden_size]
+    gates: Matrix  # [3 * hidden_size, hidden_size]: two gates, and what is convolved
+    conv: np.ndarray  # float32 [conv_size, hidden_size]
+    o: Matrix  # [hidden_size, hidden_size]
+
+
 class RouterWeights(NamedTuple):
     norm: np.ndarray  # float32 [hidden_size]: makes the experts' input, and mostly the router's
     router: Matrix  # [num_experts, hidden_size]
@@ -132,6 +141,9 @@ class Backend(Protocol):
 
     def delta_layer(self, weights: DeltaWeights, config: ModelConfig, number: int) -> Any:
         """The same for a recurrent layer, the model's `number`-th (from 0)."""
+
+    def conv_layer(self, weights: ConvWeights, config: ModelConfig, number: int) -> Any:
+        """The same for a gated short convolution."""
 
     def recurrent_state(self, config: ModelConfig) -> Any:
         """Memory for what the recurrent layers remember of one text."""

@@ -97,6 +97,8 @@ class ModelConfig:
     latent: LatentConfig = field(default_factory=LatentConfig)
     delta: DeltaConfig = field(default_factory=DeltaConfig)
     delta_layers: frozenset[int] = frozenset()  # have that in the place of attention
+    conv_layers: frozenset[int] = frozenset()  # have a gated short convolution in its place ...
+    conv_size: int = 0  # ... over so many tokens
     gated_attention: bool = False  # each head's result times the sigmoid of a gate, beside q
     value_norm: bool = False  # values are normed, head by head, without weights
     output_norms: bool = False  # attention's and the feed-forward's results are normed, too
@@ -140,6 +142,8 @@ class ModelConfig:
             )
         if self.num_experts and not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k is {self.top_k}, but the model has {self.num_experts} experts")
+        if self.delta_layers and self.conv_layers:
+            raise ValueError("a model has layers with DeltaNet or with convolutions, not both")
         groups, used = max(self.expert_groups, 1), self.used_groups
         if self.num_experts % groups or (
             groups > 1 and not self.top_k <= used * (self.num_experts // groups)
@@ -166,7 +170,20 @@ class ModelConfig:
 
     @property
     def attention_layers(self) -> list[int]:
-        return [layer for layer in range(self.num_layers) if layer not in self.delta_layers]
+        recurrent = self.recurrent_layers
+        return [layer for layer in range(self.num_layers) if layer not in recurrent]
+
+    @property
+    def recurrent_layers(self) -> frozenset[int]:
+        """Layers that remember a text as a whole."""
+        return self.delta_layers | self.conv_layers
+
+    @property
+    def state_values(self) -> int:
+        """float32 values that a recurrent layer remembers of a text."""
+        if self.delta_layers:
+            return self.delta.state_values
+        return max(self.conv_size - 1, 0) * self.hidden_size
 
     @property
     def sparse_layers(self) -> list[int]:

@@ -31,7 +31,7 @@ def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str, num_texts: int = 
 
 def state_bytes(config: ModelConfig) -> int:
     """Bytes that recurrent layers remember of each text; 0 for a model without them."""
-    return 4 * len(config.delta_layers) * config.delta.state_values if config.delta_layers else 0
+    return 4 * len(config.recurrent_layers) * config.state_values
 
 
 class Sequence:
@@ -64,7 +64,7 @@ class KVCache:
         self.pages: Any = backend.kv_pages(config, self.num_pages, PAGE_SIZE, dtype)
         # Recurrent layers remember a text as a whole: it cannot be cut, nor begin with pages of
         # another that went on. There is memory for so many of them.
-        self.is_recurrent = bool(config.delta_layers)
+        self.is_recurrent = bool(config.recurrent_layers)
         self.num_texts = num_texts
         self._backend, self._config = backend, config
         self._free = list(range(self.num_pages))[::-1]

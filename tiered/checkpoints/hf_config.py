@@ -28,7 +28,7 @@ def hf_common(facts: Facts, theta: float = 10_000.0, pairs: str = "half") -> dic
         "num_heads": num_heads,
         "num_kv_heads": facts.integer("num_key_value_heads", default=num_heads),
         "head_dim": head_dim,
-        "norm_eps": facts.number("rms_norm_eps"),
+        "norm_eps": facts.number("rms_norm_eps", "norm_eps"),
         "rope": replace(rope_from_hf(facts, head_dim, context_length, theta), pairs=pairs),
         "eos_ids": facts.integers("eos_token_id"),
     }

@@ -180,7 +180,7 @@ def canonical_tensors(stored: Iterable[Tensor], names: Names, num_layers: int) -
             tensor = tensor._replace(shape=(1, tensor.shape[-1]))
         elif name.endswith(".router_correction"):
             tensor = tensor._replace(shape=(math.prod(tensor.shape),))
-        elif name.endswith(("k_b", "v_b", "delta.conv")) and len(tensor.shape) == 3:
+        elif name.endswith(("k_b", "v_b", "delta.conv", "conv.conv")) and len(tensor.shape) == 3:
             tensor = tensor._replace(shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
         for part in _parts(tensor, name):
             if part.name in tensors:
@@ -279,6 +279,8 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
 def _in_place_of_attention(config: ModelConfig, index: int) -> Iterator[Expected]:
     if index in config.delta_layers:
         return _delta(config)
+    if index in config.conv_layers:
+        return _conv(config)
     return _latent_attention(config) if config.latent.kv_rank else _attention(config, index)
 
 
@@ -334,6 +336,13 @@ def _delta(config: ModelConfig) -> Iterator[Expected]:
     yield "delta.decay", (heads,), False
     yield "delta.norm", (d.value_dim,), True
     yield "delta.o", (hidden, values), True
+
+
+def _conv(config: ModelConfig) -> Iterator[Expected]:
+    hidden = config.hidden_size
+    yield "conv.gates", (3 * hidden, hidden), True
+    yield "conv.conv", (hidden, config.conv_size), True
+    yield "conv.o", (hidden, hidden), True
 
 
 def _feed_forward(prefix: str, hidden: int, size: int) -> Iterator[Expected]:

@@ -9,6 +9,7 @@ import numpy as np
 from tiered.backend import (
     AttentionWeights,
     Backend,
+    ConvWeights,
     DeltaWeights,
     ExpertBiases,
     FeedForwardWeights,
@@ -97,6 +98,8 @@ class WeightLoader:
         """A layer's attention, or what the model has in its place."""
         if index in self.config.delta_layers:
             return self.delta(index)
+        if index in self.config.conv_layers:
+            return self.conv(index)
         if self.config.latent.kv_rank:
             return self.latent(index)
         prefix = f"layers.{index}."
@@ -142,6 +145,17 @@ class WeightLoader:
         )
         number = sorted(self.config.delta_layers).index(index)
         return self.backend.delta_layer(weights, self.config, number)
+
+    def conv(self, index: int) -> Any:
+        prefix = f"layers.{index}."
+        weights = ConvWeights(
+            self.norm(prefix + "attention_norm"),
+            self.matrix(prefix + "conv.gates"),
+            np.ascontiguousarray(self.required(prefix + "conv.conv").T),
+            self.matrix(prefix + "conv.o"),
+        )
+        number = sorted(self.config.conv_layers).index(index)
+        return self.backend.conv_layer(weights, self.config, number)
 
     def part(self, name: str, whole: str, rows: np.ndarray) -> Any:
         """A matrix that some checkpoints have, and others as some rows of a larger one."""

@@ -7,7 +7,7 @@ from test_scheduler import make_prompts, run_all
 
 from cpu_kernels.backend import CpuBackend
 from tiered import Engine
-from tiered.backend import Batch, DeltaWeights
+from tiered.backend import Batch, ConvWeights, DeltaWeights
 from tiered.config import DeltaConfig, ModelConfig
 from tiered.kv_cache import kv_bytes, state_bytes
 from tiered.serve.request import Request
@@ -17,9 +17,10 @@ PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
 EXACT = dict(quantize="none", kv_dtype="f32", threads=2)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.hf_checkpoint(tmp_path_factory.mktemp("model"), "qwen3_next", "f32", tokenizer=True)
+@pytest.fixture(scope="module", params=["qwen3_next", "lfm2_moe"])
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return tiny.hf_checkpoint(folder, request.param, "f32", tokenizer=True)
 
 
 def delta_rule(w, d, h):
@@ -66,6 +67,35 @@ def test_the_delta_rule(sizes, is_tiled):
     x = rng.standard_normal((30, 48), np.float32)
     normed = (x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)).astype(float)
     expected = [delta_rule(w, d, normed[:20]), delta_rule(w, d, normed[20:])]
+    check_layer("delta_layer", DeltaWeights, w, shapes, config, x, expected)
+
+
+def convolution(w, h):
+    """The same for a gated short convolution."""
+    b, c, v = np.split(h @ w["gates"].T, 3, axis=1)
+    size = len(w["conv"])
+    padded = np.concatenate([np.zeros((size - 1, b.shape[1])), b * v])
+    mixed = sum(padded[j : j + len(h)] * w["conv"][j] for j in range(size))
+    return (c * mixed) @ w["o"].T
+
+
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_a_short_convolution(size):
+    config = ModelConfig(
+        "test", 1, 48, 8, 64, 1, 1, 16, 1e-5, conv_layers=frozenset({0}), conv_size=size
+    )
+    rng = np.random.default_rng(1)
+    shapes = dict(gates=(144, 48), o=(48, 48))
+    w = {name: rng.standard_normal(shape, np.float32) / 7 for name, shape in shapes.items()}
+    w |= dict(conv=rng.standard_normal((size, 48), np.float32))
+    x = rng.standard_normal((30, 48), np.float32)
+    normed = (x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)).astype(float)
+    expected = [convolution(w, normed[:20]), convolution(w, normed[20:])]
+    check_layer("conv_layer", ConvWeights, w, shapes, config, x, expected)
+
+
+def check_layer(make, kind, w, shapes, config, x, expected):
+    """A recurrent layer on two texts, rows 0 to 19 and 20 to 29 of x, in two batches of both."""
     results = []
     for threads in (1, 2, 3):
         backend = CpuBackend(threads)
@@ -73,9 +103,8 @@ def test_the_delta_rule(sizes, is_tiled):
             name: backend.matrix(w[name].view(np.uint8).reshape(-1), "f32", shape)
             for name, shape in shapes.items()
         }
-        layer = backend.delta_layer(
-            DeltaWeights(norm=np.ones(48, np.float32), **(w | made)), config, 0
-        )
+        weights = kind(norm=np.ones(48, np.float32), **(w | made))
+        layer = getattr(backend, make)(weights, config, 0)
         states = [backend.recurrent_state(config) for _ in range(2)]
         got = x.copy()
         for first, second in ((slice(0, 7), slice(20, 21)), (slice(7, 20), slice(21, 30))):

@@ -33,11 +33,15 @@ FACTS = {
                    logit_softcap=20.0, sliding_window=24, full_layers={1}, shared_expert_size=96,
                    num_kv_heads=2, head_dim=16),
     "gemma4_text": dict(num_experts=8, expert_size=64, normalize_top_k=True),
+    "granitemoe": dict(embedding_scale=pytest.approx(20.0), query_scale=pytest.approx(0.2),
+                       logit_scale=0.25, norm_eps=pytest.approx(1e-5 / 0.09)),
+    "granitemoeshared": dict(shared_expert_size=96, num_experts=8, expert_size=64),
     "lfm2_moe": dict(conv_layers={0}, conv_size=4, dense_layers={0}, router_scoring="sigmoid",
                      qk_norm="head", num_kv_heads=2),
     "glm4_moe_lite": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
 }  # fmt: skip
-HF_NAMES_IT = {"qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4"}  # others: itself
+HF_NAMES_IT = {"qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4",
+               "granitemoeshared": "granitemoe"}  # fmt: skip  # others: itself
 GGUF_NAMES_IT = {"deepseek_v3": "deepseek_v2", "glm4_moe_lite": "deepseek_v2", **HF_NAMES_IT}
 
 

@@ -50,6 +50,15 @@ ARCHITECTURES = {
                        head_dim=32, rotary_dim=16),
     "ernie4_5_moe": dict(moe_num_experts=8, moe_k=2, moe_intermediate_size=96,
                          intermediate_size=128, moe_layer_start_index=1),
+    "granitemoe": dict(
+        num_local_experts=8, num_experts_per_tok=2, intermediate_size=96, embedding_multiplier=6.0,
+        attention_multiplier=0.2, residual_multiplier=0.3, logits_scaling=4.0,
+    ),
+    "granitemoeshared": dict(
+        num_local_experts=8, num_experts_per_tok=2, intermediate_size=96, residual_multiplier=0.5,
+        attention_multiplier=0.25, embedding_multiplier=3.0, logits_scaling=2.0,
+        shared_intermediate_size=160,
+    ),
     "lfm2_moe": dict(
         EXPERTS, moe_intermediate_size=96, intermediate_size=128, num_dense_layers=1,
         conv_L_cache=3,

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 import tiny_gemma4
+import tiny_granite
+import tiny_granite_shared
 import tiny_lfm2
 from pack import bf16, pack
 
@@ -73,12 +75,19 @@ KINDS = {
     "qwen3_5_moe_text": _QWEN,
     "gemma4": _GEMMA._replace(prefix="model.language_model."),
     "gemma4_text": _GEMMA,
+    "granitemoe": Kind("granitemoe", own=tiny_granite),
+    "granitemoeshared": Kind("granitemoe", own=tiny_granite_shared),
     "lfm2_moe": Kind("lfm2moe", own=tiny_lfm2),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
 DENSE = "llama"
-ADJACENT = "llama", "mixtral"  # GGUF has the values that rotate together side by side, HF not
+ADJACENT = (
+    "llama",
+    "mixtral",
+    "granitemoe",
+    "granitemoeshared",
+)  # GGUF has the values that rotate together side by side, HF not
 
 
 def after_attention(model_type: str, layer: int) -> str:

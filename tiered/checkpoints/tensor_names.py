@@ -3,8 +3,8 @@
 Tables map a stored name to a canonical one; `{}` stands for a number (layer, then expert). A
 canonical name with `experts.*` is a 3-D tensor [num_experts, rows, columns] that is cut into its
 experts. `gate|up` says that the rows of each are those two matrices, one after the other, `gate/up`
-that they alternate, and `^T` at the end that the file has the matrices transposed. Without `*`,
-it is the columns of a matrix that are told apart.
+that they alternate, and `^T` at the end that the file has the matrices transposed. Without `*`, it
+is the columns of a matrix that alternate.
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ def _parts(tensor: Tensor, name: str) -> Iterator[Tensor]:
     if "*" in prefix:
         matrices = _experts(tensor, prefix)
     elif len(names) > 1:
-        matrices, is_transposed = iter([(prefix, _checked(tensor, 2))]), "columns"
+        matrices = iter([(prefix, _checked(tensor, 2))])
+        is_transposed = "columns" if "/" in last else ""
     else:
         yield tensor._replace(name=name)
         return

@@ -464,7 +464,7 @@ def gguf_checkpoint(
 
     With several `parts` it is split, and the path of the first part is returned.
     """
-    if any("_k" in f for f in [format, *(formats or {}).values()]):
+    if any("_k" in f or f == "iq4_xs" for f in [format, *(formats or {}).values()]):
         sizes = {**K_QUANT_SIZES, **sizes}
     tensors = [w for w in weights(model_type, seed, tied, **sizes) if w.gguf]
     tensors += list(_fused(weights(model_type, seed, tied, **sizes)))

@@ -215,6 +215,7 @@ class EngineConfig:
     kv_dtype: str = "f16"
     prefill_chunk: int = 512  # tokens computed at once
     readers: int = 4  # threads that read experts from disk
+    speculate: str = "off"  # or "lookup": see tiered.speculation
     isa: str = "auto"  # see `tiered info`
     # cpu, auto, cuda, cuda:1, ..., or sim: a GPU's arithmetic on the CPU. A GPU has to be asked
     # for: its code is tested without one and has not run on a real card yet.
@@ -229,6 +230,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.quantize not in ("int4", "none"):
             raise ValueError(f"quantize must be int4 or none, not {self.quantize!r}")
+        if self.speculate not in ("off", "lookup"):
+            raise ValueError(f"speculate must be off or lookup, not {self.speculate!r}")
         if self.kv_dtype not in ("f32", "f16", "int8"):
             raise ValueError(f"kv_dtype must be f32, f16 or int8, not {self.kv_dtype!r}")
         if self.device not in ("auto", "cpu", "sim") and not self.device.startswith("cuda"):

@@ -27,6 +27,7 @@ from tiered.model import Decoder
 from tiered.prefetch import Prefetcher
 from tiered.routing import open_rules
 from tiered.source import MappedExperts, TieredExperts, count, open_source
+from tiered.speculation import PromptLookup, speculation_governor
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
 from tiered.text.chat import ChatTemplate
@@ -111,6 +112,12 @@ class Engine:
             used = self.plan.dense + self.plan.kv
             self.decoder.source = place_experts(
                 self.backend, self.store, self.source, config, choices, used, stack
+            )
+        self.speculation = speculation_governor()
+        if choices.speculate != "off" and self.kv.is_recurrent:
+            raise ValueError(
+                f"{config.model_type} remembers a text as a whole and cannot take drafts back: "
+                "run it without --speculate"
             )
         self._tokens = EngineStats()
         self._tokenizer: Tokenizer | None = None
@@ -231,21 +238,55 @@ class Engine:
             logits = self._prefill(sequence, ids[shared:])
             self._tokens.prefill_seconds += perf_counter() - start
             self._tokens.prompt_tokens += len(ids) - shared
-            sampler = Sampler(params, ids)
-            for count in range(1, max_new_tokens + 1):
-                token = sampler.sample(logits)
+            most = min(max_new_tokens, self.context - len(ids) + 1)
+            for token in self._continued(sequence, logits, Sampler(params, ids), most):
                 if token in stop_ids:
                     return
                 self._tokens.new_tokens += 1
                 yield token
-                if count == max_new_tokens or len(sequence.tokens) == self.context:
-                    return
-                start = perf_counter()
-                logits = self._decode(sequence, token)
-                self._tokens.decode_seconds += perf_counter() - start
         finally:
             if own:
                 self.kv.close(sequence)
+
+    def _continued(
+        self, sequence: kv_cache.Sequence, logits: np.ndarray, sampler: Sampler, most: int
+    ) -> Iterator[int]:
+        """Sample `most` tokens, the first of them from `logits`."""
+        drafter = PromptLookup(sequence.tokens) if self._speculates else None
+        rows, seconds = logits[None], 0.0
+        draft: list[int] = []
+        while most:
+            right = 0
+            for row, drafted in zip(rows, [*draft, None], strict=True):
+                token = sampler.sample(row)
+                most -= 1
+                yield token
+                if token != drafted or not most:
+                    break
+                right += 1
+            if not most:
+                return
+            if right < len(draft):
+                self.kv.truncate(sequence, len(sequence.tokens) - len(draft) + right)
+            if drafter is not None:
+                if seconds:
+                    self.speculation.add(seconds, 1 + right)
+                drafter.judge(len(draft), right)
+                for known in [*draft[:right], token]:
+                    drafter.push(known)
+                self._tokens.drafted += len(draft)
+                self._tokens.drafted_right += right
+                draft = drafter.draft(min(self.speculation.limit(), most - 1))
+            start = perf_counter()
+            rows = self._decode(sequence, [token, *draft])
+            seconds = perf_counter() - start
+            self._tokens.decode_seconds += seconds
+
+    @property
+    def _speculates(self) -> bool:
+        """A trace, recorded or replayed, has each token once and in order."""
+        on = self.choices.speculate != "off" and self.choices.routing is None
+        return on and self.decoder.trace is None
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """What follows each token: float32 [len(ids), vocab_size]."""
@@ -310,7 +351,7 @@ class Engine:
             for index, token in enumerate(answer):
                 result[index] = log_softmax(logits)[token]
                 start = perf_counter()
-                logits = self._decode(sequence, token)
+                logits = self._decode(sequence, [token])[0]
                 self._tokens.decode_seconds += perf_counter() - start
                 self._tokens.new_tokens += 1
             return result
@@ -323,29 +364,32 @@ class Engine:
 
     def _prefill(self, sequence: kv_cache.Sequence, ids: Sequence[int]) -> np.ndarray:
         for chunk in self._chunks(ids):
-            logits = self._forward(sequence, chunk)
-        return logits
+            last: np.ndarray = self._forward(sequence, chunk, np.array([len(chunk) - 1]))[0]
+        return last
 
-    def _decode(self, sequence: kv_cache.Sequence, token: int) -> np.ndarray:
-        if self.governor is not None:
-            self.governor.begin()
-        logits = self._forward(sequence, [token])
-        if self.governor is not None:
-            self.governor.end()
+    def _decode(self, sequence: kv_cache.Sequence, tokens: Sequence[int]) -> np.ndarray:
+        """Logits after each of a few tokens, float32 [len(tokens), vocab_size]."""
+        governor = self.governor if len(tokens) == 1 else None  # it compares steps that are alike
+        if governor is not None:
+            governor.begin()
+        logits = self._forward(sequence, tokens, np.arange(len(tokens)))
+        if governor is not None:
+            governor.end()
         return logits
 
     def _chunks(self, ids: Sequence[int]) -> list[Sequence[int]]:
         size = self.choices.prefill_chunk
         return [ids[start : start + size] for start in range(0, len(ids), size)]
 
-    def _forward(self, sequence: kv_cache.Sequence, ids: Sequence[int]) -> np.ndarray:
-        """Append tokens and compute them: logits after the last, float32 [vocab_size]. On an error
-        the sequence is as it was before (empty, for a recurrent model)."""
+    def _forward(
+        self, sequence: kv_cache.Sequence, ids: Sequence[int], rows: np.ndarray
+    ) -> np.ndarray:
+        """Append tokens and compute them: logits after those at `rows`, float32 [len(rows),
+        vocab_size]. On an error the sequence is as it was before (empty, for a recurrent model)."""
         length = len(sequence.tokens)
         try:
             batch = self.kv.batch([(sequence, ids)])
-            last = self.decoder.forward(batch, self.kv.pages, np.array([len(ids) - 1]))
-            logits: np.ndarray = self._finite(last)[0]
+            logits: np.ndarray = self._finite(self.decoder.forward(batch, self.kv.pages, rows))
             return logits
         except BaseException:
             self.kv.truncate(sequence, length)

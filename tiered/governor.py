@@ -1,4 +1,4 @@
-"""Governor: look-ahead stays on only while it makes tokens come faster.
+"""Governor: look-ahead, or speculation, stays on only while it makes tokens come faster.
 
 Guesses cost bandwidth and help only if the time they save demand is more than the time they cost
 it; which is true depends on disk, model and budget. So it is measured while running: most tokens
@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 log = logging.getLogger("tiered")
 
 
+def median_step(seconds: Sequence[float], counts: Sequence[int]) -> float:
+    """Steps are alike, but for the first, which still adapts."""
+    return median(seconds[1:] or seconds)
+
+
 class Governor:
     """Decides whether something (look-ahead) is on, from the time that steps take either way.
 
-    Put `begin` and `end` around each step (a token). Steps are counted in windows of `window`. A
-    probe window of the other setting follows `patience` windows of the chosen one, and is compared
-    with the one before it. Hysteresis: the other setting has to be faster by more than `margin`
-    twice in a row; each probe that changes nothing doubles the patience, up to `max_patience`.
+    Put `begin` and `end` around each step (a token), or `add` it. Steps are counted in windows of
+    `window`. A probe window of the other setting follows `patience` windows of the chosen one, and
+    is compared with the one before it. Hysteresis: the other setting has to be faster by more than
+    `margin` twice in a row; each probe that changes nothing doubles the patience, up to
+    `max_patience`. `typical` makes a token's time of a window's steps: their seconds, and how many
+    tokens each made.
     """
 
     def __init__(
@@ -32,6 +39,7 @@ class Governor:
         margin: float = 0.03,
         max_patience: int = 32,
         clock: Callable[[], float] = time.perf_counter,
+        typical: Callable[[Sequence[float], Sequence[int]], float] = median_step,
     ) -> None:
         self.name = name
         self.window = window
@@ -42,7 +50,9 @@ class Governor:
         self._on_limit = on_limit
         self._clock = clock
         self._began = 0.0
+        self._typical = typical
         self._seconds: list[float] = []  # of the steps in this window
+        self._counts: list[int] = []  # of their tokens
         self._windows = 0  # since the last probe
         self._patience = 1
         self._before = 0.0  # a typical step with the chosen setting
@@ -61,10 +71,16 @@ class Governor:
         self._began = self._clock()
 
     def end(self) -> None:
-        self._seconds.append(self._clock() - self._began)
+        self.add(self._clock() - self._began)
+
+    def add(self, seconds: float, count: int = 1) -> None:
+        """A step is over that made `count` tokens."""
+        self._seconds.append(seconds)
+        self._counts.append(count)
         if len(self._seconds) >= self.window:
-            typical = median(self._seconds[1:] or self._seconds)  # the first step still adapts
+            typical = self._typical(self._seconds, self._counts)
             self._seconds.clear()
+            self._counts.clear()
             if self._probing:
                 self._compare(typical)
             else:

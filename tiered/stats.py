@@ -24,6 +24,8 @@ class EngineStats:
     prefetches_used: int = 0
     prefetches_wasted: int = 0
     bytes_read: int = 0
+    drafted: int = 0  # tokens computed ahead, by speculation
+    drafted_right: int = 0
     # Of both: attention, router, experts, waiting (for reads) and head; "python" is what these took
     # beyond arithmetic and waiting, "reads" what reader threads took, all together, meanwhile.
     parts: dict[str, float] = field(default_factory=dict)

@@ -18,6 +18,7 @@ HELP = "/new starts over · /stats tells what happened so far · /exit or Ctrl-D
 @opt.model_argument
 @opt.sampling_options
 @opt.option("--system", metavar="TEXT", help="A system message.")
+@opt.speculate_option
 @opt.engine_options
 def command(model: Path, system: str | None, **choices: Any) -> None:
     """Talk with MODEL. Each turn computes only what is new since the last."""

@@ -49,6 +49,8 @@ def stats_line(stats: EngineStats) -> str:
         parts.append(f"{format_bytes(round(stats.bytes_per_token))} read per token")
     if stats.prefetches:
         parts.append(f"{stats.prefetches_used} of {stats.prefetches} prefetches used")
+    if stats.drafted:
+        parts.append(f"{stats.drafted_right} of {stats.drafted} drafted tokens right")
     return " · ".join(parts)
 
 

@@ -21,6 +21,7 @@ from tiered.commands.output import notes, print_json, stats_line
 @opt.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
 @opt.option("--system", metavar="TEXT", help="A system message for the chat template.")
 @opt.json_option
+@opt.speculate_option
 @opt.engine_options
 def command(
     model: Path, prompt: str | None, raw: bool, system: str | None, as_json: bool, **choices: Any

@@ -1,0 +1,167 @@
+"""Speculation: the same tokens as without it, and fewer steps where a text repeats itself."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiered import Engine
+from tiered.governor import Governor
+from tiered.speculation import FEWEST, MOST, PromptLookup, seconds_per_token
+
+# A text that comes back, and one that does not.
+REPEATING = [5, 9, 14, 3, 77, 21, 8] * 6
+PLAIN = np.random.default_rng(0).permutation(250)[:40].tolist()
+RECURRENT = {"qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "lfm2_moe"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.hf_checkpoint(tmp_path_factory.mktemp("model"), "qwen3_moe", tokenizer=True)
+
+
+def always_on(engine):
+    """Whether a draft pays on this machine must not decide what is tested."""
+    engine.speculation = Governor(MOST, max_patience=10**9)
+    engine.speculation._patience = 10**9
+
+
+def both(model, prompt, count, sampling=None, **choices):
+    """Tokens without speculation and with it, and what was drafted."""
+    results = []
+    for speculate in ("off", "lookup"):
+        with Engine(model, threads=2, speculate=speculate, **choices) as engine:
+            always_on(engine)
+            results.append(list(engine.generate_tokens(prompt, count, **(sampling or {}))))
+            stats = engine.stats
+    return *results, stats
+
+
+@pytest.mark.parametrize("model_type", sorted(set(tiny.ARCHITECTURES) - RECURRENT))
+def test_every_architecture_says_the_same(model_type, tmp_path):
+    model = tiny.hf_checkpoint(tmp_path, model_type)
+    for prompt in (REPEATING, PLAIN):
+        without, tokens, _ = both(model, prompt, 48)
+        assert tokens == without
+
+
+@pytest.mark.parametrize(
+    "choices", [{}, dict(expert_ram="floor"), dict(kv_dtype="int8"), dict(quantize="none")]
+)
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, dict(temperature=0.05, seed=3), dict(temperature=1.0, seed=3, repetition_penalty=1.3)],
+)
+def test_choices_and_sampling_never_change_what_is_said(model, choices, sampling):
+    if choices.get("expert_ram"):
+        with Engine(model) as engine:
+            choices = dict(expert_ram=engine.plan.experts // 3)
+    without, tokens, stats = both(model, REPEATING, 60, sampling, **choices)
+    assert tokens == without and len(tokens) == 60
+    assert stats.drafted >= stats.drafted_right
+
+
+def test_a_text_that_repeats_itself_takes_fewer_steps(model):
+    """Greedy decoding of a small model falls into a loop, which lookup foresees."""
+    with Engine(model, threads=1, speculate="lookup") as engine:
+        always_on(engine)
+        steps, forward = [], engine.decoder.forward
+
+        def watched(batch, *given):
+            steps.append(len(batch.tokens))
+            return forward(batch, *given)
+
+        engine.decoder.forward = watched
+        tokens = list(engine.generate_tokens(REPEATING, 200))
+        stats = engine.stats
+    assert len(tokens) == 200 and stats.new_tokens == 200
+    assert 1 + FEWEST < max(steps[1:]) <= 1 + MOST
+    assert stats.drafted_right > 10
+    # What comes out: a token of each step, and what was drafted rightly.
+    assert len(steps) - 1 <= 199 - stats.drafted_right
+
+
+def test_the_context_ends_where_it_would(model):
+    for room in (1, 2, 5, 9):
+        choices = dict(context=len(REPEATING) + room, quantize="none")
+        without, tokens, _ = both(model, REPEATING, 1000, **choices)
+        assert tokens == without and len(tokens) == room + 1
+
+
+def test_a_conversation_goes_on_from_a_text_that_was_cut_short(model):
+    """Whoever stops listening leaves drafts behind; they are not taken for what was said."""
+    with Engine(model, speculate="lookup") as engine, Engine(model) as plain:
+        always_on(engine)
+        sequence = engine.open_sequence()
+        for length in (30, 31, 33, 40):
+            said = []
+            for token in engine.generate_tokens(REPEATING, 100, sequence=sequence):
+                said.append(token)
+                if len(said) == length:
+                    break
+            assert said == list(plain.generate_tokens(REPEATING, length))
+            longer = [*REPEATING, *said, 7, 8, 9]
+            got = list(engine.generate_tokens(longer, 20, sequence=sequence))
+            assert got == list(plain.generate_tokens(longer, 20))
+
+
+def test_a_trace_has_each_token_once(model, tmp_path):
+    with Engine(model, speculate="lookup") as engine:
+        with engine.record(tmp_path / "trace"):
+            list(engine.generate_tokens(REPEATING, 30))
+        assert engine.stats.drafted == 0
+
+
+def test_recurrent_models_are_refused(tmp_path):
+    model = tiny.hf_checkpoint(tmp_path, "lfm2_moe")
+    with pytest.raises(ValueError, match="lfm2_moe remembers a text as a whole"):
+        Engine(model, speculate="lookup")
+    with pytest.raises(ValueError, match="off or lookup, not 'magic'"):
+        Engine(model, speculate="magic")
+
+
+# --- drafts ---
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(0, 9))
+def test_a_draft_followed_the_same_tokens_last_time(tokens, most):
+    """Against a search from the end."""
+    lookup = PromptLookup(tokens)
+    draft = lookup.draft(most)
+    for size in PromptLookup.sizes:
+        last = tokens[-size:]
+        places = [i for i in range(len(tokens) - size) if tokens[i : i + size] == last]
+        if len(last) == size and places:
+            start = places[-1] + size
+            assert draft == tokens[start : start + min(FEWEST, most)]
+            return
+    assert draft == []
+
+
+def test_drafts_grow_while_they_are_right():
+    lookup = PromptLookup(list(range(20)) * 2)
+    lengths = [len(lookup.draft(100))]
+    for _ in range(4):
+        lookup.judge(lengths[-1], lengths[-1])
+        lengths.append(len(lookup.draft(100)))
+    assert lengths[0] == FEWEST and lengths[-1] == MOST
+    assert all(a <= b for a, b in pairwise(lengths))
+    lookup.judge(MOST, MOST - 1)
+    assert len(lookup.draft(100)) == FEWEST
+    assert len(lookup.draft(1)) == 1 and lookup.draft(0) == []
+
+
+def test_the_governor_counts_seconds_per_token():
+    """A step of three tokens may take twice as long, but not four times."""
+    for wide, stays in ((2.0, True), (4.0, False)):
+        governor = Governor(MOST, "speculation", typical=seconds_per_token)
+        for _ in range(2000):
+            if governor.limit():
+                governor.add(wide, 3)
+            else:
+                governor.add(1.0)
+        assert governor.chosen == stays
+        assert governor.benefit == pytest.approx(1 - wide / 3)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from naive import NaiveBackend
 
 from tiered import Engine
-from tiered.experts import Routing, group_by_expert, group_kept
+from tiered.experts import ExpertKey, Routing, group_by_expert, group_kept
 from tiered.quality.perplexity import measure_perplexity
-from tiered.routing import Cut, cut_routing
+from tiered.routing import Cold, Cut, RoutingRules, cut_routing
 from tiered.tracing.trace import Fetched, Routed, TraceInfo, TraceWriter, read_trace
 
 IDS = np.random.default_rng(0).integers(3, 300, 60).tolist()
@@ -318,3 +318,46 @@ def test_mistakes_get_one_line(model, tiered, tmp_path, arguments, message):
 def test_choices_are_checked_once(model, choices):
     with pytest.raises(ValueError, match=next(iter(choices))):
         Engine(model, **choices)
+
+
+# --- experts that would have to be read ---
+
+
+def test_cold_experts_are_skipped_only_if_they_are_light_and_not_in_memory():
+    experts = np.array([[3, 1, 2], [5, 6, 7]], np.int32)
+    weights = np.array([[0.6, 0.3, 0.1], [0.5, 0.3, 0.2]], np.float32)
+    resident = {ExpertKey(4, 2), ExpertKey(4, 5), ExpertKey(4, 7)}
+    cold = Cold(0.55, resident.__contains__)
+    kept = cold.kept(4, Routing(experts, weights))
+    # 0.6 * 0.55 = 0.33: 1 is light and cold, 2 in memory; 0.275: 6 is cold, but not light.
+    assert kept.tolist() == [[True, False, True], [True, True, True]]
+    assert cold.skipped == 1 and cold.skipped_weight == pytest.approx(0.3)
+    assert cold.weight == pytest.approx(2)
+    rules = RoutingRules(Cut(), True, cold=Cold(0.55, resident.__contains__))
+    got = rules.apply(4, Routing(experts, weights))
+    assert got.weights[0] == pytest.approx([0.6 / 0.7, 0, 0.1 / 0.7])
+    assert (got.experts[got.weights > 0] == experts[kept]).all()
+    assert rules.apply(4, Routing(experts, weights), is_guess=True).weights is weights
+    many = Routing(np.repeat(experts, 9, axis=0), np.repeat(weights, 9, axis=0))
+    assert rules.apply(4, many) is many  # a prompt
+
+
+def test_dropping_cold_experts_reads_less_and_says_so(model):
+    with Engine(model, threads=2) as engine:
+        expected = list(engine.generate_tokens(IDS[:9], 24))
+        budget = engine.plan.experts // 2
+    results = {}
+    for ratio in (0.0, 0.5, 1.0):
+        with Engine(model, threads=2, expert_ram=budget, drop_cold=ratio, look_ahead=0) as engine:
+            got = list(engine.generate_tokens(IDS[:9], 24))
+            results[ratio] = engine.stats
+            assert ratio or got == expected
+            assert bool(engine.stats.skipped_experts) == bool(ratio)
+    assert results[1.0].skipped_experts > results[0.5].skipped_experts
+    assert results[1.0].bytes_read < results[0.5].bytes_read < results[0.0].bytes_read
+    assert 0 < results[0.5].skipped_weight < 0.5 * results[0.5].routed_weight
+    mapped = [tokens(model, quantize="none", drop_cold=ratio) for ratio in (0.0, 1.0)]
+    assert mapped[0][0] == mapped[1][0]  # all is in memory: nothing is cold
+    assert mapped[1][1].skipped_experts == 0 < mapped[1][1].routed_weight
+    with pytest.raises(ValueError, match="drop_cold must lie in 0"):
+        Engine(model, drop_cold=1.5)

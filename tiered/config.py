@@ -225,6 +225,7 @@ class EngineConfig:
     expert_top_k: int | None = None
     expert_top_p: float = 1.0
     expert_min_weight: float = 0.0
+    drop_cold: float = 0.0  # skip experts below this share of the largest weight, if on disk
     routing: str | PathLike[str] | None = None  # a trace, whose choices are used instead
 
     def __post_init__(self) -> None:
@@ -238,6 +239,8 @@ class EngineConfig:
             raise ValueError(f"device must be auto, cpu, cuda, cuda:N or sim, not {self.device!r}")
         if not 0 <= self.look_ahead <= 3:
             raise ValueError(f"look_ahead is 0 (off) to 3 layers, not {self.look_ahead}")
+        if not 0 <= self.drop_cold <= 1:
+            raise ValueError(f"drop_cold must lie in 0 ... 1, not be {self.drop_cold}")
         if not 0 < self.expert_top_p <= 1 or not 0 <= self.expert_min_weight <= 1:
             raise ValueError(
                 "expert_top_p must lie above 0 and be at most 1, expert_min_weight lie in 0 ... 1; "

@@ -19,6 +19,7 @@ from tiered.backend import Backend, open_backend
 from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
 from tiered.checkpoints.damage import damaged, find_damage
 from tiered.config import EngineConfig, ModelConfig
+from tiered.experts import ExpertKey
 from tiered.formats import CheckpointError, open_checkpoint
 from tiered.governor import Governor
 from tiered.gpu.accelerator import place_experts
@@ -103,7 +104,7 @@ class Engine:
             loader.output(),
             self.source,
             self.prefetcher,
-            open_rules(choices, config),
+            open_rules(choices, config, self._is_resident),
         )
         self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype, self.num_texts)
         on_gpu = choices.device != "cpu" and hasattr(self.backend, "slots")
@@ -122,6 +123,9 @@ class Engine:
         self._tokens = EngineStats()
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
+
+    def _is_resident(self, key: ExpertKey) -> bool:
+        return not isinstance(self.source, TieredExperts) or key in self.source.tier
 
     def _plan_memory(self) -> MemoryPlan:
         config, choices = self.config, self.choices
@@ -459,6 +463,10 @@ class Engine:
         reads = self.store.seconds if self.store else 0.0
         stats.parts = {**parts, "python": python, "reads": reads}
         count(self.source, stats)
+        cold = self.decoder.rules and self.decoder.rules.cold
+        if cold:
+            stats.skipped_experts, stats.skipped_weight = cold.skipped, cold.skipped_weight
+            stats.routed_weight = cold.weight
         return stats
 
     def close(self) -> None:

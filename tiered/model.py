@@ -171,7 +171,7 @@ class Decoder:
             if ahead.router is not None:
                 guess = self.backend.guess(x, h, ahead.router)
                 if self.rules is not None:
-                    guess = self.rules.apply(index + distance, guess)
+                    guess = self.rules.apply(index + distance, guess, is_guess=True)
                 self.look_ahead.submit(index + distance, guess)
                 if self.trace is not None:
                     self.trace.guess(index + distance, distance, guess)

@@ -1,19 +1,21 @@
 """Routing rules: what becomes of the router's choice before anything is fetched or computed.
 
-A rule takes experts away from a token, or puts a recorded choice in the place of the router's.
+A rule takes experts away from a token, because they have little weight or would have to be read
+from disk for it, or puts a recorded choice in the place of the router's.
 What is taken away is neither fetched nor computed: its weight is 0, and it names an expert that the
 token keeps, so that nobody who counts experts sees it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from tiered.config import EngineConfig, ModelConfig
-from tiered.experts import Routing
+from tiered.experts import ExpertKey, Routing
 from tiered.tracing.trace import Pass, Routed, read_trace
 
 
@@ -25,6 +27,33 @@ class Cut(NamedTuple):
     min_weight: float = 0.0  # of these the ones with at least this times the largest weight
 
 
+class Cold:
+    """Experts of little weight that are not in memory: the tokens that are being written do
+    without. (A prompt's tokens share what is read for one of them.)"""
+
+    MOST_TOKENS = 8  # of a step that writes
+
+    def __init__(self, ratio: float, is_resident: Callable[[ExpertKey], bool]) -> None:
+        self.ratio = ratio  # of a token's largest weight: those below it may be left out
+        self.is_resident = is_resident
+        self.skipped = 0  # experts, token by token
+        self.skipped_weight = 0.0  # and what they had of ...
+        self.weight = 0.0  # ... all weights
+
+    def kept(self, layer: int, routing: Routing) -> np.ndarray:
+        """Whether a choice stays: bool [num_tokens, top_k]."""
+        experts, weights = routing
+        light = weights < self.ratio * weights.max(axis=1, keepdims=True)
+        light &= weights > 0
+        for token, rank in np.argwhere(light).tolist():
+            light[token, rank] = not self.is_resident(ExpertKey(layer, int(experts[token, rank])))
+        self.skipped += int(light.sum())
+        self.skipped_weight += float(weights[light].sum())
+        self.weight += float(weights.sum())
+        kept: np.ndarray = ~light & (weights > 0)
+        return kept
+
+
 class RoutingRules:
     """What is to be done with each choice of a model's routers.
 
@@ -32,21 +61,32 @@ class RoutingRules:
     whose router chooses fewer.
     """
 
-    def __init__(self, cut: Cut, normalize: bool, recorded: RecordedRouting | None = None) -> None:
+    def __init__(
+        self,
+        cut: Cut,
+        normalize: bool,
+        recorded: RecordedRouting | None = None,
+        cold: Cold | None = None,
+    ) -> None:
         self.cut = cut
         self.normalize = normalize
         self.recorded = recorded
+        self.cold = cold
 
     def begin(self, num_tokens: int) -> None:
         """A forward pass of so many tokens begins."""
         if self.recorded is not None:
             self.recorded.begin(num_tokens)
 
-    def apply(self, layer: int, routing: Routing) -> Routing:
-        """What the layer uses instead of `routing`."""
+    def apply(self, layer: int, routing: Routing, is_guess: bool = False) -> Routing:
+        """What the layer uses instead of `routing`; of a guess, what it would use if all experts
+        were in memory."""
         if self.recorded is not None:
             routing = self.recorded.layer(layer)
-        return cut_routing(routing, self.cut, self.normalize)
+        routing = cut_routing(routing, self.cut, self.normalize)
+        if self.cold is None or is_guess or len(routing.experts) > Cold.MOST_TOKENS:
+            return routing
+        return keep(routing, self.cold.kept(layer, routing), self.normalize)
 
 
 class RecordedRouting:
@@ -73,11 +113,13 @@ class RecordedRouting:
         return self.passes[self._next - 1][layer]
 
 
-def open_rules(choices: EngineConfig, config: ModelConfig) -> RoutingRules | None:
+def open_rules(
+    choices: EngineConfig, config: ModelConfig, is_resident: Callable[[ExpertKey], bool]
+) -> RoutingRules | None:
     """The rules that the user chose; None: the routers' choices stand. ValueError if they do not
-    suit the model."""
+    suit the model. `is_resident` says whether an expert is in memory."""
     cut = Cut(choices.expert_top_k, choices.expert_top_p, choices.expert_min_weight)
-    if cut == Cut() and choices.routing is None:
+    if cut == Cut() and choices.routing is None and not choices.drop_cold:
         return None
     if not config.sparse_layers:
         raise ValueError("routing cannot be changed: this model is dense, it routes nothing")
@@ -86,7 +128,8 @@ def open_rules(choices: EngineConfig, config: ModelConfig) -> RoutingRules | Non
             f"expert_top_k is {cut.top_k}, but this model's routers choose {config.top_k}"
         )
     recorded = choices.routing and read_routing(Path(choices.routing), config)
-    return RoutingRules(cut, config.normalize_top_k, recorded or None)
+    cold = Cold(choices.drop_cold, is_resident) if choices.drop_cold else None
+    return RoutingRules(cut, config.normalize_top_k, recorded or None, cold)
 
 
 def read_routing(path: Path, config: ModelConfig) -> RecordedRouting:
@@ -123,7 +166,11 @@ def _is_sound(routing: Routing, num_experts: int) -> bool:
 
 def cut_routing(routing: Routing, cut: Cut, normalize: bool) -> Routing:
     """`routing` without what `cut` takes away; columns that nobody keeps are left out."""
-    kept = kept_experts(routing.weights, cut)  # [num_tokens, top_k]
+    return keep(routing, kept_experts(routing.weights, cut), normalize)
+
+
+def keep(routing: Routing, kept: np.ndarray, normalize: bool) -> Routing:
+    """`routing` without choices that are not `kept` (bool [num_tokens, top_k])."""
     if kept.all():
         return routing
     columns = kept.any(axis=0)

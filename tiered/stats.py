@@ -24,6 +24,9 @@ class EngineStats:
     prefetches_used: int = 0
     prefetches_wasted: int = 0
     bytes_read: int = 0
+    skipped_experts: int = 0  # by drop_cold, token by token
+    skipped_weight: float = 0.0  # and what they had of the routing weights ...
+    routed_weight: float = 0.0  # ... of all tokens that were written meanwhile
     drafted: int = 0  # tokens computed ahead, by speculation
     drafted_right: int = 0
     # Of both: attention, router, experts, waiting (for reads) and head; "python" is what these took

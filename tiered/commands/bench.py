@@ -67,6 +67,11 @@ def command(
             f"hit rate {report['hit_rate']:.1%}, {report['bytes_per_token'] / 1e6:.1f} MB read "
             "from disk per token"
         )
+    if report["routed_weight"]:
+        share = report["skipped_weight"] / report["routed_weight"]
+        results.print(
+            f"{report['skipped_experts']} cold experts skipped, {share:.1%} of the routing weight"
+        )
 
 
 def bench_kernels(threads: int | None, as_json: bool, plot: Path | None) -> None:

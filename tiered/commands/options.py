@@ -78,6 +78,9 @@ engine_options = several(
     option("--kv-dtype", type=click.Choice(["f16", "int8", "f32"]), default="f16",
            help="Precision of the KV cache."),
     option("--readers", type=click.IntRange(1), default=4, help="Threads that read from disk."),
+    option("--drop-cold", type=click.FloatRange(0, 1), default=0.0, metavar="R",
+           help="Lossy: while writing, do without experts that have less than this share of the "
+           "largest weight and would have to be read from disk. 0: never."),
     option("--device", default="cpu", metavar="NAME",
            help="cpu; auto, cuda or cuda:N for a GPU (experimental: not yet run on a real card); "
            "sim for a GPU's arithmetic on the CPU."),
@@ -88,7 +91,7 @@ engine_options = several(
 
 ENGINE_CHOICES = (
     "ram", "expert_ram", "threads", "policy", "look_ahead", "quantize", "context", "kv_dtype",
-    "readers", "device", "vram", "isa",
+    "readers", "drop_cold", "device", "vram", "isa",
 )  # fmt: skip
 
 # The short names are those of sampling elsewhere, so the long ones are the settings' names.

@@ -49,6 +49,9 @@ def stats_line(stats: EngineStats) -> str:
         parts.append(f"{format_bytes(round(stats.bytes_per_token))} read per token")
     if stats.prefetches:
         parts.append(f"{stats.prefetches_used} of {stats.prefetches} prefetches used")
+    if stats.routed_weight:
+        share = stats.skipped_weight / stats.routed_weight
+        parts.append(f"{stats.skipped_experts} cold experts skipped, {share:.1%} of the weight")
     if stats.drafted:
         parts.append(f"{stats.drafted_right} of {stats.drafted} drafted tokens right")
     return " · ".join(parts)

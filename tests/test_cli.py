@@ -58,6 +58,17 @@ def test_bench_as_json(tiered, model, monkeypatch):
     assert status == 0 and result["prefill_tok_s"] > 0 and result["decode_tok_s"] > 0
 
 
+def test_bench_says_what_it_measured_and_what_was_skipped(tiered, model, monkeypatch):
+    monkeypatch.setattr("cpu_kernels.bandwidth.read_bandwidth", lambda threads: 1e10)
+    arguments = "bench", model, "--prefill", 16, "--decode", 8, "--runs", 1, "--expert-ram", "80K"
+    status, out, err = tiered(*arguments)
+    assert status == 0, err
+    assert "decode" in out and "hit rate" in out and "skipped" not in out
+    status, out, err = tiered(*arguments, "--drop-cold", 0.9)
+    assert status == 0, err
+    assert "cold experts skipped" in out
+
+
 def test_info_of_a_model_and_of_the_machine(tiered, model):
     status, out, _ = tiered("info", model, "--json")
     facts = json.loads(out)

@@ -19,7 +19,16 @@ from cpu_kernels.kv import KV, KVPages, append, padded
 from cpu_kernels.latent import LatentAttentionLayer
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, word
-from cpu_kernels.norm import add, apply_norm, clip, rms_norm_rows, rms_scale, scaled_copy
+from cpu_kernels.norm import (
+    add,
+    apply_norm,
+    clip,
+    norm_rows,
+    norm_vectors,
+    rms_norm_rows,
+    rms_scale,
+    scaled_copy,
+)
 from cpu_kernels.record import Record, floats
 from cpu_kernels.rope import RopeTable, rotate_adjacent, rotate_half, rotation
 from cpu_kernels.team import Team, barrier, op, share
@@ -103,9 +112,8 @@ def attention(layer, thread, num_threads, team):
     kv_size = word(layer, ATTENTION.num_kv_heads) * word(layer, ATTENTION.head_dim)
     x, normed = word(batch, BATCH.x), word(batch, BATCH.normed)
     lo, hi = share(num_rows, thread, num_threads)
-    rms_norm_rows(
-        x, word(layer, ATTENTION.norm), normed, lo, hi, hidden_size, _float(layer, ATTENTION.eps)
-    )
+    norm, bias = word(layer, ATTENTION.norm), word(layer, ATTENTION.norm_bias)
+    norm_rows(x, norm, bias, normed, lo, hi, hidden_size, _float(layer, ATTENTION.eps))
     barrier(team)
     prepared = word(batch, BATCH.prepared)
     prepare_activations(normed, hidden_size, num_rows, hidden_size, prepared, thread, num_threads)
@@ -215,7 +223,7 @@ class AttentionLayer:
             sinks=floats(weights.sinks, "sinks", c.num_heads),
             hidden_size=c.hidden_size,
             eps=float(c.norm_eps),
-            norm=floats(weights.norm, "norm", c.hidden_size),
+            **norm_vectors(weights.norm, c.hidden_size),
             q=weights.q.address,
             k=weights.k.address,
             v=weights.v.address,

@@ -35,6 +35,7 @@ BATCH = fields(
 # ... and of a layer. `kv` is the address of a record of KV.
 ATTENTION = fields(
     "batch kv num_heads num_kv_heads head_dim padded_dim group window sinks hidden_size eps norm "
+    "norm_bias "
     "q k v o gate q_norm k_norm full_norm value_norm out_norm clip query_scale fine coarse "
     "half adjacent multiply attend_chunk"
 )

@@ -206,7 +206,9 @@ def _check_model(config: Any) -> None:
         "attention sinks": config.attention_sinks,
         "biases of experts": config.expert_biases,
         "latent attention": config.latent.kv_rank > 0,
+        "layer norms": config.layer_norms,
         "norms of results": config.output_norms,
+        "SparseMixer": config.router_scoring == "sparsemixer",
         "recurrent layers": bool(config.recurrent_layers),
         f"the activation {config.activation}": config.activation != "silu",
     }

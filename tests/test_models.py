@@ -5,6 +5,7 @@ import pytest
 import tiny
 
 from tiered import models
+from tiered.checkpoints.checkpoint import CheckpointError
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.hf_config import hf_dense_layers
 from tiered.config import LatentConfig, RopeConfig
@@ -38,6 +39,10 @@ FACTS = {
     "granitemoeshared": dict(shared_expert_size=96, num_experts=8, expert_size=64),
     "lfm2_moe": dict(conv_layers={0}, conv_size=4, dense_layers={0}, router_scoring="sigmoid",
                      qk_norm="head", num_kv_heads=2),
+    "phimoe": dict(layer_norms=True, router_scoring="sparsemixer", router_jitter=0.01,
+                   normalize_top_k=False,
+                   rope=RopeConfig(10_000.0, 16, "half", tuple(1 + n / 16 for n in range(8)), 1.25,
+                                   256, tuple(1 + n / 2 for n in range(8)), 1.25)),
     "glm4_moe_lite": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
 }  # fmt: skip
 HF_NAMES_IT = {"qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4",
@@ -100,6 +105,26 @@ def test_gguf_rope_scaling(tmp_path):
     yarn = rope(type="yarn", factor=4.0)
     assert yarn.inv_freq_scale[0] == 1 and yarn.inv_freq_scale[-1] == 4
     assert yarn.magnitude == pytest.approx(0.1 * np.log(4) + 1)
+
+
+REFUSED = {
+    "phimoe": [
+        ({"num_experts_per_tok": 1}, "'num_experts_per_tok' is 1, but must be 2"),
+        ({"router_jitter_noise": "much"}, "'router_jitter_noise' is 'much', but must be a number"),
+        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu', but must be silu"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "message"),
+    [(model_type, *case) for model_type, cases in REFUSED.items() for case in cases],
+)
+def test_what_an_architecture_does_not_do_is_refused(tmp_path, model_type, change, message):
+    folder = tiny.hf_checkpoint(tmp_path, model_type, config=change)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        open_checkpoint(folder)
+    assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
 
 
 # --- transformers ---

@@ -13,6 +13,7 @@ import tiny_gemma4
 import tiny_granite
 import tiny_granite_shared
 import tiny_lfm2
+import tiny_phimoe
 from pack import bf16, pack
 
 SIZES = dict(vocab=320, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, experts=8, top_k=2)
@@ -78,6 +79,7 @@ KINDS = {
     "granitemoe": Kind("granitemoe", own=tiny_granite),
     "granitemoeshared": Kind("granitemoe", own=tiny_granite_shared),
     "lfm2_moe": Kind("lfm2moe", own=tiny_lfm2),
+    "phimoe": Kind("phimoe", biases="qkvo", own=tiny_phimoe),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
@@ -470,6 +472,10 @@ def gguf_checkpoint(
     tensors += list(_fused(weights(model_type, seed, tied, **sizes)))
     if KINDS[model_type].own is tiny_gemma4:
         rope_factors = tiny_gemma4.rope_factors({**SIZES, **sizes}).tolist()
+    if KINDS[model_type].own is tiny_phimoe:
+        for name, values in tiny_phimoe.rope_factors({**SIZES, **sizes}).items():
+            stored = f"rope_factors_{name}.weight"
+            tensors.append(Weight("", stored, values.astype(np.float32)))
     if rope_factors is not None:
         factors = np.array(rope_factors, np.float32)
         tensors.append(Weight("", "rope_freqs.weight", factors))

@@ -4,6 +4,9 @@ A backend's own array is opaque here: the decoder hands it from one call to the 
 looks inside (where a rule dropped experts, it sets rows of pair outputs to 0). Arrays named `x` and
 `h` are float32 [num_tokens, hidden_size] in backend memory; `x` stays valid until the next `embed`,
 `h` until the next `route`. What steers (ids, weights, positions, addresses) is NumPy.
+
+Where a model has `layer_norms`, the `norm` of attention, router and output layer is float32
+[2, hidden_size]: weights, then biases.
 """
 
 from __future__ import annotations

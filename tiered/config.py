@@ -5,7 +5,7 @@ Both are frozen, and checked once, when they are made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 
 DEFAULT_POLICY = "keep_last"
@@ -19,6 +19,10 @@ class RopeConfig:
     `magnitude` multiplies cos and sin; together they express linear, llama-3 and YaRN scaling.
     `pairs` says which two values rotate together: "half" (i, i + dim/2) as Hugging Face stores
     them, or "adjacent" (2i, 2i + 1) as GGUF's llama family does.
+
+    LongRoPE has factors for contexts beyond `short_context` tokens, too. Keys that are kept were
+    rotated with one or the other, so it is the context that decides, not how long a text is.
+    https://arxiv.org/abs/2402.13753
     """
 
     theta: float = 10_000.0
@@ -26,6 +30,15 @@ class RopeConfig:
     pairs: str = "half"
     inv_freq_scale: tuple[float, ...] = ()
     magnitude: float = 1.0
+    short_context: int = 0  # 0: all contexts are alike
+    long_inv_freq_scale: tuple[float, ...] = ()
+    long_magnitude: float = 1.0
+
+    def for_context(self, context: int) -> RopeConfig:
+        """What texts of up to `context` tokens are rotated with."""
+        if not 0 < self.short_context < context:
+            return self
+        return replace(self, inv_freq_scale=self.long_inv_freq_scale, magnitude=self.long_magnitude)
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,7 @@ class ModelConfig:
     gated_attention: bool = False  # each head's result times the sigmoid of a gate, beside q
     value_norm: bool = False  # values are normed, head by head, without weights
     output_norms: bool = False  # attention's and the feed-forward's results are normed, too
+    layer_norms: bool = False  # norms are LayerNorm with biases, not RMSNorm
     norm_offset: float = 0.0  # what is added to the stored weights of norms
     query_scale: float = 0.0  # what scores are multiplied with; 0: 1 / sqrt(head_dim)
     num_experts: int = 0  # 0: a dense model
@@ -112,7 +126,8 @@ class ModelConfig:
     dense_layers: frozenset[int] = frozenset()  # layers without experts
     qk_norm: str = ""  # "", "head" (one norm per head) or "full" (over all heads together)
     clip_qkv: float = 0.0  # clamp q, k and v to +-this; 0: no
-    router_scoring: str = "softmax"  # or "sigmoid"
+    router_scoring: str = "softmax"  # or "sigmoid" or "sparsemixer": see cpu_kernels.route
+    router_jitter: float = 0.0  # of SparseMixer: how much worse than the best is nearly as good
     normalize_top_k: bool = True  # routing weights of the chosen experts sum to 1 ...
     routing_scale: float = 1.0  # ... or to this
     expert_groups: int = 1  # experts are chosen from the best `used_groups` of so many groups
@@ -152,6 +167,10 @@ class ModelConfig:
                 f"{self.num_experts} experts in {groups} groups, of which {used} are used, are not "
                 f"enough for top_k {self.top_k}"
             )
+
+    def for_context(self, context: int) -> ModelConfig:
+        """The same for texts of up to `context` tokens."""
+        return replace(self, rope=self.rope.for_context(context))
 
     def window(self, layer: int) -> int:
         """How many last positions a layer attends to; 0: all."""

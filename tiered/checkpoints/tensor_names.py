@@ -118,6 +118,8 @@ GGUF: Names = {
     "output_norm.weight": "norm",
     "output.weight": "head",
     "rope_freqs.weight": "rope_factors",
+    "rope_factors_short.weight": "rope_factors_short",
+    "rope_factors_long.weight": "rope_factors_long",
 } | _layers(
     "blk",
     {
@@ -248,14 +250,15 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
     """All tensors of a model; lazily, since a damaged file may claim any number of layers."""
     hidden, expert_size = config.hidden_size, config.expert_size
     yield "embed", (config.vocab_size, hidden), True
-    yield "norm", (hidden,), True
+    yield from _norm(config, "norm")
     yield "head", (config.vocab_size, hidden), False
+    yield "head_bias", (config.vocab_size,), False
     for index in range(config.num_layers):
         layer = f"layers.{index}"
-        yield f"{layer}.attention_norm", (hidden,), True
+        yield from _norm(config, f"{layer}.attention_norm")
         for name, shape, required in _in_place_of_attention(config, index):
             yield f"{layer}.{name}", shape, required
-        yield f"{layer}.ffn_norm", (hidden,), True
+        yield from _norm(config, f"{layer}.ffn_norm")
         for name in OUTPUT_NORMS if config.output_norms else ():
             yield f"{layer}.{name}", (hidden,), True
         yield f"{layer}.scale", (1,), False
@@ -275,6 +278,12 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
         if config.shared_expert_size:
             yield from _feed_forward(f"{layer}.shared", hidden, config.shared_expert_size)
             yield f"{layer}.shared.scale", (1, hidden), False
+
+
+def _norm(config: ModelConfig, name: str) -> Iterator[Expected]:
+    yield name, (config.hidden_size,), True
+    if config.layer_norms:
+        yield f"{name}_bias", (config.hidden_size,), True
 
 
 def _in_place_of_attention(config: ModelConfig, index: int) -> Iterator[Expected]:

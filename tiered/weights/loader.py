@@ -84,6 +84,8 @@ class WeightLoader:
     def norm(self, name: str, required: bool = True) -> Any:
         """A norm's weights; None where one is missing that need not be there."""
         vector = self.required(name) if required else self.vector(name)
+        if vector is not None and (bias := self.vector(f"{name}_bias")) is not None:
+            return np.stack([vector, bias])
         offset = np.float32(self.config.norm_offset)
         return vector + offset if vector is not None and offset else vector
 

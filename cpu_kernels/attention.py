@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +42,17 @@ def _float(layer, field):
 
 
 @inner
+def _query_scale(layer, position):
+    """What the queries at a position are multiplied with; where there are temperatures, the more
+    the further on: https://arxiv.org/abs/2501.19399."""
+    scale, step = _float(layer, ATTENTION.query_scale), word(layer, ATTENTION.temperature_step)
+    if step == 0:
+        return scale
+    growth = np.float32(math.log(1.0 + (position + 1) // step))
+    return scale * (_float(layer, ATTENTION.temperature) * growth + np.float32(1.0))
+
+
+@inner
 def _finish_heads(layer, thread, num_threads):
     """Norm, clip and rotate this thread's share of the heads of q, k and v; queries go to where
     attention reads them, keys and values into the KV cache."""
@@ -57,7 +69,7 @@ def _finish_heads(layer, thread, num_threads):
     values = angles + 8 * padded_dim  # one head
     lo, hi = share(num_rows * num_all, thread, num_threads)
     last_row, position, scale = -1, 0, np.float32(0.0)
-    q_scale, k_scale = np.float32(0.0), np.float32(0.0)
+    q_scale, k_scale, query_scale = np.float32(0.0), np.float32(0.0), np.float32(0.0)
     for task in range(lo, hi):
         row, head = task // num_all, task % num_all
         projected = word(batch, BATCH.projected) + 4 * row * num_all * head_dim
@@ -66,6 +78,7 @@ def _finish_heads(layer, thread, num_threads):
             rotation(
                 word(layer, ATTENTION.coarse), word(layer, ATTENTION.fine), half, position, angles
             )
+            query_scale = _query_scale(layer, position)
             if full:
                 q_scale = rms_scale(projected, num_heads * head_dim, eps)
                 keys = projected + 4 * num_heads * head_dim
@@ -96,7 +109,7 @@ def _finish_heads(layer, thread, num_threads):
         if is_query:
             number = (head // group * num_rows + row) * group + head % group
             query = word(batch, BATCH.queries) + 4 * number * padded_dim
-            scaled_copy(values, query, head_dim, _float(layer, ATTENTION.query_scale))
+            scaled_copy(values, query, head_dim, query_scale)
         else:
             sequence = np.int64(load_i32(word(batch, BATCH.sequences), row))
             table = word(batch, BATCH.tables) + 4 * sequence * word(batch, BATCH.max_pages)
@@ -192,8 +205,8 @@ class AttentionLayer:
             weights.gate is not None,
         )  # fmt: skip
         q_size, kv_size = c.num_heads * head_dim, num_kv_heads * head_dim
-        if c.qk_norm not in ("", "head", "full"):
-            raise ValueError(f'qk_norm must be "", "head" or "full", not {c.qk_norm!r}')
+        if c.qk_norm not in ("", "head", "full", "unit"):
+            raise ValueError(f'qk_norm must be "", "head", "full" or "unit", not {c.qk_norm!r}')
         full = c.qk_norm == "full"
         norm_shapes = (q_size, kv_size) if full else (head_dim, head_dim)
         has_norm = bool(c.qk_norm)
@@ -220,6 +233,9 @@ class AttentionLayer:
             padded_dim=padded(head_dim),
             group=c.num_heads // num_kv_heads,
             window=c.window(index),
+            chunked=int(c.chunked_attention and c.window(index) > 0),
+            temperature=float(c.temperature),
+            temperature_step=c.temperature_step if index in c.full_layers else 0,
             sinks=floats(weights.sinks, "sinks", c.num_heads),
             hidden_size=c.hidden_size,
             eps=float(c.norm_eps),

@@ -13,7 +13,7 @@ import numpy as np
 from cpu_kernels.attention import Attention, AttentionLayer, kv_pages
 from cpu_kernels.delta import DeltaLayer, DeltaNet
 from cpu_kernels.embed import Embedding
-from cpu_kernels.experts import Combine, ExpertLayer
+from cpu_kernels.experts import Combine, ExpertLayer, Weighted
 from cpu_kernels.feed_forward import FeedForwardLayer
 from cpu_kernels.head import Head, OutputLayer
 from cpu_kernels.isa import choose
@@ -54,6 +54,7 @@ class CpuBackend:
         # Look-ahead may run beside the forward pass, and must not use its memory.
         self._guesser = Router(self._team)
         self._combine = Combine()
+        self._weighted = Weighted()
         self._merge = Merge(self._team)
         self._head = Head(self._team)
         self._hidden_size = 0
@@ -127,6 +128,9 @@ class CpuBackend:
         self, h: np.ndarray, layer: ExpertLayer, addresses: np.ndarray, jobs: Any, out: np.ndarray
     ) -> None:
         layer.run(self._team, h, addresses, jobs, out)
+
+    def weighted(self, h: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return self._weighted.run(self._team, h, weights)
 
     def pair_outputs(self, num_pairs: int) -> np.ndarray:
         return self._scratch.floats("pairs", num_pairs, self._hidden_size)

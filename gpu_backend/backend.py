@@ -205,6 +205,8 @@ def _check_model(config: Any) -> None:
     missing = {
         "attention sinks": config.attention_sinks,
         "biases of experts": config.expert_biases,
+        "attention by chunks": config.chunked_attention,
+        "weights of experts' inputs": config.weighted_inputs,
         "latent attention": config.latent.kv_rank > 0,
         "layer norms": config.layer_norms,
         "norms of results": config.output_norms,

@@ -165,7 +165,7 @@ class NaiveBackend:
         if c.clip_qkv:
             q, k, v = (np.clip(t, -c.clip_qkv, c.clip_qkv) for t in (q, k, v))
         q, k, v = (t.reshape(len(x), -1, shape.head_dim) for t in (q, k, v))
-        if c.qk_norm == "head":
+        if c.qk_norm in ("head", "unit") and w.q_norm is not None:
             q, k = rms_norm(q, w.q_norm, c.norm_eps), rms_norm(k, w.k_norm, c.norm_eps)
         if c.value_norm:
             v = rms_norm(v, np.ones(shape.head_dim, np.float32), c.norm_eps)
@@ -242,6 +242,9 @@ class NaiveBackend:
 
     def pair_outputs(self, num_pairs):
         return np.empty((num_pairs, self.hidden_size), np.float32)
+
+    def weighted(self, h, weights):
+        return (h[:, None] * weights[..., None]).reshape(-1, h.shape[1])
 
     def combine(self, x, out, weights):
         x += (out.reshape(*weights.shape, -1) * weights[..., None]).sum(1)

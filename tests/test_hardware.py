@@ -92,6 +92,7 @@ PARAMETERS = {  # billions, in all and active, as their authors say
     "glm-4.6": (355.0, 32.0),
     "glm-4.7-flash": (30.0, 3.0),
     "llama-4-scout": (109.0, 17.0),  # with the part that sees images
+    "llama-4-maverick": (400.0, 17.0),
 }
 
 

@@ -39,14 +39,21 @@ FACTS = {
     "granitemoeshared": dict(shared_expert_size=96, num_experts=8, expert_size=64),
     "lfm2_moe": dict(conv_layers={0}, conv_size=4, dense_layers={0}, router_scoring="sigmoid",
                      qk_norm="head", num_kv_heads=2),
+    "llama4": dict(weighted_inputs=True, router_scoring="sigmoid", normalize_top_k=False,
+                   dense_layers={0}, shared_expert_size=64, sliding_window=8192, qk_norm="unit",
+                   chunked_attention=True, full_layers_rotate=False, full_layers=frozenset(),
+                   temperature=pytest.approx(0.1), temperature_step=8192),
+    "llama4_text": dict(num_experts=8, expert_size=64, ffn_size=96),
     "phimoe": dict(layer_norms=True, router_scoring="sparsemixer", router_jitter=0.01,
                    normalize_top_k=False,
                    rope=RopeConfig(10_000.0, 16, "half", tuple(1 + n / 16 for n in range(8)), 1.25,
                                    256, tuple(1 + n / 2 for n in range(8)), 1.25)),
     "glm4_moe_lite": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
 }  # fmt: skip
-HF_NAMES_IT = {"qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4",
-               "granitemoeshared": "granitemoe"}  # fmt: skip  # others: itself
+HF_NAMES_IT = {  # others: itself
+    "qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4", "granitemoeshared": "granitemoe",
+    "llama4_text": "llama4",
+}  # fmt: skip
 GGUF_NAMES_IT = {"deepseek_v3": "deepseek_v2", "glm4_moe_lite": "deepseek_v2", **HF_NAMES_IT}
 
 
@@ -80,7 +87,9 @@ def test_both_kinds_of_files_say_the_same(tmp_path, model_type):
         assert b.config.rope.pairs == ("adjacent" if adjacent else "half")
 
 
-ADJACENT = "ernie4_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"
+ADJACENT = (
+    "ernie4_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "llama4", "llama4_text"
+)  # fmt: skip
 
 
 def test_clipping_and_dense_layers(tmp_path):
@@ -108,6 +117,14 @@ def test_gguf_rope_scaling(tmp_path):
 
 
 REFUSED = {
+    "llama4_text": [
+        ({"no_rope_layers": [1]}, r"'no_rope_layers' is \[1\], but must be 0 or 1 for each layer"),
+        ({"no_rope_layers": [1, 2]}, "'no_rope_layers' is"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "'layer_types' is"),
+        ({"layer_types": 3}, "'layer_types' is 3, but must be chunked_attention where"),
+        ({"floor_scale": 0}, "'floor_scale' is 0, but must be at least 1"),
+        ({"attn_temperature_tuning": "on"}, "'attn_temperature_tuning' is 'on', but must be true"),
+    ],
     "phimoe": [
         ({"num_experts_per_tok": 1}, "'num_experts_per_tok' is 1, but must be 2"),
         ({"router_jitter_noise": "much"}, "'router_jitter_noise' is 'much', but must be a number"),
@@ -125,6 +142,24 @@ def test_what_an_architecture_does_not_do_is_refused(tmp_path, model_type, chang
     with pytest.raises(CheckpointError, match=message) as raised:
         open_checkpoint(folder)
     assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_which_layers_of_llama_4_see_the_whole_text(tmp_path):
+    def config(**change):
+        facts = {**tiny.hf_config("llama4_text", layers=8), **change}
+        return models.find("llama4_text", tmp_path).from_hf(Facts(facts, tmp_path))
+
+    assert config().full_layers == {3, 7} and config().dense_layers == {0, 2, 4, 6}
+    assert [config().window(layer) for layer in (2, 3)] == [8192, 0]
+    assert config(moe_layers=[1, 2]).dense_layers == {0, 3, 4, 5, 6, 7}
+    still = config(no_rope_layers=[1, 1, 0, 1, 1, 1, 1, 1])
+    assert still.full_layers == {2} and set(still.attention_shape(2).rope.inv_freq_scale) == {1e30}
+    assert still.attention_shape(1).rope.inv_freq_scale == ()
+    for change in {"attention_chunk_size": None}, {"layer_types": ["full_attention"] * 8}:
+        whole = config(**change)
+        assert whole.window(2) == 0 and not whole.chunked_attention and whole.full_layers == {3, 7}
+    assert config(attn_temperature_tuning=False).temperature_step == 0
+    assert config(attn_temperature_tuning=4).temperature_step == 8192  # as older files have it
 
 
 # --- transformers ---

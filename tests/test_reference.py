@@ -61,6 +61,12 @@ ARCHITECTURES = {
         attention_multiplier=0.25, embedding_multiplier=3.0, logits_scaling=2.0,
         shared_intermediate_size=160,
     ),
+    "llama4_text": dict(
+        num_local_experts=8, num_experts_per_tok=1, intermediate_size=96, intermediate_size_mlp=128,
+        interleave_moe_layer_step=2, head_dim=16, num_hidden_layers=4, attention_chunk_size=24,
+        no_rope_layers=[1, 0, 1, 1], floor_scale=16, attn_scale=0.4,
+        rope_scaling=LLAMA3,
+    ),
     "phimoe": dict(
         num_local_experts=8, num_experts_per_tok=2, intermediate_size=96, attention_bias=True,
         lm_head_bias=True, router_jitter_noise=0.1,

@@ -13,6 +13,7 @@ import tiny_gemma4
 import tiny_granite
 import tiny_granite_shared
 import tiny_lfm2
+import tiny_llama4
 import tiny_phimoe
 from pack import bf16, pack
 
@@ -46,6 +47,7 @@ class Kind(NamedTuple):
     delta: str = ""  # Qwen's DeltaNet in all but every second layer; its rows "mixed" or "apart"
     own: Any = None  # a module with add_layer, hf_config and write_metadata
     prefix: str = "model."
+    head: str = "lm_head"
 
 
 _DEEPSEEK = Kind("deepseek2", latent=1, shared="shared_experts.", dense=(0,))
@@ -79,6 +81,9 @@ KINDS = {
     "granitemoe": Kind("granitemoe", own=tiny_granite),
     "granitemoeshared": Kind("granitemoe", own=tiny_granite_shared),
     "lfm2_moe": Kind("lfm2moe", own=tiny_lfm2),
+    "llama4": Kind("llama4", own=tiny_llama4, prefix="language_model.model.",
+                   head="language_model.lm_head"),
+    "llama4_text": Kind("llama4", own=tiny_llama4),
     "phimoe": Kind("phimoe", biases="qkvo", own=tiny_phimoe),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
@@ -279,7 +284,7 @@ def weights(model_type: str, seed: int = 0, tied: bool = False, **sizes: int) ->
     last, stored = ("embedding_norm", "token_embd_norm") if is_lfm2 else ("norm", "output_norm")
     w.norm(kind.prefix + last, f"{stored}.weight", hidden)
     if not tied:
-        w.add("lm_head", "output.weight", s["vocab"], hidden)
+        w.add(kind.head, "output.weight", s["vocab"], hidden)
     for i in range(s["layers"]):
         hf, gg = f"{kind.prefix}layers.{i}.", f"blk.{i}."
         if kind.own is not None:
@@ -326,7 +331,7 @@ def hf_config(model_type: str, **sizes: Any) -> dict[str, Any]:
             linear_conv_kernel_dim=s["conv_size"], full_attention_interval=2,
             partial_rotary_factor=0.25,
         )  # fmt: skip
-    if model_type in ("qwen3_5_moe", "gemma4"):  # which also see images
+    if model_type in ("qwen3_5_moe", "gemma4", "llama4"):  # which also see images
         text = config | dict(model_type=f"{model_type}_text")
         return dict(model_type=model_type, text_config=text, tie_word_embeddings=False)
     return config

@@ -186,7 +186,11 @@ class Backend(Protocol):
         self, h: Array, layer: Any, addresses: np.ndarray, jobs: ExpertJobs, out: Array
     ) -> None:
         """Run jobs.experts[i], whose gate, up and down lie at addresses[i] (int64 [num_used, 3]),
-        on its pairs; write each pair's result (unweighted) to that row of `out`."""
+        on its pairs; write each pair's result (unweighted) to that row of `out`. `h` has a row for
+        each token, or one for each pair."""
+
+    def weighted(self, h: Array, weights: np.ndarray) -> Array:
+        """A row for each pair: weights[t, rank] * h[t]; until the next call."""
 
     def pair_outputs(self, num_pairs: int) -> Array:
         """Room for `experts` to write to: float32 [num_pairs, hidden_size]."""

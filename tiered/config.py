@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 
 DEFAULT_POLICY = "keep_last"
+NO_ROTATION = 1e30  # divisor of a frequency
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class RopeConfig:
     short_context: int = 0  # 0: all contexts are alike
     long_inv_freq_scale: tuple[float, ...] = ()
     long_magnitude: float = 1.0
+
+    def still(self, head_dim: int) -> RopeConfig:
+        """The same, but for heads that do not rotate."""
+        half = (self.dim or head_dim) // 2
+        return RopeConfig(self.theta, self.dim, self.pairs, (NO_ROTATION,) * half)
 
     def for_context(self, context: int) -> RopeConfig:
         """What texts of up to `context` tokens are rotated with."""
@@ -124,10 +130,13 @@ class ModelConfig:
     ffn_size: int = 0  # width of the dense feed-forward of dense layers
     shared_expert_size: int = 0  # width of the expert that every token uses; 0: none
     dense_layers: frozenset[int] = frozenset()  # layers without experts
-    qk_norm: str = ""  # "", "head" (one norm per head) or "full" (over all heads together)
+    # "", "head" (one norm per head), "full" (over all heads together) or "unit" (per head and
+    # without weights, in layers that rotate)
+    qk_norm: str = ""
     clip_qkv: float = 0.0  # clamp q, k and v to +-this; 0: no
     router_scoring: str = "softmax"  # or "sigmoid" or "sparsemixer": see cpu_kernels.route
     router_jitter: float = 0.0  # of SparseMixer: how much worse than the best is nearly as good
+    weighted_inputs: bool = False  # routing weights multiply what experts get, not what they say
     normalize_top_k: bool = True  # routing weights of the chosen experts sum to 1 ...
     routing_scale: float = 1.0  # ... or to this
     expert_groups: int = 1  # experts are chosen from the best `used_groups` of so many groups
@@ -139,6 +148,11 @@ class ModelConfig:
     sliding_window: int = 0  # attend to this many last positions; 0: all of them
     full_layers: frozenset[int] = frozenset()  # layers that attend to all of them nevertheless
     full_shape: AttentionShape | None = None  # of those, where it is another
+    full_layers_rotate: bool = True  # whether those have a rotary embedding
+    chunked_attention: bool = False  # windows are chunks of so many positions, which do not slide
+    # With a step, full layers multiply scores with 1 + temperature * ln(1 + (position + 1) // step)
+    temperature: float = 0.0
+    temperature_step: int = 0
     attention_sinks: bool = False  # a score per head that takes attention and gives nothing
     activation: str = "silu"  # of experts and feed-forwards: see cpu_kernels.gating.ACTIVATIONS
     activation_limit: float = 0.0  # where "clamped_silu" clamps
@@ -159,6 +173,8 @@ class ModelConfig:
             raise ValueError(f"top_k is {self.top_k}, but the model has {self.num_experts} experts")
         if self.delta_layers and self.conv_layers:
             raise ValueError("a model has layers with DeltaNet or with convolutions, not both")
+        if self.chunked_attention and not self.sliding_window:
+            raise ValueError("attention by chunks needs their size, as sliding_window")
         groups, used = max(self.expert_groups, 1), self.used_groups
         if self.num_experts % groups or (
             groups > 1 and not self.top_k <= used * (self.num_experts // groups)
@@ -181,8 +197,11 @@ class ModelConfig:
         return AttentionShape(self.num_kv_heads, self.head_dim, self.rope)
 
     def attention_shape(self, layer: int) -> AttentionShape:
-        full = self.full_shape if layer in self.full_layers else None
-        return full or self.own_shape
+        if layer not in self.full_layers:
+            return self.own_shape
+        if self.full_layers_rotate:
+            return self.full_shape or self.own_shape
+        return AttentionShape(self.num_kv_heads, self.head_dim, self.rope.still(self.head_dim))
 
     def is_sparse(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.dense_layers

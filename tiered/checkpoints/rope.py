@@ -15,9 +15,9 @@ import numpy as np
 
 from tiered.checkpoints.checkpoint import CheckpointError
 from tiered.checkpoints.facts import Facts
-from tiered.config import RopeConfig
+from tiered.config import NO_ROTATION, RopeConfig
 
-MOST_SCALE = 2e30  # what does not rotate at all is written as 1e30
+MOST_SCALE = 2 * NO_ROTATION
 
 
 def rope_from_hf(facts: Facts, head_dim: int, context_length: int, theta: float) -> RopeConfig:
@@ -35,7 +35,7 @@ def rope_from_hf(facts: Facts, head_dim: int, context_length: int, theta: float)
         return RopeConfig(theta, dim)
     if kind == "proportional":  # of the whole head, some pairs rotate as if all did
         rotating = np.arange(head_dim // 2) < int(fraction * head_dim // 2)
-        scale = np.where(rotating, inner.number("factor", default=1.0), 1e30)
+        scale = np.where(rotating, inner.number("factor", default=1.0), NO_ROTATION)
         return RopeConfig(theta, head_dim, "half", _floats(scale))
     if kind in ("longrope", "su"):
         return _longrope_from_hf(facts, inner, theta, dim, context_length)

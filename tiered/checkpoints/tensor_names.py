@@ -305,7 +305,7 @@ def _attention(config: ModelConfig, index: int) -> Iterator[Expected]:
         yield f"{name}_bias", (size,), False
     yield "o", (hidden, q_size), True
     yield "o_bias", (hidden,), False
-    if config.qk_norm:
+    if config.qk_norm in ("head", "full"):
         full = config.qk_norm == "full"
         yield "q_norm", (q_size if full else head_dim,), True
         yield "k_norm", (kv_size if full else head_dim,), True

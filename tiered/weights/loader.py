@@ -89,6 +89,14 @@ class WeightLoader:
         offset = np.float32(self.config.norm_offset)
         return vector + offset if vector is not None and offset else vector
 
+    def head_norm(self, index: int, name: str) -> Any:
+        """Of queries or keys. A norm without weights may as well come before heads are rotated,
+        which does not change their length."""
+        if self.config.qk_norm == "unit":
+            rotates = self.config.full_layers_rotate or index not in self.config.full_layers
+            return np.ones(self.config.head_dim, np.float32) if rotates else None
+        return self.norm(f"layers.{index}.{name}", required=False)
+
     def feed_forward(self, prefix: str) -> FeedForwardWeights:
         gate, up, down = (self.matrix(f"{prefix}.{name}") for name in ("gate", "up", "down"))
         scale = f"{prefix}.scale"
@@ -116,8 +124,8 @@ class WeightLoader:
             self.steering(prefix + "k"),
             self.matrix(prefix + ("v" if prefix + "v" in self.checkpoint.tensors else "k")),
             self.matrix(prefix + "o"),
-            self.norm(prefix + "q_norm", required=False),
-            self.norm(prefix + "k_norm", required=False),
+            self.head_norm(index, "q_norm"),
+            self.head_norm(index, "k_norm"),
             self.vector(prefix + "sinks"),
             gate,
             self.norm(prefix + "attention_out_norm", required=False),

@@ -20,6 +20,7 @@ from cpu_kernels.isa import choose
 from cpu_kernels.kv import KVPages
 from cpu_kernels.latent import LatentAttentionLayer
 from cpu_kernels.linear import Matrix
+from cpu_kernels.mamba2 import Mamba2, Mamba2Layer
 from cpu_kernels.merge import Merge, MergeLayer
 from cpu_kernels.record import Scratch
 from cpu_kernels.recurrent import RecurrentState
@@ -50,6 +51,7 @@ class CpuBackend:
         self._attention = Attention(self._team)
         self._delta = DeltaNet(self._team)
         self._conv = ShortConv(self._team)
+        self._mamba2 = Mamba2(self._team)
         self._router = Router(self._team)
         # Look-ahead may run beside the forward pass, and must not use its memory.
         self._guesser = Router(self._team)
@@ -79,6 +81,9 @@ class CpuBackend:
 
     def conv_layer(self, weights: Any, config: Any, number: int) -> ConvLayer:
         return self._conv.layer(weights, config, number)
+
+    def mamba2_layer(self, weights: Any, config: Any, number: int) -> Mamba2Layer:
+        return self._mamba2.layer(weights, config, number)
 
     def recurrent_state(self, config: Any) -> RecurrentState:
         return RecurrentState(config)
@@ -115,6 +120,8 @@ class CpuBackend:
             self._delta.run(x, layer, batch)
         elif isinstance(layer, ConvLayer):
             self._conv.run(x, layer, batch)
+        elif isinstance(layer, Mamba2Layer):
+            self._mamba2.run(x, layer, batch)
         else:
             self._attention.run(x, layer, kv, index, batch)
 

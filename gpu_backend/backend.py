@@ -89,6 +89,9 @@ class GpuBackend:
     def conv_layer(self, weights: Any, config: Any, number: int) -> None:
         _check_model(config)
 
+    def mamba2_layer(self, weights: Any, config: Any, number: int) -> None:
+        _check_model(config)
+
     def recurrent_state(self, config: Any) -> None:
         _check_model(config)
 

@@ -93,6 +93,8 @@ PARAMETERS = {  # billions, in all and active, as their authors say
     "glm-4.7-flash": (30.0, 3.0),
     "llama-4-scout": (109.0, 17.0),  # with the part that sees images
     "llama-4-maverick": (400.0, 17.0),
+    "granite-4.0-h-tiny": (7.0, 1.0),
+    "granite-4.0-h-small": (32.0, 9.0),
 }
 
 

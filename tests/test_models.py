@@ -8,7 +8,7 @@ from tiered import models
 from tiered.checkpoints.checkpoint import CheckpointError
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.hf_config import hf_dense_layers
-from tiered.config import LatentConfig, RopeConfig
+from tiered.config import LatentConfig, Mamba2Config, RopeConfig
 from tiered.formats import open_checkpoint
 
 FACTS = {
@@ -37,6 +37,9 @@ FACTS = {
     "granitemoe": dict(embedding_scale=pytest.approx(20.0), query_scale=pytest.approx(0.2),
                        logit_scale=0.25, norm_eps=pytest.approx(1e-5 / 0.09)),
     "granitemoeshared": dict(shared_expert_size=96, num_experts=8, expert_size=64),
+    "granitemoehybrid": dict(mamba2=Mamba2Config(4, 32, 16, 2, 4, pytest.approx(1e-5)),
+                             mamba2_layers={0}, full_layers={1}, full_layers_rotate=False,
+                             norm_eps=pytest.approx(1e-5 / 0.09), shared_expert_size=96),
     "lfm2_moe": dict(conv_layers={0}, conv_size=4, dense_layers={0}, router_scoring="sigmoid",
                      qk_norm="head", num_kv_heads=2),
     "llama4": dict(weighted_inputs=True, router_scoring="sigmoid", normalize_top_k=False,
@@ -117,6 +120,14 @@ def test_gguf_rope_scaling(tmp_path):
 
 
 REFUSED = {
+    "granitemoehybrid": [
+        ({"num_local_experts": 0}, "'num_local_experts' is 0, but must be at least 1"),
+        ({"mamba_proj_bias": True}, "'mamba_proj_bias' is True, but must be false"),
+        ({"time_step_limit": [0.1, 2]}, r"'time_step_limit' is \[0\.1, 2\], but must be \[0, I"),
+        ({"position_embedding_type": "alibi"}, "'position_embedding_type' is 'alibi', but must be"),
+        ({"layer_types": ["mamba"]}, "'layer_types' is .* but must be mamba or attention for each"),
+        ({"mamba_d_head": 3}, "'mamba_d_head' is 3, but must be 128 / 4"),
+    ],
     "llama4_text": [
         ({"no_rope_layers": [1]}, r"'no_rope_layers' is \[1\], but must be 0 or 1 for each layer"),
         ({"no_rope_layers": [1, 2]}, "'no_rope_layers' is"),

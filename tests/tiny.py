@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import tiny_gemma4
 import tiny_granite
+import tiny_granite_hybrid
 import tiny_granite_shared
 import tiny_lfm2
 import tiny_llama4
@@ -80,6 +81,7 @@ KINDS = {
     "gemma4_text": _GEMMA,
     "granitemoe": Kind("granitemoe", own=tiny_granite),
     "granitemoeshared": Kind("granitemoe", own=tiny_granite_shared),
+    "granitemoehybrid": Kind("granitehybrid", own=tiny_granite_hybrid),
     "lfm2_moe": Kind("lfm2moe", own=tiny_lfm2),
     "llama4": Kind("llama4", own=tiny_llama4, prefix="language_model.model.",
                    head="language_model.lm_head"),
@@ -94,6 +96,7 @@ ADJACENT = (
     "mixtral",
     "granitemoe",
     "granitemoeshared",
+    "granitemoehybrid",
 )  # GGUF has the values that rotate together side by side, HF not
 
 
@@ -534,7 +537,7 @@ def _format_of(weight: Weight, format: str, formats: dict[str, str]) -> str:
         or "ffn_gate_inp" in name
         or "conv1d" in name
         or "shortconv.conv" in name
-        or name.endswith(".scale")
+        or name.endswith((".scale", "ssm_a", "ssm_d", "ssm_norm.weight"))
     ):
         return "f32"  # as llama.cpp does: norms, biases and routers
     return next((kind for part, kind in formats.items() if part in weight.gguf), format)

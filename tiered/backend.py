@@ -75,6 +75,22 @@ class ConvWeights(NamedTuple):
     o: Matrix  # [hidden_size, hidden_size]
 
 
+class Mamba2Weights(NamedTuple):
+    """Mamba-2; dimensions are those of tiered.config.Mamba2Config."""
+
+    norm: np.ndarray  # float32 [hidden_size]
+    z: Matrix  # [inner_size, hidden_size]: gates the result
+    xbc: Matrix  # [channels, hidden_size]: values, keys and queries
+    dt: Matrix  # [num_heads, hidden_size]: how far each head goes on
+    conv: np.ndarray  # float32 [conv_size, channels]
+    conv_bias: np.ndarray | None  # float32 [channels]
+    dt_bias: np.ndarray  # float32 [num_heads]
+    decay: np.ndarray  # float32 [num_heads]: -exp(A_log)
+    skip: np.ndarray  # float32 [num_heads]: what values are multiplied with and added to results
+    out_norm: np.ndarray  # float32 [inner_size]
+    o: Matrix  # [hidden_size, inner_size]
+
+
 class RouterWeights(NamedTuple):
     norm: np.ndarray  # float32 [hidden_size]: makes the experts' input, and mostly the router's
     router: Matrix  # [num_experts, hidden_size]
@@ -147,6 +163,9 @@ class Backend(Protocol):
 
     def conv_layer(self, weights: ConvWeights, config: ModelConfig, number: int) -> Any:
         """The same for a gated short convolution."""
+
+    def mamba2_layer(self, weights: Mamba2Weights, config: ModelConfig, number: int) -> Any:
+        """The same for Mamba-2."""
 
     def recurrent_state(self, config: ModelConfig) -> Any:
         """Memory for what the recurrent layers remember of one text."""

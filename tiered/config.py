@@ -100,6 +100,36 @@ class DeltaConfig:
 
 
 @dataclass(frozen=True)
+class Mamba2Config:
+    """Mamba-2: a layer that remembers a text in matrices of fixed size, one per head.
+    https://arxiv.org/abs/2405.21060
+
+    Heads of a group share keys and queries, and a norm of their results.
+    """
+
+    num_heads: int = 0  # 0: the model has no such layers
+    head_dim: int = 0
+    state_dim: int = 0  # values of a key
+    num_groups: int = 1
+    conv_size: int = 4  # tokens that the convolution before it sees
+    norm_eps: float = 0.0  # of the results' norm
+
+    @property
+    def inner_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Values of all heads, keys and queries of all groups."""
+        return self.inner_size + 2 * self.num_groups * self.state_dim
+
+    @property
+    def state_values(self) -> int:
+        """float32 values that a layer remembers of a text."""
+        return (self.conv_size - 1) * self.channels + self.inner_size * self.state_dim
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The facts of a model that its arithmetic depends on."""
 
@@ -118,6 +148,8 @@ class ModelConfig:
     delta_layers: frozenset[int] = frozenset()  # have that in the place of attention
     conv_layers: frozenset[int] = frozenset()  # have a gated short convolution in its place ...
     conv_size: int = 0  # ... over so many tokens
+    mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    mamba2_layers: frozenset[int] = frozenset()  # have that in its place
     gated_attention: bool = False  # each head's result times the sigmoid of a gate, beside q
     value_norm: bool = False  # values are normed, head by head, without weights
     output_norms: bool = False  # attention's and the feed-forward's results are normed, too
@@ -171,8 +203,10 @@ class ModelConfig:
             )
         if self.num_experts and not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k is {self.top_k}, but the model has {self.num_experts} experts")
-        if self.delta_layers and self.conv_layers:
-            raise ValueError("a model has layers with DeltaNet or with convolutions, not both")
+        if sum(map(bool, (self.delta_layers, self.conv_layers, self.mamba2_layers))) > 1:
+            raise ValueError(
+                "recurrent layers must be of one kind: DeltaNet, Mamba-2, convolutions"
+            )
         if self.chunked_attention and not self.sliding_window:
             raise ValueError("attention by chunks needs their size, as sliding_window")
         groups, used = max(self.expert_groups, 1), self.used_groups
@@ -214,13 +248,15 @@ class ModelConfig:
     @property
     def recurrent_layers(self) -> frozenset[int]:
         """Layers that remember a text as a whole."""
-        return self.delta_layers | self.conv_layers
+        return self.delta_layers | self.conv_layers | self.mamba2_layers
 
     @property
     def state_values(self) -> int:
         """float32 values that a recurrent layer remembers of a text."""
         if self.delta_layers:
             return self.delta.state_values
+        if self.mamba2_layers:
+            return self.mamba2.state_values
         return max(self.conv_size - 1, 0) * self.hidden_size
 
     @property

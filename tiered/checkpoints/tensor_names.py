@@ -113,6 +113,33 @@ GGUF_DELTA: Names = _layers(
     },
 )
 
+HF_MAMBA2: Names = _layers(
+    "model.layers",
+    {
+        "mamba.in_proj.weight": "mamba2.in",
+        "mamba.conv1d.weight": "mamba2.conv",
+        "mamba.conv1d.bias": "mamba2.conv_bias",
+        "mamba.dt_bias": "mamba2.dt_bias",
+        "mamba.A_log": "mamba2.a_log",
+        "mamba.D": "mamba2.skip",
+        "mamba.norm.weight": "mamba2.norm",
+        "mamba.out_proj.weight": "mamba2.o",
+    },
+)
+GGUF_MAMBA2: Names = _layers(
+    "blk",
+    {
+        "ssm_in.weight": "mamba2.in",
+        "ssm_conv1d.weight": "mamba2.conv",
+        "ssm_conv1d.bias": "mamba2.conv_bias",
+        "ssm_dt.bias": "mamba2.dt_bias",
+        "ssm_a": "mamba2.decay",
+        "ssm_d": "mamba2.skip",
+        "ssm_norm.weight": "mamba2.norm",
+        "ssm_out.weight": "mamba2.o",
+    },
+)
+
 GGUF: Names = {
     "token_embd.weight": "embed",
     "output_norm.weight": "norm",
@@ -157,6 +184,7 @@ GGUF: Names = {
     | {f"ffn_{name}_shexp.weight": f"shared.{name}" for name in PROJECTIONS},
 )
 
+VECTORS = ".router_correction", "mamba2.decay", "mamba2.skip", "mamba2.norm"  # not in all files
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -180,9 +208,9 @@ def canonical_tensors(stored: Iterable[Tensor], names: Names, num_layers: int) -
         name = pattern.format(*_NUMBER.findall(tensor.name))
         if name.endswith(".shared.scale"):
             tensor = tensor._replace(shape=(1, tensor.shape[-1]))
-        elif name.endswith(".router_correction"):
+        elif name.endswith(VECTORS):
             tensor = tensor._replace(shape=(math.prod(tensor.shape),))
-        elif name.endswith(("k_b", "v_b", "delta.conv", "conv.conv")) and len(tensor.shape) == 3:
+        elif name.endswith(("k_b", "v_b", ".conv")) and len(tensor.shape) == 3:
             tensor = tensor._replace(shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
         for part in _parts(tensor, name):
             if part.name in tensors:
@@ -291,6 +319,8 @@ def _in_place_of_attention(config: ModelConfig, index: int) -> Iterator[Expected
         return _delta(config)
     if index in config.conv_layers:
         return _conv(config)
+    if index in config.mamba2_layers:
+        return _mamba2(config)
     return _latent_attention(config) if config.latent.kv_rank else _attention(config, index)
 
 
@@ -353,6 +383,21 @@ def _conv(config: ModelConfig) -> Iterator[Expected]:
     yield "conv.gates", (3 * hidden, hidden), True
     yield "conv.conv", (hidden, config.conv_size), True
     yield "conv.o", (hidden, hidden), True
+
+
+def _mamba2(config: ModelConfig) -> Iterator[Expected]:
+    """The rows of `in` are gates, what is convolved, and steps. Some files have A instead of its
+    logarithm."""
+    m, hidden = config.mamba2, config.hidden_size
+    yield "mamba2.in", (m.inner_size + m.channels + m.num_heads, hidden), True
+    yield "mamba2.conv", (m.channels, m.conv_size), True
+    yield "mamba2.conv_bias", (m.channels,), False
+    yield "mamba2.dt_bias", (m.num_heads,), True
+    yield "mamba2.a_log", (m.num_heads,), False
+    yield "mamba2.decay", (m.num_heads,), False
+    yield "mamba2.skip", (m.num_heads,), True
+    yield "mamba2.norm", (m.inner_size,), True
+    yield "mamba2.o", (hidden, m.inner_size), True
 
 
 def _feed_forward(prefix: str, hidden: int, size: int) -> Iterator[Expected]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,16 @@ from cpu_kernels.kv import KV, KVPages, append, padded
 from cpu_kernels.latent import LatentAttentionLayer
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, word
-from cpu_kernels.norm import add, apply_norm, clip, rms_norm_rows, rms_scale, scaled_copy
+from cpu_kernels.norm import (
+    add,
+    apply_norm,
+    clip,
+    norm_rows,
+    norm_vectors,
+    rms_norm_rows,
+    rms_scale,
+    scaled_copy,
+)
 from cpu_kernels.record import Record, floats
 from cpu_kernels.rope import RopeTable, rotate_adjacent, rotate_half, rotation
 from cpu_kernels.team import Team, barrier, op, share
@@ -29,6 +39,17 @@ from cpu_kernels.tile import multiply_kernel
 @inner
 def _float(layer, field):
     return load_f32(layer + 8 * field, 0)
+
+
+@inner
+def _query_scale(layer, position):
+    """What the queries at a position are multiplied with; where there are temperatures, the more
+    the further on: https://arxiv.org/abs/2501.19399."""
+    scale, step = _float(layer, ATTENTION.query_scale), word(layer, ATTENTION.temperature_step)
+    if step == 0:
+        return scale
+    growth = np.float32(math.log(1.0 + (position + 1) // step))
+    return scale * (_float(layer, ATTENTION.temperature) * growth + np.float32(1.0))
 
 
 @inner
@@ -48,7 +69,7 @@ def _finish_heads(layer, thread, num_threads):
     values = angles + 8 * padded_dim  # one head
     lo, hi = share(num_rows * num_all, thread, num_threads)
     last_row, position, scale = -1, 0, np.float32(0.0)
-    q_scale, k_scale = np.float32(0.0), np.float32(0.0)
+    q_scale, k_scale, query_scale = np.float32(0.0), np.float32(0.0), np.float32(0.0)
     for task in range(lo, hi):
         row, head = task // num_all, task % num_all
         projected = word(batch, BATCH.projected) + 4 * row * num_all * head_dim
@@ -57,6 +78,7 @@ def _finish_heads(layer, thread, num_threads):
             rotation(
                 word(layer, ATTENTION.coarse), word(layer, ATTENTION.fine), half, position, angles
             )
+            query_scale = _query_scale(layer, position)
             if full:
                 q_scale = rms_scale(projected, num_heads * head_dim, eps)
                 keys = projected + 4 * num_heads * head_dim
@@ -87,7 +109,7 @@ def _finish_heads(layer, thread, num_threads):
         if is_query:
             number = (head // group * num_rows + row) * group + head % group
             query = word(batch, BATCH.queries) + 4 * number * padded_dim
-            scaled_copy(values, query, head_dim, _float(layer, ATTENTION.query_scale))
+            scaled_copy(values, query, head_dim, query_scale)
         else:
             sequence = np.int64(load_i32(word(batch, BATCH.sequences), row))
             table = word(batch, BATCH.tables) + 4 * sequence * word(batch, BATCH.max_pages)
@@ -103,9 +125,8 @@ def attention(layer, thread, num_threads, team):
     kv_size = word(layer, ATTENTION.num_kv_heads) * word(layer, ATTENTION.head_dim)
     x, normed = word(batch, BATCH.x), word(batch, BATCH.normed)
     lo, hi = share(num_rows, thread, num_threads)
-    rms_norm_rows(
-        x, word(layer, ATTENTION.norm), normed, lo, hi, hidden_size, _float(layer, ATTENTION.eps)
-    )
+    norm, bias = word(layer, ATTENTION.norm), word(layer, ATTENTION.norm_bias)
+    norm_rows(x, norm, bias, normed, lo, hi, hidden_size, _float(layer, ATTENTION.eps))
     barrier(team)
     prepared = word(batch, BATCH.prepared)
     prepare_activations(normed, hidden_size, num_rows, hidden_size, prepared, thread, num_threads)
@@ -184,8 +205,8 @@ class AttentionLayer:
             weights.gate is not None,
         )  # fmt: skip
         q_size, kv_size = c.num_heads * head_dim, num_kv_heads * head_dim
-        if c.qk_norm not in ("", "head", "full"):
-            raise ValueError(f'qk_norm must be "", "head" or "full", not {c.qk_norm!r}')
+        if c.qk_norm not in ("", "head", "full", "unit"):
+            raise ValueError(f'qk_norm must be "", "head", "full" or "unit", not {c.qk_norm!r}')
         full = c.qk_norm == "full"
         norm_shapes = (q_size, kv_size) if full else (head_dim, head_dim)
         has_norm = bool(c.qk_norm)
@@ -212,10 +233,13 @@ class AttentionLayer:
             padded_dim=padded(head_dim),
             group=c.num_heads // num_kv_heads,
             window=c.window(index),
+            chunked=int(c.chunked_attention and c.window(index) > 0),
+            temperature=float(c.temperature),
+            temperature_step=c.temperature_step if index in c.full_layers else 0,
             sinks=floats(weights.sinks, "sinks", c.num_heads),
             hidden_size=c.hidden_size,
             eps=float(c.norm_eps),
-            norm=floats(weights.norm, "norm", c.hidden_size),
+            **norm_vectors(weights.norm, c.hidden_size),
             q=weights.q.address,
             k=weights.k.address,
             v=weights.v.address,

@@ -13,13 +13,14 @@ import numpy as np
 from cpu_kernels.attention import Attention, AttentionLayer, kv_pages
 from cpu_kernels.delta import DeltaLayer, DeltaNet
 from cpu_kernels.embed import Embedding
-from cpu_kernels.experts import Combine, ExpertLayer
+from cpu_kernels.experts import Combine, ExpertLayer, Weighted
 from cpu_kernels.feed_forward import FeedForwardLayer
 from cpu_kernels.head import Head, OutputLayer
 from cpu_kernels.isa import choose
 from cpu_kernels.kv import KVPages
 from cpu_kernels.latent import LatentAttentionLayer
 from cpu_kernels.linear import Matrix
+from cpu_kernels.mamba2 import Mamba2, Mamba2Layer
 from cpu_kernels.merge import Merge, MergeLayer
 from cpu_kernels.record import Scratch
 from cpu_kernels.recurrent import RecurrentState
@@ -50,10 +51,12 @@ class CpuBackend:
         self._attention = Attention(self._team)
         self._delta = DeltaNet(self._team)
         self._conv = ShortConv(self._team)
+        self._mamba2 = Mamba2(self._team)
         self._router = Router(self._team)
         # Look-ahead may run beside the forward pass, and must not use its memory.
         self._guesser = Router(self._team)
         self._combine = Combine()
+        self._weighted = Weighted()
         self._merge = Merge(self._team)
         self._head = Head(self._team)
         self._hidden_size = 0
@@ -78,6 +81,9 @@ class CpuBackend:
 
     def conv_layer(self, weights: Any, config: Any, number: int) -> ConvLayer:
         return self._conv.layer(weights, config, number)
+
+    def mamba2_layer(self, weights: Any, config: Any, number: int) -> Mamba2Layer:
+        return self._mamba2.layer(weights, config, number)
 
     def recurrent_state(self, config: Any) -> RecurrentState:
         return RecurrentState(config)
@@ -114,6 +120,8 @@ class CpuBackend:
             self._delta.run(x, layer, batch)
         elif isinstance(layer, ConvLayer):
             self._conv.run(x, layer, batch)
+        elif isinstance(layer, Mamba2Layer):
+            self._mamba2.run(x, layer, batch)
         else:
             self._attention.run(x, layer, kv, index, batch)
 
@@ -127,6 +135,9 @@ class CpuBackend:
         self, h: np.ndarray, layer: ExpertLayer, addresses: np.ndarray, jobs: Any, out: np.ndarray
     ) -> None:
         layer.run(self._team, h, addresses, jobs, out)
+
+    def weighted(self, h: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return self._weighted.run(self._team, h, weights)
 
     def pair_outputs(self, num_pairs: int) -> np.ndarray:
         return self._scratch.floats("pairs", num_pairs, self._hidden_size)

@@ -121,7 +121,7 @@ def delta_net(layer, thread, num_threads, team):
     barrier(team)
     convolve(
         word(batch, DELTA_BATCH.runs), word(batch, DELTA_BATCH.mixed_in),
-        word(batch, DELTA_BATCH.mixed), word(layer, DELTA.conv), word(layer, DELTA.channels),
+        word(batch, DELTA_BATCH.mixed), word(layer, DELTA.conv), 0, word(layer, DELTA.channels),
         word(layer, DELTA.conv_size), word(layer, DELTA.history), True, thread, num_threads,
     )  # fmt: skip
     barrier(team)

@@ -18,7 +18,8 @@ from cpu_kernels.isa import Isa
 from cpu_kernels.lanes import by_lanes
 from cpu_kernels.linear import FEW_ROWS, ROW_BLOCK, products_of
 from cpu_kernels.memory import call_kernel, load_f32, load_i32, word
-from cpu_kernels.record import Record, fields
+from cpu_kernels.norm import scaled_copy
+from cpu_kernels.record import Record, Scratch, fields
 from cpu_kernels.simd import emitted, f32
 from cpu_kernels.team import Team, barrier, op, share
 from cpu_kernels.workspace import Workspace
@@ -34,6 +35,7 @@ EXPERTS = fields(
     "prepared gate_out up_out inner_prepared identity"
 )
 COMBINE = fields("x out weights num_rows top_k hidden_size")
+WEIGHTED = fields("h out weights num_rows top_k hidden_size")
 
 
 @emitted("void", "i64 i64 i64 f32")
@@ -200,6 +202,16 @@ def _combine(r, thread, num_threads, team):
             add_scaled(target, source, count, load_f32(weights, pair))
 
 
+@op
+def _weighted(r, thread, num_threads, team):
+    hidden, top_k = word(r, WEIGHTED.hidden_size), word(r, WEIGHTED.top_k)
+    h, out, weights = word(r, WEIGHTED.h), word(r, WEIGHTED.out), word(r, WEIGHTED.weights)
+    low, high = share(word(r, WEIGHTED.num_rows) * top_k, thread, num_threads)
+    for pair in range(low, high):
+        source, target = h + 4 * hidden * (pair // top_k), out + 4 * hidden * pair
+        scaled_copy(source, target, hidden, load_f32(weights, pair))
+
+
 class ExpertLayer:
     """The sizes and number formats of a layer's experts, ready to run.
 
@@ -307,3 +319,26 @@ class Combine:
         # Copied, because that is quicker than to ask for the address of a new array.
         self._weights[: weights.size] = weights.reshape(-1)
         team.run(_combine.address, self.record.address)
+
+
+class Weighted:
+    """A row for each pair of a token and an expert: weights[t, rank] * h[t]."""
+
+    def __init__(self) -> None:
+        self._scratch = Scratch()
+        self._record = Record(WEIGHTED)
+
+    def run(self, team: Team, h: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """float32 [num_tokens * top_k, hidden_size], until the next call."""
+        num_rows, top_k = weights.shape
+        if h.dtype != np.float32 or len(h) != num_rows:
+            raise ValueError(
+                f"h must be float32 [{num_rows}, hidden_size], not {h.dtype} {h.shape}"
+            )
+        out = self._scratch.floats("out", num_rows * top_k, h.shape[1])
+        self._record.set(
+            h=h, out=out, weights=np.ascontiguousarray(weights, np.float32), num_rows=num_rows,
+            top_k=top_k, hidden_size=h.shape[1],
+        )  # fmt: skip
+        team.run(_weighted.address, self._record.address)
+        return out

@@ -35,8 +35,9 @@ BATCH = fields(
 # ... and of a layer. `kv` is the address of a record of KV.
 ATTENTION = fields(
     "batch kv num_heads num_kv_heads head_dim padded_dim group window sinks hidden_size eps norm "
+    "norm_bias "
     "q k v o gate q_norm k_norm full_norm value_norm out_norm clip query_scale fine coarse "
-    "half adjacent multiply attend_chunk"
+    "half adjacent chunked temperature temperature_step multiply attend_chunk"
 )
 
 
@@ -56,6 +57,8 @@ def workspace_bytes(padded_dim, group):
 @inner
 def first_visible(layer, position):
     window = word(layer, ATTENTION.window)
+    if word(layer, ATTENTION.chunked):
+        return position // window * window
     return position + 1 - window if 0 < window <= position else 0
 
 

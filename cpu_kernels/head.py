@@ -9,11 +9,13 @@ import numpy as np
 from cpu_kernels.gating import soft_cap
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, word
-from cpu_kernels.norm import apply_norm, rms_scale
-from cpu_kernels.record import Record, Scratch, fields, floats
+from cpu_kernels.norm import apply_norm, layer_norm, norm_vectors, rms_scale
+from cpu_kernels.record import Record, Scratch, fields
 from cpu_kernels.team import Team, barrier, op, share
 
-HEAD = fields("x rows num_rows norm eps hidden_size normed prepared head logits vocab_size softcap")
+HEAD = fields(
+    "x rows num_rows norm norm_bias eps hidden_size normed prepared head logits vocab_size softcap"
+)
 
 
 @op
@@ -23,8 +25,11 @@ def head(r, thread, num_threads, team):
     lo, hi = share(num_rows, thread, num_threads)
     for i in range(lo, hi):
         x = word(r, HEAD.x) + 4 * hidden_size * load_i32(word(r, HEAD.rows), i)
-        scale = rms_scale(x, hidden_size, load_f32(r, 2 * HEAD.eps))
-        apply_norm(x, word(r, HEAD.norm), normed + 4 * i * hidden_size, hidden_size, scale)
+        out, eps, bias = normed + 4 * i * hidden_size, load_f32(r, 2 * HEAD.eps), HEAD.norm_bias
+        if word(r, bias):
+            layer_norm(x, word(r, HEAD.norm), word(r, bias), out, hidden_size, eps)
+        else:
+            apply_norm(x, word(r, HEAD.norm), out, hidden_size, rms_scale(x, hidden_size, eps))
     barrier(team)
     prepare_activations(normed, hidden_size, num_rows, hidden_size, prepared, thread, num_threads)
     barrier(team)
@@ -38,11 +43,12 @@ def head(r, thread, num_threads, team):
 
 
 class OutputLayer:
-    """`norm` is float32 [hidden_size], `head` a Matrix [vocab_size, hidden_size]."""
+    """`norm` is float32 [hidden_size], or [2, hidden_size] with biases; `head` a Matrix
+    [vocab_size, hidden_size]."""
 
     def __init__(self, norm: np.ndarray, head: Any, config: Any) -> None:
         self.vocab_size, self.hidden_size = head.shape
-        self.norm = floats(norm, "norm", self.hidden_size)
+        self.norm = norm_vectors(norm, self.hidden_size)
         self.head = head
         self.eps, self.softcap = float(config.norm_eps), float(config.logit_softcap)
 
@@ -72,7 +78,7 @@ class Head:
             x=x,
             rows=rows,
             num_rows=num_rows,
-            norm=layer.norm,
+            **layer.norm,
             eps=layer.eps,
             hidden_size=hidden_size,
             normed=room("normed", 4 * num_rows * hidden_size),

@@ -1,9 +1,15 @@
-"""RMS norm: https://arxiv.org/abs/1910.07467."""
+"""RMS norm (https://arxiv.org/abs/1910.07467) and, where a norm has biases, layer norm
+(https://arxiv.org/abs/1607.06450)."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from cpu_kernels.inner import inner
 from cpu_kernels.lanes import LANES, by_lanes, larger, smaller
+from cpu_kernels.record import floats
 from cpu_kernels.simd import emitted, f32
 
 
@@ -31,6 +37,38 @@ def apply_norm(k, x, weight, out, count, scale):
         k.store(out + offset, value * k.load(weight + offset, f32(lanes), align=4), align=4)
 
     by_lanes(k, count, scale_values)
+
+
+@emitted("void", "i64 i64 i64 i64 i64 f32")
+def layer_norm(k, x, weight, bias, out, count, eps):
+    """out = (x - mean) / sqrt(variance + eps) * weight + bias, of `count` float32; `out` may be
+    x."""
+    number = count.cast("sitofp", f32)
+
+    def mean_of(value_of):
+        sums = {n: k.variable(k.constant(f32(n), 0.0)) for n in (LANES, 1)}
+
+        def add_value(offset, lanes):
+            value = value_of(k.load(x + offset, f32(lanes), align=4), lanes)
+            sums[lanes].set(sums[lanes].get() + value)
+
+        by_lanes(k, count, add_value)
+        return (k.sum(sums[LANES].get()) + sums[1].get()) / number
+
+    def squared(value, lanes):
+        value = value - k.splat(mean, lanes)
+        return value * value
+
+    mean = mean_of(lambda value, lanes: value)
+    deviation = k.call("llvm.sqrt.f32", f32(1), mean_of(squared) + eps)
+    scale = k.constant(f32(1), 1.0) / deviation
+
+    def apply(offset, lanes):
+        value = k.load(x + offset, f32(lanes), align=4) - k.splat(mean, lanes)
+        value = value * k.splat(scale, lanes) * k.load(weight + offset, f32(lanes), align=4)
+        k.store(out + offset, value + k.load(bias + offset, f32(lanes), align=4), align=4)
+
+    by_lanes(k, count, apply)
 
 
 @emitted("void", "i64 i64 f32")
@@ -74,3 +112,22 @@ def rms_norm_rows(x, weight, out, first, last, size, eps):
     for row in range(first, last):
         source = x + 4 * row * size
         apply_norm(source, weight, out + 4 * row * size, size, rms_scale(source, size, eps))
+
+
+@inner
+def norm_rows(x, weight, bias, out, first, last, size, eps):
+    """The same, or, unless the address `bias` is 0, layer norm."""
+    if bias == 0:
+        rms_norm_rows(x, weight, out, first, last, size, eps)
+        return
+    for row in range(first, last):
+        at = 4 * row * size
+        layer_norm(x + at, weight, bias, out + at, size, eps)
+
+
+def norm_vectors(norm: np.ndarray | None, size: int) -> dict[str, Any]:
+    """A record's `norm` and `norm_bias` (None in RMS norm), each float32 [size], of a norm whose
+    weights are [size], or [2, size] with biases."""
+    if norm is None or norm.ndim == 1:
+        return {"norm": floats(norm, "norm", size), "norm_bias": None}
+    return {"norm": floats(norm[0], "norm", size), "norm_bias": floats(norm[1], "norm_bias", size)}

@@ -10,7 +10,7 @@ from cpu_kernels.delta_rule import add_product, clear
 from cpu_kernels.gating import silu
 from cpu_kernels.inner import inner
 from cpu_kernels.memory import load_i32, word
-from cpu_kernels.norm import scaled_copy
+from cpu_kernels.norm import add, scaled_copy
 from cpu_kernels.record import fields
 from cpu_kernels.team import share
 
@@ -49,9 +49,12 @@ def run_at(record, number):
 
 
 @inner
-def convolve(runs, source, target, weights, channels, size, past, activated, thread, num_threads):
-    """target = each token's `channels` and those of the tokens before, weighted, of this thread's
-    channels; with SiLU if `activated`. The last size - 1 tokens stay at `past` in each state."""
+def convolve(
+    runs, source, target, weights, bias, channels, size, past, activated, thread, num_threads
+):
+    """target = each token's `channels` and those of the tokens before, weighted, plus what is at
+    `bias` (0: nothing), of this thread's channels; with SiLU if `activated`. The last size - 1
+    tokens stay at `past` in each state."""
     row = 4 * channels
     lo, hi = share((channels + 15) // 16, thread, num_threads)
     lo, hi = 16 * lo, min(16 * hi, channels)
@@ -71,6 +74,8 @@ def convolve(runs, source, target, weights, channels, size, past, activated, thr
                 if before < 0:
                     at = history + (before + size - 1) * row
                 add_product(at, weights + j * row + 4 * lo, out, hi - lo, 1 if j == 0 else 0)
+            if bias:
+                add(out, bias + 4 * lo, hi - lo)
             if activated:
                 silu(out, hi - lo)
         for i in range(size - 1):  # in order: what is read lies ahead of what is written

@@ -3,6 +3,9 @@
 Scores are the softmax over all experts, or each logit's sigmoid. What an expert is chosen by may
 differ from the score it is weighted with: by a correction that balances the load, and by groups of
 experts of which only the best are used. https://arxiv.org/abs/2412.19437
+
+SparseMixer weights each expert with its softmax among those that are nearly as good and have not
+been chosen before it. https://arxiv.org/abs/2409.12136
 """
 
 from __future__ import annotations
@@ -16,17 +19,17 @@ from cpu_kernels.inner import inner
 from cpu_kernels.lanes import LANES, by_lanes, larger, store_i32
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, store_f32, word
-from cpu_kernels.norm import rms_norm_rows
+from cpu_kernels.norm import norm_rows, norm_vectors, rms_norm_rows
 from cpu_kernels.record import Record, Scratch, fields, floats
 from cpu_kernels.simd import emitted, f32
 from cpu_kernels.team import Team, barrier, op, share
 
 ROUTER = fields(
-    "num_rows x norm eps h hidden_size router num_experts top_k scoring correction scales "
-    "num_groups used_groups own_norm own normalize scale prepared logits choices group_scores "
-    "experts weights"
+    "num_rows x norm norm_bias eps h hidden_size router num_experts top_k scoring correction "
+    "scales num_groups used_groups own_norm own normalize scale jitter prepared logits choices "
+    "group_scores experts weights"
 )
-SCORINGS = ("softmax", "sigmoid")  # a scoring's number in records is its place here
+SCORINGS = ("softmax", "sigmoid", "sparsemixer")  # a scoring's number in records is its place here
 TAKEN = np.float32(-np.inf)
 
 
@@ -137,11 +140,45 @@ def choose_experts(choices, scores, num_experts, top_k, normalize, scale, expert
             store_f32(weights, rank, load_f32(weights, rank) * scale)
 
 
+@emitted("f32", "f32")
+def _exponential(k, value):
+    return exp(k, value)
+
+
+@inner
+def mix_sparsely(logits, num_experts, top_k, jitter, experts, weights):
+    """Write the experts of the `top_k` largest logits, and each one's weight: its softmax among
+    those left whose logit is at most 2 * `jitter` below, as a share of the larger of the two. What
+    is chosen is taken out of `logits`. All are addresses."""
+    for rank in range(top_k):
+        best, most = -1, TAKEN
+        for expert in range(num_experts):
+            logit = load_f32(logits, expert)
+            if logit != TAKEN and (best < 0 or logit > most):
+                best, most = expert, logit
+        total = np.float32(0.0)
+        for expert in range(num_experts):
+            logit = load_f32(logits, expert)
+            # Written so that what is not a number counts, and shows.
+            below = (most - logit) / max(abs(logit), most)
+            if logit != TAKEN and not below > np.float32(2.0) * jitter:
+                total += _exponential(logit - most)
+        store_f32(logits, best, TAKEN)
+        store_i32(experts, rank, best)
+        store_f32(weights, rank, np.float32(1.0) / total)
+
+
 @inner
 def _route_row(r, row):
     num_experts, top_k = word(r, ROUTER.num_experts), word(r, ROUTER.top_k)
     scores = word(r, ROUTER.logits) + 4 * row * num_experts
     choices, num_groups = scores, word(r, ROUTER.num_groups)
+    experts = word(r, ROUTER.experts) + 4 * row * top_k
+    weights = word(r, ROUTER.weights) + 4 * row * top_k
+    if word(r, ROUTER.scoring) == 2:
+        jitter = load_f32(r, 2 * ROUTER.jitter)
+        mix_sparsely(scores, num_experts, top_k, jitter, experts, weights)
+        return
     sigmoid = word(r, ROUTER.scoring) == 1
     if sigmoid:
         sigmoids(scores, num_experts)
@@ -155,8 +192,6 @@ def _route_row(r, row):
         group_scores += 4 * row * num_groups
         num_best = 2 if sigmoid and num_groups < num_experts else 1
         keep_groups(choices, num_experts, num_groups, used, num_best, group_scores)
-    experts = word(r, ROUTER.experts) + 4 * row * top_k
-    weights = word(r, ROUTER.weights) + 4 * row * top_k
     normalize, scale = word(r, ROUTER.normalize), load_f32(r, 2 * ROUTER.scale)
     choose_experts(choices, scores, num_experts, top_k, normalize, scale, experts, weights)
     scales = word(r, ROUTER.scales)
@@ -173,7 +208,8 @@ def route(r, thread, num_threads, team):
     lo, hi = share(num_rows, thread, num_threads)
     x, eps = word(r, ROUTER.x), load_f32(r, 2 * ROUTER.eps)
     if word(r, ROUTER.norm):
-        rms_norm_rows(x, word(r, ROUTER.norm), h, lo, hi, hidden_size, eps)
+        bias = word(r, ROUTER.norm_bias)
+        norm_rows(x, word(r, ROUTER.norm), bias, h, lo, hi, hidden_size, eps)
     if word(r, ROUTER.own_norm):
         h = word(r, ROUTER.own)
         rms_norm_rows(x, word(r, ROUTER.own_norm), h, lo, hi, hidden_size, eps)
@@ -212,7 +248,7 @@ class RouterLayer:
                 f"router_scoring must be one of {', '.join(SCORINGS)}, "
                 f"not {config.router_scoring!r}"
             )
-        self.norm = floats(weights.norm, "norm", config.hidden_size)
+        self.norm = norm_vectors(weights.norm, config.hidden_size)
         self.own_norm = floats(weights.own_norm, "own_norm", config.hidden_size)
         self._router = router  # the record has only its address
         # Look-ahead may guess in one thread while another routes: each has a record.
@@ -232,6 +268,7 @@ class RouterLayer:
                 used_groups=config.used_groups,
                 normalize=int(config.normalize_top_k),
                 scale=float(config.routing_scale),
+                jitter=float(config.router_jitter),
             )
             for _ in range(2)
         )
@@ -283,7 +320,6 @@ class Router:
         record.set(
             num_rows=num_rows,
             x=x,
-            norm=None if record is layer.guess_record else layer.norm,
             h=h,
             own=room("own", 0 if layer.own_norm is None else 4 * h.size),
             prepared=room("prepared", prepared_bytes(num_rows, layer.hidden_size)),
@@ -293,5 +329,7 @@ class Router:
             experts=chosen.experts,
             weights=chosen.weights,
         )
+        if record is not layer.guess_record:
+            record.set(**layer.norm)
         record.filled_for = x, h, chosen
         return chosen

@@ -39,7 +39,7 @@ def short_conv(layer, thread, num_threads, team):
         apply_norm(b, b + 8 * size, gated + 4 * row * size, size, np.float32(1.0))
     barrier(team)
     convolve(
-        word(batch, CONV_BATCH.runs), gated, mixed, word(layer, CONV.conv), size,
+        word(batch, CONV_BATCH.runs), gated, mixed, word(layer, CONV.conv), 0, size,
         word(layer, CONV.conv_size), word(layer, CONV.history), False, thread, num_threads,
     )  # fmt: skip
     barrier(team)

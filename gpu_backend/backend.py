@@ -89,6 +89,9 @@ class GpuBackend:
     def conv_layer(self, weights: Any, config: Any, number: int) -> None:
         _check_model(config)
 
+    def mamba2_layer(self, weights: Any, config: Any, number: int) -> None:
+        _check_model(config)
+
     def recurrent_state(self, config: Any) -> None:
         _check_model(config)
 
@@ -205,8 +208,12 @@ def _check_model(config: Any) -> None:
     missing = {
         "attention sinks": config.attention_sinks,
         "biases of experts": config.expert_biases,
+        "attention by chunks": config.chunked_attention,
+        "weights of experts' inputs": config.weighted_inputs,
         "latent attention": config.latent.kv_rank > 0,
+        "layer norms": config.layer_norms,
         "norms of results": config.output_norms,
+        "SparseMixer": config.router_scoring == "sparsemixer",
         "recurrent layers": bool(config.recurrent_layers),
         f"the activation {config.activation}": config.activation != "silu",
     }

@@ -40,6 +40,32 @@ def rms_norm(x, weight, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
 
 
+def layer_norm(x, weights, eps):
+    """`weights`: [2, size], with biases."""
+    centred = x - x.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + eps)
+    return scaled * weights[0] + weights[1]
+
+
+def norm_of(x, weights, eps):
+    return (rms_norm if weights.ndim == 1 else layer_norm)(x, weights, eps)
+
+
+def sparse_mixer(logits, top_k, jitter):
+    """Experts and weights of one row."""
+    logits, experts, weights = np.array(logits), [], []
+    for _ in range(top_k):
+        best = int(logits.argmax())
+        left = logits[np.isfinite(logits)]
+        with np.errstate(invalid="ignore"):  # 0 / 0 is not too far below
+            below = (logits[best] - left) / np.maximum(np.abs(left), logits[best])
+        near = left[~(below > 2 * jitter)]
+        experts.append(best)
+        weights.append(1 / np.exp(near - logits[best]).sum())
+        logits[best] = -np.inf
+    return experts, weights
+
+
 def silu(x):
     return x / (1 + np.exp(-x))
 
@@ -132,14 +158,14 @@ class NaiveBackend:
 
     def attention(self, x, layer, kv, index, batch):
         w, c, window, shape = layer
-        h = rms_norm(x, w.norm, c.norm_eps)
+        h = norm_of(x, w.norm, c.norm_eps)
         q, k, v = w.q(h), w.k(h), w.v(h)
         if c.qk_norm == "full":
             q, k = rms_norm(q, w.q_norm, c.norm_eps), rms_norm(k, w.k_norm, c.norm_eps)
         if c.clip_qkv:
             q, k, v = (np.clip(t, -c.clip_qkv, c.clip_qkv) for t in (q, k, v))
         q, k, v = (t.reshape(len(x), -1, shape.head_dim) for t in (q, k, v))
-        if c.qk_norm == "head":
+        if c.qk_norm in ("head", "unit") and w.q_norm is not None:
             q, k = rms_norm(q, w.q_norm, c.norm_eps), rms_norm(k, w.k_norm, c.norm_eps)
         if c.value_norm:
             v = rms_norm(v, np.ones(shape.head_dim, np.float32), c.norm_eps)
@@ -173,7 +199,7 @@ class NaiveBackend:
 
     def route(self, x, layer):
         weights, config = layer
-        h = rms_norm(x, weights.norm, config.norm_eps)
+        h = norm_of(x, weights.norm, config.norm_eps)
         return h, self.guess(x, h, layer)
 
     def guess(self, x, h, layer):
@@ -181,6 +207,10 @@ class NaiveBackend:
         if own_norm is not None:
             h = rms_norm(x, own_norm, config.norm_eps)
         logits = router(h)
+        if config.router_scoring == "sparsemixer":
+            rows = [sparse_mixer(row, config.top_k, config.router_jitter) for row in logits]
+            experts, weights = zip(*rows, strict=True)
+            return Routing(np.array(experts, np.int32), np.array(weights, np.float32))
         scores = softmax(logits) if config.router_scoring == "softmax" else sigmoid(logits)
         choices = scores if correction is None else scores + correction
         if config.expert_groups > 1:
@@ -213,6 +243,9 @@ class NaiveBackend:
     def pair_outputs(self, num_pairs):
         return np.empty((num_pairs, self.hidden_size), np.float32)
 
+    def weighted(self, h, weights):
+        return (h[:, None] * weights[..., None]).reshape(-1, h.shape[1])
+
     def combine(self, x, out, weights):
         x += (out.reshape(*weights.shape, -1) * weights[..., None]).sum(1)
 
@@ -240,7 +273,7 @@ class NaiveBackend:
 
     def head(self, x, rows, layer):
         norm, head, config = layer
-        logits, cap = head(rms_norm(x[rows], norm, config.norm_eps)), config.logit_softcap
+        logits, cap = head(norm_of(x[rows], norm, config.norm_eps)), config.logit_softcap
         return cap * np.tanh(logits / cap) if cap else logits
 
     def close(self):

@@ -50,7 +50,11 @@ class NaiveAttention:
         y = y.reshape(-1, c.head_dim)
         if c.qk_norm == "head" and norm is not None:
             y = rms_norm(y, norm, c.norm_eps)
-        return y if which == "v" else np.array([rope(head, position, c.rope) for head in y])
+        return (
+            y
+            if which == "v"
+            else np.array([rope(head, position, c.attention_shape(0).rope) for head in y])
+        )
 
     def __call__(self, x, positions, sequences):
         """x + attention(norm(x))."""
@@ -60,11 +64,17 @@ class NaiveAttention:
             self.values[at] = self.heads(x[row], "v", at[1])
         out = []
         for row, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-            first = max(0, position + 1 - c.sliding_window) if c.sliding_window else 0
+            window, first = c.window(0), 0
+            if window and c.chunked_attention:
+                first = int(position) // window * window
+            elif window:
+                first = max(0, int(position) + 1 - window)
             seen = [(int(sequence), p) for p in range(first, position + 1)]
             keys = np.array([self.keys[at] for at in seen])
             values = np.array([self.values[at] for at in seen])
             q = self.heads(x[row], "q", int(position))
+            if c.temperature_step and 0 in c.full_layers:
+                q = q * (1 + c.temperature * np.log(1 + (position + 1) // c.temperature_step))
             group = c.num_heads // c.num_kv_heads
             sinks = w.get("sinks", [None] * c.num_heads)
             heads = [

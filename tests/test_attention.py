@@ -150,6 +150,15 @@ def test_lengths_around_the_borders_of_pages_and_chunks(teams, page_size):
         {"sliding_window": 1},
         {"sliding_window": 20},
         {"sliding_window": 300},
+        {"sliding_window": 20, "chunked_attention": True},
+        {"sliding_window": 300, "chunked_attention": True},
+        {
+            "sliding_window": 20,
+            "full_layers": frozenset({0}),
+            "full_layers_rotate": False,
+            "temperature": 0.7,
+            "temperature_step": 90,
+        },
     ],
 )
 def test_variants(teams, other):

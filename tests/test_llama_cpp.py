@@ -12,12 +12,18 @@ PROMPT, NUM_TOKENS = list(range(3, 43)), 24
 # Its OLMoE wants as many heads of keys as of queries, its V2 knows Lite by the number of layers,
 # and for gpt-oss it rounds YaRN's range, which the model was not trained with.
 ROUNDED = {"gemma4", "gemma4_text"}  # its GELU is a table in half precision
-LEFT_OUT = {"olmoe", "deepseek_v2", "gpt_oss"}
+# Of Phi-3.5-MoE it computes another model: RMSNorm in the place of LayerNorm, and weights by a
+# softmax over both experts.
+LEFT_OUT = {"olmoe", "deepseek_v2", "gpt_oss", "phimoe"}
+
+# It wants one layer that sees the whole text; Llama 4's fourth is the first.
+SIZES = {"llama4": dict(layers=4), "llama4_text": dict(layers=4)}
 
 
 @pytest.mark.parametrize("model_type", sorted(set(tiny.ARCHITECTURES) - LEFT_OUT))
 def test_the_same_logits_and_tokens(model_type, tmp_path):
-    file = tiny.gguf_checkpoint(tmp_path / "model.gguf", model_type, "f32", seed=7)
+    sizes = SIZES.get(model_type, {})
+    file = tiny.gguf_checkpoint(tmp_path / "model.gguf", model_type, "f32", seed=7, **sizes)
     model = llama_cpp.Llama(
         str(file), n_ctx=256, n_threads=2, verbose=False, logits_all=True, type_k=0, type_v=0
     )

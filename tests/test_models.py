@@ -5,9 +5,10 @@ import pytest
 import tiny
 
 from tiered import models
+from tiered.checkpoints.checkpoint import CheckpointError
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.hf_config import hf_dense_layers
-from tiered.config import LatentConfig, RopeConfig
+from tiered.config import LatentConfig, Mamba2Config, RopeConfig
 from tiered.formats import open_checkpoint
 
 FACTS = {
@@ -36,12 +37,26 @@ FACTS = {
     "granitemoe": dict(embedding_scale=pytest.approx(20.0), query_scale=pytest.approx(0.2),
                        logit_scale=0.25, norm_eps=pytest.approx(1e-5 / 0.09)),
     "granitemoeshared": dict(shared_expert_size=96, num_experts=8, expert_size=64),
+    "granitemoehybrid": dict(mamba2=Mamba2Config(4, 32, 16, 2, 4, pytest.approx(1e-5)),
+                             mamba2_layers={0}, full_layers={1}, full_layers_rotate=False,
+                             norm_eps=pytest.approx(1e-5 / 0.09), shared_expert_size=96),
     "lfm2_moe": dict(conv_layers={0}, conv_size=4, dense_layers={0}, router_scoring="sigmoid",
                      qk_norm="head", num_kv_heads=2),
+    "llama4": dict(weighted_inputs=True, router_scoring="sigmoid", normalize_top_k=False,
+                   dense_layers={0}, shared_expert_size=64, sliding_window=8192, qk_norm="unit",
+                   chunked_attention=True, full_layers_rotate=False, full_layers=frozenset(),
+                   temperature=pytest.approx(0.1), temperature_step=8192),
+    "llama4_text": dict(num_experts=8, expert_size=64, ffn_size=96),
+    "phimoe": dict(layer_norms=True, router_scoring="sparsemixer", router_jitter=0.01,
+                   normalize_top_k=False,
+                   rope=RopeConfig(10_000.0, 16, "half", tuple(1 + n / 16 for n in range(8)), 1.25,
+                                   256, tuple(1 + n / 2 for n in range(8)), 1.25)),
     "glm4_moe_lite": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
 }  # fmt: skip
-HF_NAMES_IT = {"qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4",
-               "granitemoeshared": "granitemoe"}  # fmt: skip  # others: itself
+HF_NAMES_IT = {  # others: itself
+    "qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4", "granitemoeshared": "granitemoe",
+    "llama4_text": "llama4",
+}  # fmt: skip
 GGUF_NAMES_IT = {"deepseek_v3": "deepseek_v2", "glm4_moe_lite": "deepseek_v2", **HF_NAMES_IT}
 
 
@@ -75,7 +90,9 @@ def test_both_kinds_of_files_say_the_same(tmp_path, model_type):
         assert b.config.rope.pairs == ("adjacent" if adjacent else "half")
 
 
-ADJACENT = "ernie4_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"
+ADJACENT = (
+    "ernie4_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "llama4", "llama4_text"
+)  # fmt: skip
 
 
 def test_clipping_and_dense_layers(tmp_path):
@@ -100,6 +117,60 @@ def test_gguf_rope_scaling(tmp_path):
     yarn = rope(type="yarn", factor=4.0)
     assert yarn.inv_freq_scale[0] == 1 and yarn.inv_freq_scale[-1] == 4
     assert yarn.magnitude == pytest.approx(0.1 * np.log(4) + 1)
+
+
+REFUSED = {
+    "granitemoehybrid": [
+        ({"num_local_experts": 0}, "'num_local_experts' is 0, but must be at least 1"),
+        ({"mamba_proj_bias": True}, "'mamba_proj_bias' is True, but must be false"),
+        ({"time_step_limit": [0.1, 2]}, r"'time_step_limit' is \[0\.1, 2\], but must be \[0, I"),
+        ({"position_embedding_type": "alibi"}, "'position_embedding_type' is 'alibi', but must be"),
+        ({"layer_types": ["mamba"]}, "'layer_types' is .* but must be mamba or attention for each"),
+        ({"mamba_d_head": 3}, "'mamba_d_head' is 3, but must be 128 / 4"),
+    ],
+    "llama4_text": [
+        ({"no_rope_layers": [1]}, r"'no_rope_layers' is \[1\], but must be 0 or 1 for each layer"),
+        ({"no_rope_layers": [1, 2]}, "'no_rope_layers' is"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "'layer_types' is"),
+        ({"layer_types": 3}, "'layer_types' is 3, but must be chunked_attention where"),
+        ({"floor_scale": 0}, "'floor_scale' is 0, but must be at least 1"),
+        ({"attn_temperature_tuning": "on"}, "'attn_temperature_tuning' is 'on', but must be true"),
+    ],
+    "phimoe": [
+        ({"num_experts_per_tok": 1}, "'num_experts_per_tok' is 1, but must be 2"),
+        ({"router_jitter_noise": "much"}, "'router_jitter_noise' is 'much', but must be a number"),
+        ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu', but must be silu"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "message"),
+    [(model_type, *case) for model_type, cases in REFUSED.items() for case in cases],
+)
+def test_what_an_architecture_does_not_do_is_refused(tmp_path, model_type, change, message):
+    folder = tiny.hf_checkpoint(tmp_path, model_type, config=change)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        open_checkpoint(folder)
+    assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_which_layers_of_llama_4_see_the_whole_text(tmp_path):
+    def config(**change):
+        facts = {**tiny.hf_config("llama4_text", layers=8), **change}
+        return models.find("llama4_text", tmp_path).from_hf(Facts(facts, tmp_path))
+
+    assert config().full_layers == {3, 7} and config().dense_layers == {0, 2, 4, 6}
+    assert [config().window(layer) for layer in (2, 3)] == [8192, 0]
+    assert config(moe_layers=[1, 2]).dense_layers == {0, 3, 4, 5, 6, 7}
+    still = config(no_rope_layers=[1, 1, 0, 1, 1, 1, 1, 1])
+    assert still.full_layers == {2} and set(still.attention_shape(2).rope.inv_freq_scale) == {1e30}
+    assert still.attention_shape(1).rope.inv_freq_scale == ()
+    for change in {"attention_chunk_size": None}, {"layer_types": ["full_attention"] * 8}:
+        whole = config(**change)
+        assert whole.window(2) == 0 and not whole.chunked_attention and whole.full_layers == {3, 7}
+    assert config(attn_temperature_tuning=False).temperature_step == 0
+    assert config(attn_temperature_tuning=4).temperature_step == 8192  # as older files have it
 
 
 # --- transformers ---

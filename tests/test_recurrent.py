@@ -7,8 +7,8 @@ from test_scheduler import make_prompts, run_all
 
 from cpu_kernels.backend import CpuBackend
 from tiered import Engine
-from tiered.backend import Batch, ConvWeights, DeltaWeights
-from tiered.config import DeltaConfig, ModelConfig
+from tiered.backend import Batch, ConvWeights, DeltaWeights, Mamba2Weights
+from tiered.config import DeltaConfig, Mamba2Config, ModelConfig
 from tiered.kv_cache import kv_bytes, state_bytes
 from tiered.serve.request import Request
 from tiered.serve.scheduler import Scheduler
@@ -17,7 +17,7 @@ PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
 EXACT = dict(quantize="none", kv_dtype="f32", threads=2)
 
 
-@pytest.fixture(scope="module", params=["qwen3_next", "lfm2_moe"])
+@pytest.fixture(scope="module", params=["qwen3_next", "lfm2_moe", "granitemoehybrid"])
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     return tiny.hf_checkpoint(folder, request.param, "f32", tokenizer=True)
@@ -92,6 +92,54 @@ def test_a_short_convolution(size):
     normed = (x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)).astype(float)
     expected = [convolution(w, normed[:20]), convolution(w, normed[20:])]
     check_layer("conv_layer", ConvWeights, w, shapes, config, x, expected)
+
+
+def state_space(w, m, h):
+    """The same for Mamba-2."""
+    xbc = h @ w["xbc"].T
+    padded = np.concatenate([np.zeros((m.conv_size - 1, m.channels)), xbc])
+    mixed = sum(padded[j : j + len(h)] * w["conv"][j] for j in range(m.conv_size))
+    mixed = mixed + (0 if w["conv_bias"] is None else w["conv_bias"])
+    mixed = mixed / (1 + np.exp(-mixed))
+    shared = m.num_groups * m.state_dim
+    x, b, c = np.split(mixed, [m.inner_size, m.inner_size + shared], axis=1)
+    x = x.reshape(len(h), m.num_heads, m.head_dim)
+    b, c = (t.reshape(len(h), m.num_groups, m.state_dim) for t in (b, c))
+    step = np.log1p(np.exp(h @ w["dt"].T + w["dt_bias"]))
+    out = np.zeros_like(x)
+    for head in range(m.num_heads):
+        group, state = head // (m.num_heads // m.num_groups), np.zeros((m.state_dim, m.head_dim))
+        for t in range(len(h)):
+            state *= np.exp(w["decay"][head] * step[t, head])
+            state += np.outer(b[t, group], step[t, head] * x[t, head])
+            out[t, head] = c[t, group] @ state + w["skip"][head] * x[t, head]
+    z = h @ w["z"].T
+    gated = (out.reshape(len(h), -1) * z / (1 + np.exp(-z))).reshape(len(h), m.num_groups, -1)
+    normed = gated / np.sqrt((gated * gated).mean(-1, keepdims=True) + m.norm_eps)
+    return (normed.reshape(len(h), -1) * w["out_norm"]) @ w["o"].T
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 16, 8, 1, 2), (4, 32, 24, 2, 4), (6, 48, 16, 3, 3)])
+def test_mamba_2(sizes, has_bias):
+    m = Mamba2Config(*sizes, norm_eps=1e-3)
+    config = ModelConfig(
+        "test", 1, 48, 8, 64, 1, 1, 16, 1e-5, mamba2=m, mamba2_layers=frozenset({0})
+    )
+    rng = np.random.default_rng(1)
+    shapes = dict(z=(m.inner_size, 48), xbc=(m.channels, 48), dt=(m.num_heads, 48))
+    shapes |= dict(o=(48, m.inner_size))
+    w = {name: rng.standard_normal(shape, np.float32) / 7 for name, shape in shapes.items()}
+    w |= dict(conv=rng.standard_normal((m.conv_size, m.channels), np.float32))
+    w |= dict(conv_bias=rng.standard_normal(m.channels, np.float32) if has_bias else None)
+    w |= dict(dt_bias=rng.standard_normal(m.num_heads, np.float32))
+    w |= dict(decay=-rng.uniform(0.05, 4, m.num_heads).astype(np.float32))
+    w |= dict(skip=rng.standard_normal(m.num_heads, np.float32))
+    w |= dict(out_norm=rng.uniform(0.5, 1.5, m.inner_size).astype(np.float32))
+    x = rng.standard_normal((30, 48), np.float32)
+    normed = (x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)).astype(float)
+    expected = [state_space(w, m, normed[:20]), state_space(w, m, normed[20:])]
+    check_layer("mamba2_layer", Mamba2Weights, w, shapes, config, x, expected)
 
 
 def check_layer(make, kind, w, shapes, config, x, expected):

@@ -1,5 +1,7 @@
 """Logits and greedy tokens against transformers, on random checkpoints of every architecture."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -58,6 +60,26 @@ ARCHITECTURES = {
         num_local_experts=8, num_experts_per_tok=2, intermediate_size=96, residual_multiplier=0.5,
         attention_multiplier=0.25, embedding_multiplier=3.0, logits_scaling=2.0,
         shared_intermediate_size=160,
+    ),
+    "llama4_text": dict(
+        num_local_experts=8, num_experts_per_tok=1, intermediate_size=96, intermediate_size_mlp=128,
+        interleave_moe_layer_step=2, head_dim=16, num_hidden_layers=4, attention_chunk_size=24,
+        no_rope_layers=[1, 0, 1, 1], floor_scale=16, attn_scale=0.4,
+        rope_scaling=LLAMA3,
+    ),
+    "phimoe": dict(
+        num_local_experts=8, num_experts_per_tok=2, intermediate_size=96, attention_bias=True,
+        lm_head_bias=True, router_jitter_noise=0.1,
+        rope_parameters=dict(rope_type="longrope", rope_theta=1e4, short_mscale=1.25,
+                             long_mscale=1.25, original_max_position_embeddings=256,
+                             short_factor=[1 + n / 8 for n in range(8)],
+                             long_factor=[1 + n for n in range(8)]),
+    ),
+    "granitemoehybrid": dict(
+        num_local_experts=8, num_experts_per_tok=2, intermediate_size=96, residual_multiplier=0.5,
+        attention_multiplier=0.25, embedding_multiplier=3.0, logits_scaling=2.0,
+        shared_intermediate_size=160, mamba_n_heads=4, mamba_n_groups=2, mamba_d_state=24,
+        mamba_chunk_size=16, layer_types=["linear_attention", "full_attention", "linear_attention"],
     ),
     "lfm2_moe": dict(
         EXPERTS, moe_intermediate_size=96, intermediate_size=128, num_dense_layers=1,
@@ -136,11 +158,10 @@ def test_logits(reference):
         expected = model(torch.tensor([PROMPT])).logits[0].numpy()
     with Engine(folder, quantize="none", kv_dtype="f32", threads=2) as engine:
         got = engine.logits(PROMPT)
-    # Latent attention never makes the keys, and the delta rule goes token by token, not in chunks:
-    # they round elsewhere.
-    elsewhere = hasattr(model.config, "kv_lora_rank") or hasattr(
-        model.config, "linear_key_head_dim"
-    )
+    # Latent attention never makes the keys, and the delta rule and Mamba-2 go token by token, not
+    # in chunks: they round elsewhere.
+    names = "kv_lora_rank", "linear_key_head_dim", "mamba_d_state"
+    elsewhere = any(hasattr(model.config, name) for name in names)
     tolerance = 3e-5 if elsewhere else 1e-5
     assert np.abs(got - expected).max() <= tolerance * np.ptp(expected)
 
@@ -168,3 +189,28 @@ def test_a_f16_kv_cache_stays_close(reference):
     # Gemma does not divide scores by the root of a head's size: they round more.
     tolerance = 3e-3 if model.config.model_type == "gemma4_text" else 1e-3
     assert np.abs(got - expected).max() <= tolerance * np.ptp(expected)
+
+
+def test_longrope_is_chosen_by_the_context(tmp_path):
+    """Of the keys that are kept, none was rotated otherwise than the next one will be."""
+    rope = ARCHITECTURES["phimoe"]["rope_parameters"] | dict(
+        original_max_position_embeddings=32, long_mscale=0.8
+    )
+    changes = ARCHITECTURES["phimoe"] | dict(rope_parameters=rope)
+    config = transformers.AutoConfig.for_model("phimoe", **(COMMON | changes))
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    model.save_pretrained(tmp_path)
+    embedding = model.model.rotary_emb
+    original = embedding.rope_init_fn
+    # It is not told how long the text is, and takes the short factors for all.
+    embedding.rope_init_fn = partial(original, seq_len=len(PROMPT))
+    with torch.no_grad():
+        long = model(torch.tensor([PROMPT])).logits[0].numpy()
+        embedding.rope_init_fn = original
+        short = model(torch.tensor([PROMPT[:20]])).logits[0].numpy()
+    for context, prompt, expected in (256, PROMPT, long), (32, PROMPT[:20], short):
+        with Engine(
+            tmp_path, quantize="none", kv_dtype="f32", threads=2, context=context, prefill_chunk=7
+        ) as engine:
+            assert np.abs(engine.logits(prompt) - expected).max() <= 1e-5 * np.ptp(expected)

@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import naive
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -52,7 +53,7 @@ def naive_choice(logits, c, correction=None):
 
 def config(num_experts, top_k, hidden_size, normalize=True, **more):
     given = dict(router_scoring="softmax", routing_scale=1.0, expert_groups=1, used_groups=1)
-    given |= dict(logit_softcap=0.0)
+    given |= dict(logit_softcap=0.0, router_jitter=0.0)
     return SimpleNamespace(
         num_experts=num_experts,
         top_k=top_k,
@@ -136,6 +137,39 @@ def test_a_norm_and_scales_of_its_own(team, num_rows):
 
 
 @pytest.mark.parametrize("num_rows", [1, 37])
+def test_a_sparse_mixer_weights_among_those_nearly_as_good(team, num_rows):
+    c = config(8, 2, 32, router_scoring="sparsemixer", router_jitter=0.1)
+    random = np.random.default_rng(8)
+    x = random.standard_normal((num_rows, 32)).astype(np.float32)
+    norm = np.stack([random.random(32) + 0.5, random.standard_normal(32)])
+    weight = random.standard_normal((8, 32))
+    layer = RouterLayer(RouterWeights(norm, float_matrix(weight)), c)
+    h, routing = Router(team).route(x, layer)
+    reference = naive.layer_norm(x.astype(np.float64), norm, EPS)
+    np.testing.assert_allclose(h, reference, rtol=1e-5, atol=1e-5)
+    for row in range(num_rows):
+        experts, weights = naive.sparse_mixer(weight @ reference[row], 2, 0.1)
+        assert routing.experts[row].tolist() == experts
+        np.testing.assert_allclose(routing.weights[row], weights, rtol=5e-5)
+
+
+def test_what_a_sparse_mixer_does_with_ties_and_distances(team):
+    def weights(logits):
+        weight = float_matrix(np.eye(4))
+        c = config(4, 2, 4, router_scoring="sparsemixer", router_jitter=0.01)
+        logits = np.array([logits], np.float32)
+        return Router(team).guess(logits, logits, RouterLayer(RouterWeights(np.ones(4), weight), c))
+
+    alone = weights([5, 1, -3, 0])
+    assert alone.experts.tolist() == [[0, 1]] and alone.weights.tolist() == [[1, 1]]
+    tied = weights([2, 2, 2, -9])
+    np.testing.assert_allclose(tied.weights, [[1 / 3, 1 / 2]], rtol=1e-6)
+    assert weights([0, 0, 0, 0]).weights[0, 0] == 0.25  # 0 / 0 is not too far below
+    assert weights([300, 1, 1, -300]).weights.tolist() == [[1, 0.5]]
+    assert np.isnan(weights([np.nan] * 4).weights).all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 37])
 def test_branches_are_normed_and_merged(team, num_rows):
     random = np.random.default_rng(7)
     x, dense, routed = random.standard_normal((3, num_rows, 33)).astype(np.float32)
@@ -211,6 +245,11 @@ def test_embedding_and_head(team):
     logits = head.run(x, np.array([2, 0]), layer)
     reference = naive_norm(x[[2, 0]], norm) @ table.T
     np.testing.assert_allclose(logits, reference, rtol=1e-4, atol=1e-4)
+    both = np.stack([norm, random.standard_normal(hidden_size)])
+    layer = OutputLayer(both, matrix, config(0, 0, hidden_size))
+    centred = naive.layer_norm(x[[2, 0]].astype(np.float64), both, EPS)
+    logits = head.run(x, np.array([2, 0]), layer)
+    np.testing.assert_allclose(logits, centred @ table.T, rtol=1e-4, atol=1e-4)
     capped = OutputLayer(norm, matrix, config(0, 0, hidden_size, logit_softcap=2.5))
     logits = head.run(x, np.array([2, 0]), capped)
     np.testing.assert_allclose(logits, 2.5 * np.tanh(reference / 2.5), rtol=1e-4, atol=1e-4)

@@ -206,8 +206,11 @@ CONFIGS = {
     "infinite": ({"rms_norm_eps": float("inf")}, "must be a finite number"),
     "quantized": ({"quantization_config": {"quant_method": "hqq"}}, "quantized by 'hqq'"),
     "activation": ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu', but must be silu"),
-    "rope": ({"rope_scaling": {"type": "su"}}, "'factor' is missing"),
-    "rope kind": ({"rope_scaling": {"type": "su", "factor": 2}}, "must be default, linear"),
+    "rope": ({"rope_scaling": {"type": "linear"}}, "'factor' is missing"),
+    "rope kind": ({"rope_scaling": {"type": "spiral", "factor": 2}}, "must be default, linear"),
+    "rope factors": (
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0] * 8}},
+        r"'short_factor' is \[1\.0\], but must be 8 numbers"),
     "rope theta": ({"rope_theta": 0}, "rotary embedding"),
     "rope original": (
         {"rope_scaling": {"type": "yarn", "factor": 2,

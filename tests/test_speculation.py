@@ -15,7 +15,7 @@ from tiered.speculation import FEWEST, MOST, PromptLookup, seconds_per_token
 # A text that comes back, and one that does not.
 REPEATING = [5, 9, 14, 3, 77, 21, 8] * 6
 PLAIN = np.random.default_rng(0).permutation(250)[:40].tolist()
-RECURRENT = {"qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "lfm2_moe"}
+RECURRENT = {"qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "lfm2_moe", "granitemoehybrid"}
 
 
 @pytest.fixture(scope="module")

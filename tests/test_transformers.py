@@ -70,8 +70,9 @@ def test_architectures(reference):  # noqa: F811
     """All that we know: those whose experts are computed in another way are refused."""
     path, eager = reference
     kind = eager.config.model_type
-    if kind in ("llama", "gpt_oss"):
-        with pytest.raises(ValueError, match="no experts" if kind == "llama" else "another way"):
+    refused = {"llama": "no experts", "llama4_text": "no experts", "gpt_oss": "another way"}
+    if kind in refused:
+        with pytest.raises(ValueError, match=refused[kind]):
             load(path)
         return
     eager.set_experts_implementation("eager")
@@ -174,6 +175,25 @@ def test_architectures_that_we_do_not_know_are_named(mixtral, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "novel_moe"}))
     with pytest.raises(CheckpointError, match=r"unknown model_type 'novel_moe'; known:"):
         load(mixtral, experts=tmp_path)
+
+
+def test_experts_whose_inputs_are_weighted(tmp_path):
+    """With one weight or another, what experts say is no multiple of itself."""
+    folder = tiny.hf_checkpoint(tmp_path, "llama4_text", "f32")
+    rng = np.random.default_rng(0)
+    h, ids = rng.standard_normal((5, 64), np.float32), np.array([[n, 7 - n] for n in range(5)])
+    weights = rng.random((5, 2), np.float32)
+    found = {w.gguf: w.values for w in tiny.weights("llama4_text") if "exps" in w.gguf}
+    gate, up, down = (found[f"blk.1.ffn_{name}_exps.weight"] for name in ("gate", "up", "down"))
+    expected = np.zeros_like(h)
+    for row, rank in np.ndindex(5, 2):
+        expert, x = ids[row, rank], h[row] * weights[row, rank]
+        gated = gate[expert] @ x
+        inner = gated / (1 + np.exp(-gated)) * (up[expert] @ x)
+        expected[row] += down[expert] @ inner
+    with StandaloneExperts(folder, EngineConfig(threads=2, quantize="none")) as experts:
+        got = experts.run(1, h, Routing(ids.astype(np.int32), weights))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused(mixtral):

@@ -11,8 +11,11 @@ import gguf
 import numpy as np
 import tiny_gemma4
 import tiny_granite
+import tiny_granite_hybrid
 import tiny_granite_shared
 import tiny_lfm2
+import tiny_llama4
+import tiny_phimoe
 from pack import bf16, pack
 
 SIZES = dict(vocab=320, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, experts=8, top_k=2)
@@ -45,6 +48,7 @@ class Kind(NamedTuple):
     delta: str = ""  # Qwen's DeltaNet in all but every second layer; its rows "mixed" or "apart"
     own: Any = None  # a module with add_layer, hf_config and write_metadata
     prefix: str = "model."
+    head: str = "lm_head"
 
 
 _DEEPSEEK = Kind("deepseek2", latent=1, shared="shared_experts.", dense=(0,))
@@ -77,7 +81,12 @@ KINDS = {
     "gemma4_text": _GEMMA,
     "granitemoe": Kind("granitemoe", own=tiny_granite),
     "granitemoeshared": Kind("granitemoe", own=tiny_granite_shared),
+    "granitemoehybrid": Kind("granitehybrid", own=tiny_granite_hybrid),
     "lfm2_moe": Kind("lfm2moe", own=tiny_lfm2),
+    "llama4": Kind("llama4", own=tiny_llama4, prefix="language_model.model.",
+                   head="language_model.lm_head"),
+    "llama4_text": Kind("llama4", own=tiny_llama4),
+    "phimoe": Kind("phimoe", biases="qkvo", own=tiny_phimoe),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
@@ -87,6 +96,7 @@ ADJACENT = (
     "mixtral",
     "granitemoe",
     "granitemoeshared",
+    "granitemoehybrid",
 )  # GGUF has the values that rotate together side by side, HF not
 
 
@@ -277,7 +287,7 @@ def weights(model_type: str, seed: int = 0, tied: bool = False, **sizes: int) ->
     last, stored = ("embedding_norm", "token_embd_norm") if is_lfm2 else ("norm", "output_norm")
     w.norm(kind.prefix + last, f"{stored}.weight", hidden)
     if not tied:
-        w.add("lm_head", "output.weight", s["vocab"], hidden)
+        w.add(kind.head, "output.weight", s["vocab"], hidden)
     for i in range(s["layers"]):
         hf, gg = f"{kind.prefix}layers.{i}.", f"blk.{i}."
         if kind.own is not None:
@@ -324,7 +334,7 @@ def hf_config(model_type: str, **sizes: Any) -> dict[str, Any]:
             linear_conv_kernel_dim=s["conv_size"], full_attention_interval=2,
             partial_rotary_factor=0.25,
         )  # fmt: skip
-    if model_type in ("qwen3_5_moe", "gemma4"):  # which also see images
+    if model_type in ("qwen3_5_moe", "gemma4", "llama4"):  # which also see images
         text = config | dict(model_type=f"{model_type}_text")
         return dict(model_type=model_type, text_config=text, tie_word_embeddings=False)
     return config
@@ -470,6 +480,10 @@ def gguf_checkpoint(
     tensors += list(_fused(weights(model_type, seed, tied, **sizes)))
     if KINDS[model_type].own is tiny_gemma4:
         rope_factors = tiny_gemma4.rope_factors({**SIZES, **sizes}).tolist()
+    if KINDS[model_type].own is tiny_phimoe:
+        for name, values in tiny_phimoe.rope_factors({**SIZES, **sizes}).items():
+            stored = f"rope_factors_{name}.weight"
+            tensors.append(Weight("", stored, values.astype(np.float32)))
     if rope_factors is not None:
         factors = np.array(rope_factors, np.float32)
         tensors.append(Weight("", "rope_freqs.weight", factors))
@@ -523,7 +537,7 @@ def _format_of(weight: Weight, format: str, formats: dict[str, str]) -> str:
         or "ffn_gate_inp" in name
         or "conv1d" in name
         or "shortconv.conv" in name
-        or name.endswith(".scale")
+        or name.endswith((".scale", "ssm_a", "ssm_d", "ssm_norm.weight"))
     ):
         return "f32"  # as llama.cpp does: norms, biases and routers
     return next((kind for part, kind in formats.items() if part in weight.gguf), format)

@@ -37,8 +37,8 @@ def hf_config(s: dict[str, int]) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def write_metadata(writer: Any, s: dict[str, int]) -> None:
-    writer.add_head_count_kv(s["kv_heads"])
+def write_metadata(writer: Any, s: dict[str, int], kv_heads: list[int] | None = None) -> None:
+    writer.add_head_count_kv(kv_heads or s["kv_heads"])
     writer.add_rope_dimension_count(s["head_dim"])
     writer.add_rope_freq_base(10_000.0)
     writer.add_feed_forward_length(s["expert_size"])

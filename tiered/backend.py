@@ -4,6 +4,9 @@ A backend's own array is opaque here: the decoder hands it from one call to the 
 looks inside (where a rule dropped experts, it sets rows of pair outputs to 0). Arrays named `x` and
 `h` are float32 [num_tokens, hidden_size] in backend memory; `x` stays valid until the next `embed`,
 `h` until the next `route`. What steers (ids, weights, positions, addresses) is NumPy.
+
+Where a model has `layer_norms`, the `norm` of attention, router and output layer is float32
+[2, hidden_size]: weights, then biases.
 """
 
 from __future__ import annotations
@@ -70,6 +73,22 @@ class ConvWeights(NamedTuple):
     gates: Matrix  # [3 * hidden_size, hidden_size]: two gates, and what is convolved
     conv: np.ndarray  # float32 [conv_size, hidden_size]
     o: Matrix  # [hidden_size, hidden_size]
+
+
+class Mamba2Weights(NamedTuple):
+    """Mamba-2; dimensions are those of tiered.config.Mamba2Config."""
+
+    norm: np.ndarray  # float32 [hidden_size]
+    z: Matrix  # [inner_size, hidden_size]: gates the result
+    xbc: Matrix  # [channels, hidden_size]: values, keys and queries
+    dt: Matrix  # [num_heads, hidden_size]: how far each head goes on
+    conv: np.ndarray  # float32 [conv_size, channels]
+    conv_bias: np.ndarray | None  # float32 [channels]
+    dt_bias: np.ndarray  # float32 [num_heads]
+    decay: np.ndarray  # float32 [num_heads]: -exp(A_log)
+    skip: np.ndarray  # float32 [num_heads]: what values are multiplied with and added to results
+    out_norm: np.ndarray  # float32 [inner_size]
+    o: Matrix  # [hidden_size, inner_size]
 
 
 class RouterWeights(NamedTuple):
@@ -145,6 +164,9 @@ class Backend(Protocol):
     def conv_layer(self, weights: ConvWeights, config: ModelConfig, number: int) -> Any:
         """The same for a gated short convolution."""
 
+    def mamba2_layer(self, weights: Mamba2Weights, config: ModelConfig, number: int) -> Any:
+        """The same for Mamba-2."""
+
     def recurrent_state(self, config: ModelConfig) -> Any:
         """Memory for what the recurrent layers remember of one text."""
 
@@ -183,7 +205,11 @@ class Backend(Protocol):
         self, h: Array, layer: Any, addresses: np.ndarray, jobs: ExpertJobs, out: Array
     ) -> None:
         """Run jobs.experts[i], whose gate, up and down lie at addresses[i] (int64 [num_used, 3]),
-        on its pairs; write each pair's result (unweighted) to that row of `out`."""
+        on its pairs; write each pair's result (unweighted) to that row of `out`. `h` has a row for
+        each token, or one for each pair."""
+
+    def weighted(self, h: Array, weights: np.ndarray) -> Array:
+        """A row for each pair: weights[t, rank] * h[t]; until the next call."""
 
     def pair_outputs(self, num_pairs: int) -> Array:
         """Room for `experts` to write to: float32 [num_pairs, hidden_size]."""

@@ -5,10 +5,11 @@ Both are frozen, and checked once, when they are made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 
 DEFAULT_POLICY = "keep_last"
+NO_ROTATION = 1e30  # divisor of a frequency
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class RopeConfig:
     `magnitude` multiplies cos and sin; together they express linear, llama-3 and YaRN scaling.
     `pairs` says which two values rotate together: "half" (i, i + dim/2) as Hugging Face stores
     them, or "adjacent" (2i, 2i + 1) as GGUF's llama family does.
+
+    LongRoPE has factors for contexts beyond `short_context` tokens, too. Keys that are kept were
+    rotated with one or the other, so it is the context that decides, not how long a text is.
+    https://arxiv.org/abs/2402.13753
     """
 
     theta: float = 10_000.0
@@ -26,6 +31,20 @@ class RopeConfig:
     pairs: str = "half"
     inv_freq_scale: tuple[float, ...] = ()
     magnitude: float = 1.0
+    short_context: int = 0  # 0: all contexts are alike
+    long_inv_freq_scale: tuple[float, ...] = ()
+    long_magnitude: float = 1.0
+
+    def still(self, head_dim: int) -> RopeConfig:
+        """The same, but for heads that do not rotate."""
+        half = (self.dim or head_dim) // 2
+        return RopeConfig(self.theta, self.dim, self.pairs, (NO_ROTATION,) * half)
+
+    def for_context(self, context: int) -> RopeConfig:
+        """What texts of up to `context` tokens are rotated with."""
+        if not 0 < self.short_context < context:
+            return self
+        return replace(self, inv_freq_scale=self.long_inv_freq_scale, magnitude=self.long_magnitude)
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,36 @@ class DeltaConfig:
 
 
 @dataclass(frozen=True)
+class Mamba2Config:
+    """Mamba-2: a layer that remembers a text in matrices of fixed size, one per head.
+    https://arxiv.org/abs/2405.21060
+
+    Heads of a group share keys and queries, and a norm of their results.
+    """
+
+    num_heads: int = 0  # 0: the model has no such layers
+    head_dim: int = 0
+    state_dim: int = 0  # values of a key
+    num_groups: int = 1
+    conv_size: int = 4  # tokens that the convolution before it sees
+    norm_eps: float = 0.0  # of the results' norm
+
+    @property
+    def inner_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Values of all heads, keys and queries of all groups."""
+        return self.inner_size + 2 * self.num_groups * self.state_dim
+
+    @property
+    def state_values(self) -> int:
+        """float32 values that a layer remembers of a text."""
+        return (self.conv_size - 1) * self.channels + self.inner_size * self.state_dim
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The facts of a model that its arithmetic depends on."""
 
@@ -99,9 +148,12 @@ class ModelConfig:
     delta_layers: frozenset[int] = frozenset()  # have that in the place of attention
     conv_layers: frozenset[int] = frozenset()  # have a gated short convolution in its place ...
     conv_size: int = 0  # ... over so many tokens
+    mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    mamba2_layers: frozenset[int] = frozenset()  # have that in its place
     gated_attention: bool = False  # each head's result times the sigmoid of a gate, beside q
     value_norm: bool = False  # values are normed, head by head, without weights
     output_norms: bool = False  # attention's and the feed-forward's results are normed, too
+    layer_norms: bool = False  # norms are LayerNorm with biases, not RMSNorm
     norm_offset: float = 0.0  # what is added to the stored weights of norms
     query_scale: float = 0.0  # what scores are multiplied with; 0: 1 / sqrt(head_dim)
     num_experts: int = 0  # 0: a dense model
@@ -110,9 +162,13 @@ class ModelConfig:
     ffn_size: int = 0  # width of the dense feed-forward of dense layers
     shared_expert_size: int = 0  # width of the expert that every token uses; 0: none
     dense_layers: frozenset[int] = frozenset()  # layers without experts
-    qk_norm: str = ""  # "", "head" (one norm per head) or "full" (over all heads together)
+    # "", "head" (one norm per head), "full" (over all heads together) or "unit" (per head and
+    # without weights, in layers that rotate)
+    qk_norm: str = ""
     clip_qkv: float = 0.0  # clamp q, k and v to +-this; 0: no
-    router_scoring: str = "softmax"  # or "sigmoid"
+    router_scoring: str = "softmax"  # or "sigmoid" or "sparsemixer": see cpu_kernels.route
+    router_jitter: float = 0.0  # of SparseMixer: how much worse than the best is nearly as good
+    weighted_inputs: bool = False  # routing weights multiply what experts get, not what they say
     normalize_top_k: bool = True  # routing weights of the chosen experts sum to 1 ...
     routing_scale: float = 1.0  # ... or to this
     expert_groups: int = 1  # experts are chosen from the best `used_groups` of so many groups
@@ -124,6 +180,11 @@ class ModelConfig:
     sliding_window: int = 0  # attend to this many last positions; 0: all of them
     full_layers: frozenset[int] = frozenset()  # layers that attend to all of them nevertheless
     full_shape: AttentionShape | None = None  # of those, where it is another
+    full_layers_rotate: bool = True  # whether those have a rotary embedding
+    chunked_attention: bool = False  # windows are chunks of so many positions, which do not slide
+    # With a step, full layers multiply scores with 1 + temperature * ln(1 + (position + 1) // step)
+    temperature: float = 0.0
+    temperature_step: int = 0
     attention_sinks: bool = False  # a score per head that takes attention and gives nothing
     activation: str = "silu"  # of experts and feed-forwards: see cpu_kernels.gating.ACTIVATIONS
     activation_limit: float = 0.0  # where "clamped_silu" clamps
@@ -142,8 +203,12 @@ class ModelConfig:
             )
         if self.num_experts and not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k is {self.top_k}, but the model has {self.num_experts} experts")
-        if self.delta_layers and self.conv_layers:
-            raise ValueError("a model has layers with DeltaNet or with convolutions, not both")
+        if sum(map(bool, (self.delta_layers, self.conv_layers, self.mamba2_layers))) > 1:
+            raise ValueError(
+                "recurrent layers must be of one kind: DeltaNet, Mamba-2, convolutions"
+            )
+        if self.chunked_attention and not self.sliding_window:
+            raise ValueError("attention by chunks needs their size, as sliding_window")
         groups, used = max(self.expert_groups, 1), self.used_groups
         if self.num_experts % groups or (
             groups > 1 and not self.top_k <= used * (self.num_experts // groups)
@@ -152,6 +217,10 @@ class ModelConfig:
                 f"{self.num_experts} experts in {groups} groups, of which {used} are used, are not "
                 f"enough for top_k {self.top_k}"
             )
+
+    def for_context(self, context: int) -> ModelConfig:
+        """The same for texts of up to `context` tokens."""
+        return replace(self, rope=self.rope.for_context(context))
 
     def window(self, layer: int) -> int:
         """How many last positions a layer attends to; 0: all."""
@@ -162,8 +231,11 @@ class ModelConfig:
         return AttentionShape(self.num_kv_heads, self.head_dim, self.rope)
 
     def attention_shape(self, layer: int) -> AttentionShape:
-        full = self.full_shape if layer in self.full_layers else None
-        return full or self.own_shape
+        if layer not in self.full_layers:
+            return self.own_shape
+        if self.full_layers_rotate:
+            return self.full_shape or self.own_shape
+        return AttentionShape(self.num_kv_heads, self.head_dim, self.rope.still(self.head_dim))
 
     def is_sparse(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.dense_layers
@@ -176,13 +248,15 @@ class ModelConfig:
     @property
     def recurrent_layers(self) -> frozenset[int]:
         """Layers that remember a text as a whole."""
-        return self.delta_layers | self.conv_layers
+        return self.delta_layers | self.conv_layers | self.mamba2_layers
 
     @property
     def state_values(self) -> int:
         """float32 values that a recurrent layer remembers of a text."""
         if self.delta_layers:
             return self.delta.state_values
+        if self.mamba2_layers:
+            return self.mamba2.state_values
         return max(self.conv_size - 1, 0) * self.hidden_size
 
     @property

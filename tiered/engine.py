@@ -71,8 +71,9 @@ class Engine:
             self._closing = stack.pop_all()
 
     def _build(self, stack: ExitStack) -> None:
-        config, choices = self.config, self.choices
-        self.context = min(choices.context or DEFAULT_CONTEXT, config.context_length)
+        choices = self.choices
+        self.context = min(choices.context or DEFAULT_CONTEXT, self.config.context_length)
+        config = self.config = self.checkpoint.config = self.config.for_context(self.context)
         self.kv_tokens = max(choices.kv_tokens or 0, self.context)
         self.num_texts = -(-self.kv_tokens // self.context)
         self.store: ExpertStore | None = None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cpu_kernels.formats import FORMATS
+from tiered.config import ModelConfig
 
 BLOB_ALIGNMENT = 64  # bytes; every tensor of a blob starts on a cache line
 
@@ -70,6 +71,16 @@ class Routing(NamedTuple):
 
     experts: np.ndarray  # int32   [num_tokens, top_k], best first
     weights: np.ndarray  # float32 [num_tokens, top_k]
+
+
+def weighted_once(
+    backend: Any, h: Any, weights: np.ndarray, config: ModelConfig
+) -> tuple[Any, np.ndarray]:
+    """What experts compute with, and what their results are multiplied with: hidden states and the
+    routing weights; or, with `weighted_inputs`, hidden states times weights (of pairs), and 1."""
+    if not config.weighted_inputs:
+        return h, weights
+    return backend.weighted(h, weights), np.ones_like(weights)
 
 
 class ExpertJobs(NamedTuple):

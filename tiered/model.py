@@ -14,7 +14,7 @@ import numpy as np
 from tiered.backend import Array, Backend, Batch
 from tiered.clock import PartClock
 from tiered.config import ModelConfig
-from tiered.experts import Routing, group_by_expert, group_kept
+from tiered.experts import Routing, group_by_expert, group_kept, weighted_once
 from tiered.routing import RoutingRules
 from tiered.tracing.trace import DECODE, PREFILL
 
@@ -133,6 +133,7 @@ class Decoder:
             routing = self.rules.apply(index, routing)
         if self.look_ahead is not None:
             self.look_ahead.observe(index, routing)
+        given, weights = weighted_once(b, h, routing.weights, self.config)
         out = b.pair_outputs(routing.experts.size)  # [num_tokens * top_k, hidden_size]
         if self.rules is None:
             jobs = group_by_expert(routing)
@@ -147,15 +148,15 @@ class Decoder:
                 self.guess(x, h, index)
                 guessed = True
                 clock.lap("router")
-            b.experts(h, layer.experts, addresses, jobs.take(ready), out)
+            b.experts(given, layer.experts, addresses, jobs.take(ready), out)
             clock.lap("experts")
         if layer.merge is None:
-            b.combine(x, out, routing.weights)
+            b.combine(x, out, weights)
             if layer.shared is not None:
                 b.feed_forward(x, h, layer.shared)
         else:
             dense, routed = b.branches(x)
-            b.combine(routed, out, routing.weights)
+            b.combine(routed, out, weights)
             b.feed_forward(x, None, layer.shared, dense)
             b.merge(x, dense, routed, layer.merge)
         clock.lap("experts")

@@ -13,7 +13,7 @@ from tiered import memory
 from tiered.backend import open_cpu
 from tiered.budget import plan_memory, workspace_bytes
 from tiered.config import EngineConfig
-from tiered.experts import Routing, group_by_expert
+from tiered.experts import Routing, group_by_expert, weighted_once
 from tiered.formats import open_checkpoint
 from tiered.source import count, open_source
 from tiered.stats import EngineStats
@@ -88,10 +88,11 @@ class StandaloneExperts:
     def _add(self, x: np.ndarray, layer: int, h: np.ndarray, routing: Routing) -> None:
         """x += experts(h): Decoder.experts without the router."""
         jobs = group_by_expert(routing)
+        given, weights = weighted_once(self.backend, h, routing.weights, self.config)
         out = self.backend.pair_outputs(routing.experts.size)  # [num_tokens * top_k, hidden_size]
         for ready, addresses in self.source.fetch(layer, jobs.experts, jobs.starts):
-            self.backend.experts(h, self._layers[layer], addresses, jobs.take(ready), out)
-        self.backend.combine(x, out, routing.weights)
+            self.backend.experts(given, self._layers[layer], addresses, jobs.take(ready), out)
+        self.backend.combine(x, out, weights)
 
     @property
     def stats(self) -> EngineStats:

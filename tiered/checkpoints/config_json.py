@@ -8,7 +8,14 @@ from functools import partial
 from typing import Any
 
 from tiered.checkpoints.facts import Facts
-from tiered.config import AttentionShape, DeltaConfig, LatentConfig, ModelConfig, RopeConfig
+from tiered.config import (
+    AttentionShape,
+    DeltaConfig,
+    LatentConfig,
+    Mamba2Config,
+    ModelConfig,
+    RopeConfig,
+)
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
@@ -48,5 +55,6 @@ _READERS: dict[str, Callable[[Facts, str], Any]] = {
     "RopeConfig": partial(_nested, RopeConfig),
     "LatentConfig": partial(_nested, LatentConfig),
     "DeltaConfig": partial(_nested, DeltaConfig),
+    "Mamba2Config": partial(_nested, Mamba2Config),
     "AttentionShape | None": partial(_nested, AttentionShape),
 }

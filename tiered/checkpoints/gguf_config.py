@@ -46,6 +46,17 @@ def gguf_num_layers(facts: Facts) -> int:
     return max(count - facts.integer("nextn_predict_layers", default=0), 0)
 
 
+def gguf_hybrid(facts: Facts) -> tuple[Facts, frozenset[int]]:
+    """Facts of the layers with attention, and which have none: those without heads of keys."""
+    heads = facts.find("attention.head_count_kv")
+    if not isinstance(heads, list) or not any(heads):
+        raise facts.error("attention.head_count_kv", heads, "a number for each layer")
+    key = facts.prefix + "attention.head_count_kv"
+    values = {**facts.values, key: [count for count in heads if count]}
+    without = frozenset(layer for layer, count in enumerate(heads) if not count)
+    return Facts(values, facts.source, facts.prefix), without
+
+
 def gguf_experts(facts: Facts, normalize_top_k: bool, scoring: str = "softmax") -> dict[str, Any]:
     """Fields of the router. `scoring` is what the architecture does if the file says nothing."""
     number = facts.integer("expert_gating_func", default=0)

@@ -1,7 +1,8 @@
 """Rotary embedding facts: what a checkpoint says, as factors per frequency.
 
 Linear scaling divides all positions; llama-3 (arXiv 2407.21783) only those of long wavelengths;
-YaRN (arXiv 2309.00071) blends by wavelength and scales the magnitude.
+YaRN (arXiv 2309.00071) blends by wavelength and scales the magnitude. LongRoPE (arXiv 2402.13753)
+has a list of divisors for short contexts and one for long ones.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import numpy as np
 
 from tiered.checkpoints.checkpoint import CheckpointError
 from tiered.checkpoints.facts import Facts
-from tiered.config import RopeConfig
+from tiered.config import NO_ROTATION, RopeConfig
 
-MOST_SCALE = 2e30  # what does not rotate at all is written as 1e30
+MOST_SCALE = 2 * NO_ROTATION
 
 
 def rope_from_hf(facts: Facts, head_dim: int, context_length: int, theta: float) -> RopeConfig:
@@ -34,8 +35,10 @@ def rope_from_hf(facts: Facts, head_dim: int, context_length: int, theta: float)
         return RopeConfig(theta, dim)
     if kind == "proportional":  # of the whole head, some pairs rotate as if all did
         rotating = np.arange(head_dim // 2) < int(fraction * head_dim // 2)
-        scale = np.where(rotating, inner.number("factor", default=1.0), 1e30)
+        scale = np.where(rotating, inner.number("factor", default=1.0), NO_ROTATION)
         return RopeConfig(theta, head_dim, "half", _floats(scale))
+    if kind in ("longrope", "su"):
+        return _longrope_from_hf(facts, inner, theta, dim, context_length)
     factor = inner.number("factor")
     original = inner.number("original_max_position_embeddings", default=context_length)
     if kind == "linear":
@@ -56,7 +59,35 @@ def rope_from_hf(facts: Facts, head_dim: int, context_length: int, theta: float)
             magnitude = _magnitude(factor, mscale[0]) / _magnitude(factor, mscale[1])
         magnitude = inner.number("attention_factor", default=magnitude)
         return RopeConfig(theta, dim, "half", _floats(scale), magnitude)
-    raise facts.error("rope_type", kind, "default, linear, dynamic, llama3, yarn or proportional")
+    known = "default, linear, dynamic, llama3, yarn, longrope or proportional"
+    raise facts.error("rope_type", kind, known)
+
+
+def _longrope_from_hf(
+    facts: Facts, inner: Facts, theta: float, dim: int, context_length: int
+) -> RopeConfig:
+    """Older files have the context that was trained first outside of `rope_scaling`."""
+    name = "original_max_position_embeddings"
+    original = inner.integer(name, default=facts.integer(name, default=context_length))
+    if original < 2:
+        raise inner.error(name, original, "at least 2")
+    short, long = inner.numbers("short_factor"), inner.numbers("long_factor")
+    for name, factors in ("short_factor", short), ("long_factor", long):
+        if len(factors) != dim // 2:
+            raise inner.error(name, list(factors), f"{dim // 2} numbers")
+    factor = inner.number("factor", default=context_length / original)
+    magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    magnitude = inner.number("attention_factor", default=magnitude)
+    return RopeConfig(
+        theta,
+        dim,
+        "half",
+        _floats(np.array(short)),
+        inner.number("short_mscale", default=magnitude),
+        original,
+        _floats(np.array(long)),
+        inner.number("long_mscale", default=magnitude),
+    )
 
 
 def score_magnitude_from_hf(facts: Facts) -> float:

@@ -113,11 +113,40 @@ GGUF_DELTA: Names = _layers(
     },
 )
 
+HF_MAMBA2: Names = _layers(
+    "model.layers",
+    {
+        "mamba.in_proj.weight": "mamba2.in",
+        "mamba.conv1d.weight": "mamba2.conv",
+        "mamba.conv1d.bias": "mamba2.conv_bias",
+        "mamba.dt_bias": "mamba2.dt_bias",
+        "mamba.A_log": "mamba2.a_log",
+        "mamba.D": "mamba2.skip",
+        "mamba.norm.weight": "mamba2.norm",
+        "mamba.out_proj.weight": "mamba2.o",
+    },
+)
+GGUF_MAMBA2: Names = _layers(
+    "blk",
+    {
+        "ssm_in.weight": "mamba2.in",
+        "ssm_conv1d.weight": "mamba2.conv",
+        "ssm_conv1d.bias": "mamba2.conv_bias",
+        "ssm_dt.bias": "mamba2.dt_bias",
+        "ssm_a": "mamba2.decay",
+        "ssm_d": "mamba2.skip",
+        "ssm_norm.weight": "mamba2.norm",
+        "ssm_out.weight": "mamba2.o",
+    },
+)
+
 GGUF: Names = {
     "token_embd.weight": "embed",
     "output_norm.weight": "norm",
     "output.weight": "head",
     "rope_freqs.weight": "rope_factors",
+    "rope_factors_short.weight": "rope_factors_short",
+    "rope_factors_long.weight": "rope_factors_long",
 } | _layers(
     "blk",
     {
@@ -155,6 +184,7 @@ GGUF: Names = {
     | {f"ffn_{name}_shexp.weight": f"shared.{name}" for name in PROJECTIONS},
 )
 
+VECTORS = ".router_correction", "mamba2.decay", "mamba2.skip", "mamba2.norm"  # not in all files
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -178,9 +208,9 @@ def canonical_tensors(stored: Iterable[Tensor], names: Names, num_layers: int) -
         name = pattern.format(*_NUMBER.findall(tensor.name))
         if name.endswith(".shared.scale"):
             tensor = tensor._replace(shape=(1, tensor.shape[-1]))
-        elif name.endswith(".router_correction"):
+        elif name.endswith(VECTORS):
             tensor = tensor._replace(shape=(math.prod(tensor.shape),))
-        elif name.endswith(("k_b", "v_b", "delta.conv", "conv.conv")) and len(tensor.shape) == 3:
+        elif name.endswith(("k_b", "v_b", ".conv")) and len(tensor.shape) == 3:
             tensor = tensor._replace(shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
         for part in _parts(tensor, name):
             if part.name in tensors:
@@ -248,14 +278,15 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
     """All tensors of a model; lazily, since a damaged file may claim any number of layers."""
     hidden, expert_size = config.hidden_size, config.expert_size
     yield "embed", (config.vocab_size, hidden), True
-    yield "norm", (hidden,), True
+    yield from _norm(config, "norm")
     yield "head", (config.vocab_size, hidden), False
+    yield "head_bias", (config.vocab_size,), False
     for index in range(config.num_layers):
         layer = f"layers.{index}"
-        yield f"{layer}.attention_norm", (hidden,), True
+        yield from _norm(config, f"{layer}.attention_norm")
         for name, shape, required in _in_place_of_attention(config, index):
             yield f"{layer}.{name}", shape, required
-        yield f"{layer}.ffn_norm", (hidden,), True
+        yield from _norm(config, f"{layer}.ffn_norm")
         for name in OUTPUT_NORMS if config.output_norms else ():
             yield f"{layer}.{name}", (hidden,), True
         yield f"{layer}.scale", (1,), False
@@ -277,11 +308,19 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
             yield f"{layer}.shared.scale", (1, hidden), False
 
 
+def _norm(config: ModelConfig, name: str) -> Iterator[Expected]:
+    yield name, (config.hidden_size,), True
+    if config.layer_norms:
+        yield f"{name}_bias", (config.hidden_size,), True
+
+
 def _in_place_of_attention(config: ModelConfig, index: int) -> Iterator[Expected]:
     if index in config.delta_layers:
         return _delta(config)
     if index in config.conv_layers:
         return _conv(config)
+    if index in config.mamba2_layers:
+        return _mamba2(config)
     return _latent_attention(config) if config.latent.kv_rank else _attention(config, index)
 
 
@@ -296,7 +335,7 @@ def _attention(config: ModelConfig, index: int) -> Iterator[Expected]:
         yield f"{name}_bias", (size,), False
     yield "o", (hidden, q_size), True
     yield "o_bias", (hidden,), False
-    if config.qk_norm:
+    if config.qk_norm in ("head", "full"):
         full = config.qk_norm == "full"
         yield "q_norm", (q_size if full else head_dim,), True
         yield "k_norm", (kv_size if full else head_dim,), True
@@ -344,6 +383,21 @@ def _conv(config: ModelConfig) -> Iterator[Expected]:
     yield "conv.gates", (3 * hidden, hidden), True
     yield "conv.conv", (hidden, config.conv_size), True
     yield "conv.o", (hidden, hidden), True
+
+
+def _mamba2(config: ModelConfig) -> Iterator[Expected]:
+    """The rows of `in` are gates, what is convolved, and steps. Some files have A instead of its
+    logarithm."""
+    m, hidden = config.mamba2, config.hidden_size
+    yield "mamba2.in", (m.inner_size + m.channels + m.num_heads, hidden), True
+    yield "mamba2.conv", (m.channels, m.conv_size), True
+    yield "mamba2.conv_bias", (m.channels,), False
+    yield "mamba2.dt_bias", (m.num_heads,), True
+    yield "mamba2.a_log", (m.num_heads,), False
+    yield "mamba2.decay", (m.num_heads,), False
+    yield "mamba2.skip", (m.num_heads,), True
+    yield "mamba2.norm", (m.inner_size,), True
+    yield "mamba2.o", (hidden, m.inner_size), True
 
 
 def _feed_forward(prefix: str, hidden: int, size: int) -> Iterator[Expected]:

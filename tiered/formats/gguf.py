@@ -12,9 +12,10 @@ from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.checkpoints.gguf_header import MAGIC, Metadata, read_header
 from tiered.checkpoints.rope import MOST_SCALE
 from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors
-from tiered.config import ModelConfig
+from tiered.config import ModelConfig, RopeConfig
 
 EMBEDDING = "token_embd.weight"
+ROPE_FACTORS = "rope_factors", "rope_factors_short", "rope_factors_long"
 QUERY_NORM = ".attn_q_norm.weight"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.DOTALL)
 
@@ -44,10 +45,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     architecture, facts = models.find_gguf(metadata, files[0])
     config = models.read_config(architecture.from_gguf, facts)
     tensors = canonical_tensors(stored, architecture.GGUF_NAMES, config.num_layers)
-    factors = tensors.pop("rope_factors", None)
+    factors = [tensors.pop(name, None) for name in ROPE_FACTORS]
     checkpoint = Checkpoint(path, config, tensors, metadata, _tokenizer(values))
-    if factors is not None:
-        checkpoint.config = _with_rope_factors(checkpoint, factors)
+    checkpoint.config = _with_rope_factors(checkpoint, *factors)
     check_tensors(files[0], config, tensors)
     return checkpoint
 
@@ -94,22 +94,34 @@ def _parts(path: Path) -> list[Path]:
     return files
 
 
-def _with_rope_factors(checkpoint: Checkpoint, factors: Tensor) -> ModelConfig:
-    """Llama-3 scaling comes as a tensor with one divisor per frequency."""
+def _with_rope_factors(
+    checkpoint: Checkpoint, factors: Tensor | None, short: Tensor | None, long: Tensor | None
+) -> ModelConfig:
+    """Llama-3 scaling comes as a tensor with one divisor per frequency, LongRoPE as two."""
     config = checkpoint.config  # where layers differ, only some have it
     rope = (config.full_shape or config.own_shape).rope
-    values = checkpoint.view(factors)
-    half = rope.dim // 2
-    if factors.format != "f32" or factors.shape != (half,):
-        raise CheckpointError(
-            f"{factors.file}: tensor 'rope_freqs.weight' must be F32 with {half} values"
-        )
-    scale = [float(value) for value in values.view("<f4")]
-    if not all(0 < value <= MOST_SCALE for value in scale):
-        raise CheckpointError(f"{factors.file}: tensor 'rope_freqs.weight' is damaged")
-    if rope.inv_freq_scale:
-        scale = [a * b for a, b in zip(scale, rope.inv_freq_scale, strict=True)]
-    rope = replace(rope, inv_freq_scale=tuple(scale))
+    if short is not None and long is not None:
+        rope = replace(rope, inv_freq_scale=_factors(checkpoint, short, rope))
+        rope = replace(rope, long_inv_freq_scale=_factors(checkpoint, long, rope))
+    elif factors is not None:
+        scale = _factors(checkpoint, factors, rope)
+        if rope.inv_freq_scale:
+            scale = tuple(a * b for a, b in zip(scale, rope.inv_freq_scale, strict=True))
+        rope = replace(rope, inv_freq_scale=scale)
+    else:
+        return config
     if config.full_shape is not None:
         return replace(config, full_shape=replace(config.full_shape, rope=rope))
     return replace(config, rope=rope)
+
+
+def _factors(checkpoint: Checkpoint, tensor: Tensor, rope: RopeConfig) -> tuple[float, ...]:
+    half = rope.dim // 2
+    if tensor.format != "f32" or tensor.shape != (half,):
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name!r} must be F32 with {half} values"
+        )
+    scale = tuple(float(value) for value in checkpoint.view(tensor).view("<f4"))
+    if not all(0 < value <= MOST_SCALE for value in scale):
+        raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} is damaged")
+    return scale

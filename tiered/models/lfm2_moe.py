@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
+from tiered.checkpoints.gguf_config import gguf_common, gguf_experts, gguf_hybrid
 from tiered.checkpoints.hf_config import hf_common, hf_experts
 from tiered.checkpoints.tensor_names import GGUF, HF_BASE, Names
 from tiered.config import ModelConfig
@@ -78,16 +78,12 @@ def from_hf(facts: Facts) -> ModelConfig:
 
 
 def from_gguf(facts: Facts) -> ModelConfig:
-    heads = facts.find("attention.head_count_kv")
-    if not isinstance(heads, list) or not any(heads):
-        raise facts.error("attention.head_count_kv", heads, "a number for each layer")
-    key = facts.prefix + "attention.head_count_kv"
-    attending = Facts({**facts.values, key: [n for n in heads if n]}, facts.source, facts.prefix)
+    attending, conv_layers = gguf_hybrid(facts)
     return ModelConfig(
         **FIXED,
         expert_size=facts.integer("expert_feed_forward_length"),
         ffn_size=facts.integer("feed_forward_length"),
-        conv_layers=frozenset(i for i, count in enumerate(heads) if not count),
+        conv_layers=conv_layers,
         conv_size=facts.integer("shortconv.l_cache", maximum=64),
         **gguf_common(attending, pairs="half"),
         **gguf_experts(facts, normalize_top_k=True, scoring="sigmoid"),

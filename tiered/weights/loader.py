@@ -14,6 +14,7 @@ from tiered.backend import (
     ExpertBiases,
     FeedForwardWeights,
     LatentWeights,
+    Mamba2Weights,
     MergeWeights,
     RouterWeights,
 )
@@ -84,8 +85,18 @@ class WeightLoader:
     def norm(self, name: str, required: bool = True) -> Any:
         """A norm's weights; None where one is missing that need not be there."""
         vector = self.required(name) if required else self.vector(name)
+        if vector is not None and (bias := self.vector(f"{name}_bias")) is not None:
+            return np.stack([vector, bias])
         offset = np.float32(self.config.norm_offset)
         return vector + offset if vector is not None and offset else vector
+
+    def head_norm(self, index: int, name: str) -> Any:
+        """Of queries or keys. A norm without weights may as well come before heads are rotated,
+        which does not change their length."""
+        if self.config.qk_norm == "unit":
+            rotates = self.config.full_layers_rotate or index not in self.config.full_layers
+            return np.ones(self.config.head_dim, np.float32) if rotates else None
+        return self.norm(f"layers.{index}.{name}", required=False)
 
     def feed_forward(self, prefix: str) -> FeedForwardWeights:
         gate, up, down = (self.matrix(f"{prefix}.{name}") for name in ("gate", "up", "down"))
@@ -100,6 +111,8 @@ class WeightLoader:
             return self.delta(index)
         if index in self.config.conv_layers:
             return self.conv(index)
+        if index in self.config.mamba2_layers:
+            return self.mamba2(index)
         if self.config.latent.kv_rank:
             return self.latent(index)
         prefix = f"layers.{index}."
@@ -114,8 +127,8 @@ class WeightLoader:
             self.steering(prefix + "k"),
             self.matrix(prefix + ("v" if prefix + "v" in self.checkpoint.tensors else "k")),
             self.matrix(prefix + "o"),
-            self.norm(prefix + "q_norm", required=False),
-            self.norm(prefix + "k_norm", required=False),
+            self.head_norm(index, "q_norm"),
+            self.head_norm(index, "k_norm"),
             self.vector(prefix + "sinks"),
             gate,
             self.norm(prefix + "attention_out_norm", required=False),
@@ -128,9 +141,6 @@ class WeightLoader:
         sizes = d.key_dim, d.key_dim, shared * d.value_dim, shared * d.value_dim
         q, k, v, z = (part.reshape(-1) for part in mixed_rows(keys, sizes))
         b, a = (part.reshape(-1) for part in mixed_rows(keys, (shared, shared)))
-        decay = self.vector(prefix + "delta.decay")
-        if decay is None:
-            decay = -np.exp(self.required(prefix + "delta.a_log"))
         weights = DeltaWeights(
             self.norm(prefix + "attention_norm"),
             self.part(prefix + "delta.qkv", prefix + "delta.qkvz", np.concatenate([q, k, v])),
@@ -139,12 +149,36 @@ class WeightLoader:
             self.part(prefix + "delta.a", prefix + "delta.ba", a),
             np.ascontiguousarray(self.required(prefix + "delta.conv").T),
             self.required(prefix + "delta.dt_bias"),
-            decay,
+            self.decay(prefix + "delta."),
             self.required(prefix + "delta.norm"),
             self.matrix(prefix + "delta.o"),
         )
         number = sorted(self.config.delta_layers).index(index)
         return self.backend.delta_layer(weights, self.config, number)
+
+    def decay(self, prefix: str) -> np.ndarray:
+        """A, of which most files have the logarithm of its opposite."""
+        decay = self.vector(prefix + "decay")
+        return -np.exp(self.required(prefix + "a_log")) if decay is None else decay
+
+    def mamba2(self, index: int) -> Any:
+        prefix, m = f"layers.{index}.mamba2.", self.config.mamba2
+        ends = m.inner_size, m.inner_size + m.channels
+        weights = Mamba2Weights(
+            self.norm(f"layers.{index}.attention_norm"),
+            self.some_rows(prefix + "in", slice(0, ends[0])),
+            self.some_rows(prefix + "in", slice(*ends)),
+            self.some_rows(prefix + "in", slice(ends[1], None)),
+            np.ascontiguousarray(self.required(prefix + "conv").T),
+            self.vector(prefix + "conv_bias"),
+            self.required(prefix + "dt_bias"),
+            self.decay(prefix),
+            self.required(prefix + "skip"),
+            self.required(prefix + "norm"),
+            self.matrix(prefix + "o"),
+        )
+        number = sorted(self.config.mamba2_layers).index(index)
+        return self.backend.mamba2_layer(weights, self.config, number)
 
     def conv(self, index: int) -> Any:
         prefix = f"layers.{index}."
@@ -163,14 +197,14 @@ class WeightLoader:
             return self.matrix(name)
         return self.some_rows(whole, rows)
 
-    def some_rows(self, name: str, rows: np.ndarray) -> Any:
-        """A matrix of these rows of another, in this order."""
+    def some_rows(self, name: str, rows: np.ndarray | slice) -> Any:
+        """A matrix of these rows of another, in this order; of a slice, nothing is copied."""
         self.required_tensor(name)
         data, format, shape = dense_matrix(self.checkpoint, name, self.quantize)
-        data = np.ascontiguousarray(data.reshape(shape[0], -1)[rows]).reshape(-1)
+        data = np.ascontiguousarray(data.reshape(shape[0], -1)[rows])
         bias = self.vector(f"{name}_bias")
         bias = None if bias is None else np.ascontiguousarray(bias[rows])
-        return self.backend.matrix(data, format, (len(rows), shape[1]), bias)
+        return self.backend.matrix(data.reshape(-1), format, (len(data), shape[1]), bias)
 
     def latent(self, index: int) -> Any:
         prefix = f"layers.{index}."

@@ -230,7 +230,7 @@ def test_rope_factors(tmp_path):
     with pytest.raises(CheckpointError, match="must be F32 with 8 values"):
         open_checkpoint(file)
     file = tiny.gguf_checkpoint(tmp_path / "nan.gguf", "llama", rope_factors=[np.nan] * 8)
-    with pytest.raises(CheckpointError, match=r"'rope_freqs\.weight' is damaged"):
+    with pytest.raises(CheckpointError, match=r"'rope_factors' is damaged"):
         open_checkpoint(file)
 
 

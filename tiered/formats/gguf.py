@@ -30,7 +30,7 @@ def matches(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    files = _parts(_only_model(path) if path.is_dir() else path)
+    files = model_files(path)
     headers = [read_header(file) for file in files]
     values = headers[0].values
     num_parts = values.get("split.count", 1)
@@ -65,6 +65,11 @@ def _told_by_tensors(architecture: Any, stored: list[Tensor]) -> dict[str, Any]:
 
 def _tokenizer(values: dict[str, Any]) -> Metadata:
     return Metadata({key: value for key, value in values.items() if key.startswith("tokenizer.")})
+
+
+def model_files(path: Path) -> list[Path]:
+    """The file, or all parts of a split one; of a folder, those of the one model in it."""
+    return _parts(_only_model(path) if path.is_dir() else path)
 
 
 def _only_model(folder: Path) -> Path:

@@ -64,9 +64,23 @@ def convert(
     open.
     """
     destination = Path(destination)
+    check_free(destination)
+    with open_checkpoint(source) as checkpoint:
+        write_store(checkpoint, destination, quantize, progress)
+    return destination
+
+
+def check_free(destination: Path) -> None:
+    """FileExistsError if something has this name already."""
     if destination.exists():
         raise FileExistsError(f"{destination} exists already; delete it or choose another name")
-    with open_checkpoint(source) as checkpoint, ExpertStore(checkpoint, quantize) as store:
+
+
+def write_store(
+    checkpoint: Checkpoint, destination: Path, quantize: str, progress: Progress | None = None
+) -> None:
+    """The same for an open checkpoint."""
+    with ExpertStore(checkpoint, quantize) as store:
         writer = _Writer(checkpoint, store, destination, progress or (lambda done, total: None))
         writer.check_space()
         destination.mkdir(parents=True)
@@ -75,7 +89,15 @@ def convert(
         except BaseException:
             shutil.rmtree(destination, ignore_errors=True)
             raise
-    return destination
+
+
+def check_space(destination: Path, nbytes: int) -> None:
+    """OSError if the disk has no room for so many bytes, and some more."""
+    parent = next(p for p in destination.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < nbytes + MARGIN:
+        reason = f"{nbytes + MARGIN} bytes are needed, but only {free} are free"
+        raise OSError(errno.ENOSPC, reason, str(parent))
 
 
 class _Writer:
@@ -104,11 +126,7 @@ class _Writer:
         return experts + dense
 
     def check_space(self) -> None:
-        parent = next(p for p in self.folder.absolute().parents if p.exists())
-        free = shutil.disk_usage(parent).free
-        if free < self.total + MARGIN:
-            reason = f"{self.total + MARGIN} bytes are needed, but only {free} are free"
-            raise OSError(errno.ENOSPC, reason, str(parent))
+        check_space(self.folder, self.total)
 
     def write(self) -> None:
         experts: dict[int, Any] = {}

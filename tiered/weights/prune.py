@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from tiered.checkpoints.json_file import read_json
 from tiered.config import ModelConfig
 from tiered.formats import open_checkpoint
 from tiered.formats import safetensors as hugging_face
-from tiered.weights.convert import MARGIN, TOKENIZER_FILES
+from tiered.weights.convert import TOKENIZER_FILES, check_free, check_space
 
 PIECE = 16 << 20  # bytes copied at once
 # How config.json spells it.
@@ -48,8 +47,7 @@ class Piece(NamedTuple):
 
 def check_prunable(source: Path, destination: Path, num_experts: int) -> ModelConfig:
     """The source's facts. ValueError or FileExistsError if it cannot be pruned so."""
-    if destination.exists():
-        raise FileExistsError(f"{destination} exists already; delete it or choose another name")
+    check_free(destination)
     if source.exists() and not hugging_face.matches(source):
         raise ValueError(
             f"{source} is no Hugging Face folder (config.json and *.safetensors): only those can "
@@ -85,7 +83,7 @@ def prune(source: Path, destination: Path, kept: Kept, progress: Progress | None
     parent = destination.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     total = sum(piece.nbytes for pieces in files.values() for piece in pieces)
-    _check_space(parent, total)
+    check_space(destination, total)
     unfinished = parent / f".{destination.name}-{os.getpid()}"
     unfinished.mkdir()
     try:
@@ -197,10 +195,3 @@ def _write_rest(
     for part in (values, values.get("text_config", {})):
         part |= {name: num_experts for name in COUNTS if name in part}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_space(folder: Path, total: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < total + MARGIN:
-        reason = f"{total + MARGIN} bytes are needed, but only {free} are free"
-        raise OSError(errno.ENOSPC, reason, str(folder))

@@ -1,0 +1,249 @@
+"""A checkpoint with fewer bits: calibrate, choose formats, round layer by layer, write."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cpu_kernels.formats import FORMATS
+from tiered.checkpoints.checkpoint import Checkpoint
+from tiered.config import EngineConfig, ModelConfig
+from tiered.formats import open_checkpoint
+from tiered.quantizing.allocation import Option, Unit, allocate
+from tiered.quantizing.gguf_file import check_gguf, write_gguf
+from tiered.quantizing.grids import GRIDS, fitting_formats
+from tiered.quantizing.layer import METHODS, Formats, round_layer, round_layer_plainly
+from tiered.quantizing.rewritten import ExpertFiles, Rewritten, expert_bytes
+from tiered.quantizing.sensitivity import measure_options
+from tiered.quantizing.walk import Walk
+from tiered.weights.convert import check_free, check_space, write_store
+
+FEWEST_PER_EXPERT = 16  # tokens that the text must have for each expert, on average
+
+Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize.
+
+    All experts get `format`; or, with `bits`, each layer's gate and up, and its down, one of
+    `formats` (empty: all that fit), so that a weight has so many bits on average, scales included.
+    `fewest`: an expert that the text chose for fewer tokens is calibrated with others', too.
+    """
+
+    method: str = "gptq"
+    format: str = "q4_0"
+    bits: float | None = None
+    formats: tuple[str, ...] = ()
+    fewest: int = 128
+    window: int = 512  # tokens that are computed together
+    sensitivity_tokens: int = 1024
+    threads: int = 1
+    isa: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.method not in (*METHODS, "rtn"):
+            raise ValueError(f"method must be {', '.join(METHODS)} or rtn, not {self.method!r}")
+        for name in (self.format, *self.formats):
+            if name not in GRIDS:
+                raise ValueError(f"experts can become {', '.join(GRIDS)}, but not {name!r}")
+
+    @property
+    def uses_text(self) -> bool:
+        return self.method != "rtn" or self.bits is not None
+
+    @property
+    def engine(self) -> EngineConfig:
+        return EngineConfig(threads=self.threads, isa=self.isa, kv_dtype="f32")
+
+
+@dataclass
+class Result:
+    """What was done."""
+
+    formats: dict[int, Formats]  # of gate, up and down, by layer
+    bits: float  # of an expert's weight, on average
+    nbytes: int = 0  # of the files written
+    few: int = 0  # experts that the text chose for fewer than `fewest` tokens
+    options: dict[Unit, list[Option]] = field(default_factory=dict)
+
+
+def quantize(
+    source: Path,
+    destination: Path,
+    recipe: Recipe,
+    ids: Sequence[int] = (),
+    progress: Progress | None = None,
+) -> Result:
+    """Write the model at `source` with experts of fewer bits: a GGUF file if `destination` ends in
+    .gguf, else a store.
+
+    Large float matrices of the rest become q8_0; router, norms and embeddings stay. `ids` are the
+    tokens of a calibration text. Raises FileExistsError if `destination` exists, ValueError for
+    what cannot be done, OSError if the disk is too small. What is interrupted leaves nothing that
+    opens.
+    """
+    report = progress or (lambda what, done, total: None)
+    check_free(destination)
+    with open_checkpoint(source) as original:
+        config = original.config
+        check_quantizable(original, recipe, len(ids))
+        as_gguf = destination.suffix == ".gguf"
+        if as_gguf:
+            check_gguf(original)
+        windows = [ids[i : i + recipe.window] for i in range(0, len(ids), recipe.window)]
+        windows = [window for window in windows if len(window) > 1]
+        result = choose_formats(original, recipe, windows, report)
+        # The experts are written twice: next to the result, and into it.
+        check_space(destination, 2 * total_bytes(config, result.formats))
+        with scratch_beside(destination) as folder, Rewritten(original, folder) as checkpoint:
+            round_all(checkpoint, recipe, windows, result, report)
+
+            def written(done: int, total: int) -> None:
+                report("writing", done, total)
+
+            if as_gguf:
+                write_gguf(checkpoint, destination, folder, written)
+                result.nbytes = destination.stat().st_size
+            else:
+                write_store(checkpoint, destination, "int4", written)
+                files = (file for file in destination.rglob("*") if file.is_file())
+                result.nbytes = sum(file.stat().st_size for file in files)
+    return result
+
+
+def check_quantizable(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -> None:
+    """ValueError says in one line what is wrong."""
+    config, path = checkpoint.config, checkpoint.path
+    if not config.sparse_layers:
+        raise ValueError(f"{path} is a dense model: it has no experts")
+    sizes = config.hidden_size, config.expert_size
+    for name in (recipe.format,) if recipe.bits is None else recipe.formats:
+        if any(size % FORMATS[name].block_size for size in sizes):
+            raise ValueError(
+                f"{path}: rows of {' and '.join(map(str, sizes))} values are no whole number of "
+                f"{name} blocks ({FORMATS[name].block_size} values each)"
+            )
+    if not recipe.uses_text:
+        return
+    needed = FEWEST_PER_EXPERT * config.num_experts // config.top_k
+    if num_tokens < needed:
+        raise ValueError(
+            f"the calibration text has {num_tokens} tokens; for {config.num_experts} experts, "
+            f"{config.top_k} per token, at least {needed} are needed"
+        )
+
+
+def choose_formats(
+    checkpoint: Checkpoint, recipe: Recipe, windows: Sequence[Sequence[int]], report: Progress
+) -> Result:
+    """Of gate, up and down of each layer."""
+    config = checkpoint.config
+    options: dict[Unit, list[Option]] = {}
+    if recipe.bits is None:
+        chosen = {layer: (recipe.format,) * 3 for layer in config.sparse_layers}
+    else:
+        candidates = candidate_formats(checkpoint, recipe)
+        reference = min(candidates, key=lambda name: abs(FORMATS[name].bits - recipe.bits))
+        few = windows[: max(1, recipe.sensitivity_tokens // recipe.window)]
+        options = measure_options(
+            checkpoint, few, candidates, reference, recipe.fewest, recipe.engine,
+            lambda done, total: report("sensitivity", done, total),
+        )  # fmt: skip
+        by_unit = allocate(options, budget(config, recipe.bits))
+        chosen = {
+            layer: (by_unit[Unit(layer, "gate_up")],) * 2 + (by_unit[Unit(layer, "down")],)
+            for layer in config.sparse_layers
+        }
+    bits = 8 * total_bytes(config, chosen) / num_weights(config)
+    return Result(chosen, bits, options=options)
+
+
+def candidate_formats(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    """The formats to choose from. ValueError if the bits cannot be reached with them."""
+    config = checkpoint.config
+    assert recipe.bits is not None
+    both = [
+        {format.name for format in fitting_formats(size)}
+        for size in (config.hidden_size, config.expert_size)
+    ]
+    names = [name for name in recipe.formats or GRIDS if name in both[0] & both[1]]
+    least = min(FORMATS[name].bits for name in names)
+    most = max(FORMATS[name].bits for name in names)
+    if not least <= recipe.bits <= most:
+        raise ValueError(
+            f"{checkpoint.path}: --bits {recipe.bits:g} cannot be reached: the formats "
+            f"{', '.join(names)} have {least:g} to {most:g} bits per weight"
+        )
+    return names
+
+
+def num_weights(config: ModelConfig) -> int:
+    """Of all experts."""
+    each = 3 * config.hidden_size * config.expert_size
+    return each * config.num_experts * len(config.sparse_layers)
+
+
+def budget(config: ModelConfig, bits: float) -> int:
+    return int(num_weights(config) * bits / 8)
+
+
+def total_bytes(config: ModelConfig, formats: dict[int, Formats]) -> int:
+    return config.num_experts * sum(expert_bytes(config, names) for names in formats.values())
+
+
+@contextmanager
+def scratch_beside(destination: Path) -> Iterator[Path]:
+    """A folder for what is not finished, on the destination's disk; gone at the end."""
+    parent = destination.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def round_all(
+    checkpoint: Rewritten,
+    recipe: Recipe,
+    windows: Sequence[Sequence[int]],
+    result: Result,
+    report: Progress,
+) -> None:
+    """Round layer by layer; each is calibrated with what the rounded layers before it say."""
+    config, walk, states = checkpoint.config, None, []
+    if recipe.method != "rtn":
+        walk = Walk(checkpoint, windows, recipe.engine)
+        states = walk.start()
+    try:
+        for layer in range(config.num_layers):
+            report("rounding", layer, config.num_layers)
+            sparse = config.is_sparse(layer)
+            files = ExpertFiles(checkpoint, layer, result.formats[layer]) if sparse else None
+            if walk is None:
+                if files is not None:
+                    round_layer_plainly(checkpoint, layer, files, recipe.threads)
+                continue
+            walk.open(layer, files.layout if files else None)
+            walk.attend(layer, states)
+            if files is not None:
+                method = METHODS[recipe.method]
+                counts = round_layer(
+                    checkpoint, layer, files, walk.given(layer, states), method, recipe.fewest,
+                    recipe.threads,
+                )  # fmt: skip
+                result.few += int((counts < recipe.fewest).sum())
+                if method.scaled:  # its norm and its router are others now
+                    walk.open(layer, files.layout)
+                walk.run(layer, states, files.addresses)
+            walk.leave(layer)
+        report("rounding", config.num_layers, config.num_layers)
+    finally:
+        if walk is not None:
+            walk.close()

@@ -1,0 +1,85 @@
+"""A checkpoint some of whose tensors are others, which lie in files of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from cpu_kernels.formats import FORMATS
+from tiered.checkpoints.checkpoint import Checkpoint, Tensor
+from tiered.config import ModelConfig
+from tiered.experts import ExpertLayout, expert_layout
+from tiered.store import PROJECTIONS
+
+
+class Rewritten(Checkpoint):
+    """`original`, until something else is written over it, into files in `folder`."""
+
+    def __init__(self, original: Checkpoint, folder: Path) -> None:
+        super().__init__(
+            original.path,
+            original.config,
+            dict(original.tensors),
+            original.metadata,
+            original.tokenizer_source,
+        )
+        self.original = original
+        self.folder = folder
+        self.rewritten: dict[str, Tensor] = {}  # but for experts
+
+    def __enter__(self) -> Rewritten:
+        return self
+
+    def rewrite(self, name: str, values: np.ndarray) -> None:
+        """A small tensor becomes float32 `values`."""
+        file = self.folder / name
+        data = np.ascontiguousarray(values, np.float32)
+        file.write_bytes(data.tobytes())
+        assert isinstance(self.tensors, dict)
+        self.rewritten[name] = Tensor(name, "f32", data.shape, file, 0, data.nbytes)
+        self.tensors[name] = self.rewritten[name]
+
+
+class ExpertFiles:
+    """Room for the experts of one layer in the given formats: a file for all gates, one for all
+    ups, one for all downs, which replace those of `checkpoint`."""
+
+    def __init__(self, checkpoint: Rewritten, layer: int, formats: tuple[str, ...]) -> None:
+        config = checkpoint.config
+        self.layout = layer_layout(config, formats)
+        self.arrays = []  # uint8 [num_experts, nbytes]
+        assert isinstance(checkpoint.tensors, dict)
+        for projection, target in zip(PROJECTIONS, self.layout, strict=True):
+            file = checkpoint.folder / f"layer-{layer}-{projection}"
+            shape = config.num_experts, target.nbytes
+            self.arrays.append(np.memmap(file, np.uint8, "w+", shape=shape))
+            for expert in range(config.num_experts):
+                name = f"layers.{layer}.experts.{expert}.{projection}"
+                checkpoint.tensors[name] = Tensor(
+                    name, target.format, checkpoint.original.tensors[name].shape, file,
+                    expert * target.nbytes, target.nbytes,
+                )  # fmt: skip
+
+    @property
+    def addresses(self) -> np.ndarray:
+        """int64 [num_experts, 3]."""
+        return np.stack(
+            [
+                array.ctypes.data + np.arange(len(array), dtype=np.int64) * array.shape[1]
+                for array in self.arrays
+            ],
+            axis=1,
+        )
+
+
+def layer_layout(config: ModelConfig, formats: tuple[str, ...]) -> ExpertLayout:
+    gate, up, down = formats
+    return expert_layout(config.hidden_size, config.expert_size, gate, up, down)
+
+
+def expert_bytes(config: ModelConfig, formats: tuple[str, ...]) -> int:
+    """Bytes of the weights of one expert."""
+    gate_up, down = config.hidden_size, config.expert_size
+    sizes = zip(formats, (gate_up, gate_up, down), (down, down, gate_up), strict=True)
+    return sum(rows * int(FORMATS[f].row_bytes(columns)) for f, columns, rows in sizes)

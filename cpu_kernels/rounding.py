@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-NUM_SCALES = 17  # tried for each group, from 0.76 to 1.08 of what its largest value would take
+NUM_SCALES = 9  # tried for each group, from 0.76 to 1.08 of what its largest value would take
 _INFINITY = np.float32(np.inf)
 
 
@@ -50,7 +50,7 @@ def fit_scales(groups, importance, levels, cells, scales):
             continue
         for end in (levels[0], levels[-1]):
             for step in range(NUM_SCALES):
-                inverse = end / (largest * np.float32(0.76 + 0.02 * step))
+                inverse = end / (largest * np.float32(0.76 + 0.04 * step))
                 product, square = np.float32(0), np.float32(0)
                 for i in range(len(values)):
                     level = levels[_nearest(values[i] * inverse, levels[0], cells)]
@@ -101,7 +101,7 @@ def fit_ranges(groups, importance, num_levels, below_zero, scales, minimums):
             continue
         best = _INFINITY
         for step in range(NUM_SCALES):
-            inverse = np.float32(num_levels - 1.8 + 0.1 * step) / (high - low)
+            inverse = np.float32(num_levels - 1.8 + 0.2 * step) / (high - low)
             # Weighted sums, and from them the straight line of least error through these codes.
             w, x, q, qq, xq, xx = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
             for i in range(len(values)):

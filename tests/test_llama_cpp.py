@@ -5,6 +5,7 @@ import pytest
 import tiny
 
 from tiered import Engine
+from tiered.quantizing.quantize import Recipe, quantize
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
@@ -39,3 +40,26 @@ def test_the_same_logits_and_tokens(model_type, tmp_path):
         tolerance = 1e-4 if model_type in ROUNDED else 1e-5
         assert np.abs(engine.logits(PROMPT) - logits).max() <= tolerance * np.ptp(logits)
         assert list(engine.generate_tokens(PROMPT, NUM_TOKENS)) == tokens
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+@pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_it_loads_what_we_quantize(model_type, kind, tmp_path):
+    """Both round what goes into products to 8 bits, each in its own way, so that a token between
+    two experts may go to either."""
+    sizes = {"kv_heads": 4} if model_type == "olmoe" else {}
+    if kind == "gguf":
+        before = tiny.gguf_checkpoint(tmp_path / "b.gguf", model_type, "bf16", **sizes)
+    else:
+        before = tiny.hf_checkpoint(tmp_path / "b", model_type, tokenizer=True, **sizes)
+    file, text = tmp_path / "model.gguf", "the rain\n in  Spain, 1234 don't"
+    ids = np.random.default_rng(0).integers(3, 300, 300).tolist()
+    quantize(before, file, Recipe(format="q5_0", window=64, threads=2), ids)
+    model = llama_cpp.Llama(str(file), n_ctx=256, n_threads=2, verbose=False, logits_all=True)
+    tokens = model.tokenize(text.encode(), add_bos=False)
+    model.eval(PROMPT)
+    logits = model.scores[: len(PROMPT)].copy()
+    model.close()
+    with Engine(file, threads=2) as engine:
+        assert engine.tokenizer.encode(text, parse_special=False) == tokens
+        assert np.median(np.abs(engine.logits(PROMPT) - logits)) <= 0.01 * np.ptp(logits)

@@ -422,34 +422,63 @@ def test_the_same_again(tmp_path):
 # --- refusals, and nothing half-written ---
 
 
-def test_an_interrupted_one_leaves_nothing(tmp_path):
-    before = source(tmp_path)
-    for kind in ("rounding", "writing"):
+class Stop:
+    """Interrupts at the `number`-th report of `what`; counts the layers that were begun."""
 
-        def stop(what, done, total, kind=kind):
-            if what == kind and done:
-                raise KeyboardInterrupt
+    def __init__(self, what="", number=0):
+        self.what, self.number, self.layers = what, number, []
 
-        for name in ("after", "after.gguf"):
-            with pytest.raises(KeyboardInterrupt):
-                quantize(before, tmp_path / name, Recipe(**FAST), IDS, stop)
-            assert list(tmp_path.iterdir()) == [before]
-
-
-def test_a_killed_one_does_not_open(tmp_path, monkeypatch):
-    before = source(tmp_path)
-
-    def stop(what, done, total):
-        if what == "writing" and done:
+    def __call__(self, what, done, total):
+        if what == "rounding" and done < total:
+            self.layers.append(done)
+        if what == self.what and done >= self.number:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+
+@pytest.mark.parametrize(
+    "name, method, what, number",
+    [
+        ("after", "gptq", "sensitivity", 1),
+        ("after.gguf", "awq", "rounding", 2),
+        ("after", "rtn", "rounding", 2),
+        ("after.gguf", "gptq", "writing", 1),
+        ("after", "gptq", "writing", 1),
+    ],
+)
+def test_what_was_interrupted_goes_on(tmp_path, name, method, what, number):
+    before, recipe = source(tmp_path, layers=3), Recipe(method=method, bits=5.5, **FAST)
     with pytest.raises(KeyboardInterrupt):
-        quantize(before, tmp_path / "after.gguf", Recipe(**FAST), IDS, stop)
-    assert not (tmp_path / "after.gguf").exists()
-    (unfinished,) = tmp_path.rglob("unfinished.gguf")
-    with pytest.raises((CheckpointError, OSError)):
-        open_checkpoint(unfinished)
+        quantize(before, tmp_path / name, recipe, IDS, Stop(what, number))
+    assert {path.name for path in tmp_path.iterdir()} == {before.name, f".{name}.quantizing"}
+    for file in (tmp_path / f".{name}.quantizing").glob("*.gguf"):
+        with pytest.raises((CheckpointError, OSError)):
+            open_checkpoint(file)
+    rest = Stop()
+    again = quantize(before, tmp_path / name, recipe, IDS, rest)
+    assert rest.layers == {"sensitivity": [0, 1, 2], "rounding": [2], "writing": []}[what]
+    whole = quantize(before, tmp_path / f"whole-{name}", recipe, IDS)
+    assert set(path.name for path in tmp_path.iterdir()) == {before.name, name, f"whole-{name}"}
+    assert again == whole
+    with (
+        open_checkpoint(tmp_path / name) as one,
+        open_checkpoint(tmp_path / f"whole-{name}") as other,
+    ):
+        for tensor in one.tensors:
+            assert np.array_equal(one.data(tensor), other.data(tensor)), tensor
+
+
+def test_what_something_else_left_is_begun_anew(tmp_path):
+    before, after = source(tmp_path), tmp_path / "after"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(before, after, Recipe(method="rtn"), IDS, Stop("rounding", 1))
+    rest = Stop()
+    quantize(before, after, Recipe(method="rtn", format="q5_0"), IDS, rest)
+    assert rest.layers == [0, 1]
+    with pytest.raises(KeyboardInterrupt):
+        quantize(before, tmp_path / "b", Recipe(**FAST), IDS, Stop("rounding", 1))
+    rest = Stop()
+    quantize(before, tmp_path / "b", Recipe(**FAST), IDS[::-1], rest)
+    assert rest.layers == [0, 1]
 
 
 @pytest.fixture
@@ -516,4 +545,4 @@ def test_what_gguf_cannot_say_is_refused(tmp_path):
     (before / "config.json").write_text(json.dumps(config | {"norm_topk_prob": False}))
     with pytest.raises(ValueError, match="no way to say this model's normalize_top_k"):
         quantize(before, tmp_path / "after.gguf", Recipe(method="rtn"))
-    assert list(tmp_path.iterdir()) == [before]
+    assert not (tmp_path / "after.gguf").exists()

@@ -142,10 +142,10 @@ def _gguf_entries(checkpoint: Rewritten) -> Iterator[Entry]:
 
 def _hf_entries(checkpoint: Rewritten) -> Iterator[Entry]:
     config = checkpoint.config
-    stored = {
-        canonical: name
-        for name, canonical in models.find(config.model_type, checkpoint.path).GGUF_NAMES.items()
-    }
+    # Where several stored names are one canonical, the first is that of ordinary attention.
+    stored: dict[str, str] = {}
+    for name, canonical in models.find(config.model_type, checkpoint.path).GGUF_NAMES.items():
+        stored.setdefault(canonical, name)
     yield from _expert_entries(checkpoint)
     adjacent = HF_ARCHITECTURES[config.model_type][0] == "adjacent"
     for canonical, tensor in checkpoint.tensors.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from tiered.quantizing.scaling import (
     scales_inputs,
     scales_inside,
 )
+from tiered.quantizing.threads import expert_threads
 from tiered.quantizing.walk import Given
 from tiered.store import PROJECTIONS
 from tiered.weights.dequantize import dequantize
@@ -97,12 +97,12 @@ def round_layer(
             array[number] = data.reshape(-1)
         return num_own
 
-    with ThreadPoolExecutor(num_threads, "tiered-quantize") as pool:
+    with expert_threads(num_threads) as pool:
         return np.array(list(pool.map(quantize, range(config.num_experts))))
 
 
 def round_layer_plainly(
-    checkpoint: Rewritten, layer: int, files: ExpertFiles, num_threads: int | None
+    checkpoint: Rewritten, layer: int, files: ExpertFiles, num_threads: int
 ) -> None:
     """Fill `files` without any inputs: all columns are alike."""
 
@@ -112,7 +112,7 @@ def round_layer_plainly(
             alike = np.ones(values.shape[1], np.float32)
             array[number] = round_nearest(values, target.format, alike).reshape(-1)
 
-    with ThreadPoolExecutor(num_threads, "tiered-quantize") as pool:
+    with expert_threads(num_threads) as pool:
         list(pool.map(quantize, range(checkpoint.config.num_experts)))
 
 

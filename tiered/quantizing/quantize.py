@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from cpu_kernels.formats import FORMATS
 from tiered.checkpoints.checkpoint import Checkpoint
@@ -19,7 +21,9 @@ from tiered.quantizing.grids import GRIDS, fitting_formats
 from tiered.quantizing.layer import METHODS, Formats, round_layer, round_layer_plainly
 from tiered.quantizing.rewritten import ExpertFiles, Rewritten, expert_bytes
 from tiered.quantizing.sensitivity import measure_options
+from tiered.quantizing.unfinished import Unfinished, identity
 from tiered.quantizing.walk import Walk
+from tiered.version import __version__
 from tiered.weights.convert import check_free, check_space, write_store
 
 FEWEST_PER_EXPERT = 16  # tokens that the text must have for each expert, on average
@@ -85,8 +89,8 @@ def quantize(
 
     Large float matrices of the rest become q8_0; router, norms and embeddings stay. `ids` are the
     tokens of a calibration text. Raises FileExistsError if `destination` exists, ValueError for
-    what cannot be done, OSError if the disk is too small. What is interrupted leaves nothing that
-    opens.
+    what cannot be done, OSError if the disk is too small. What was interrupted leaves a hidden
+    folder that does not open, and the same call goes on from the last layer that was done.
     """
     report = progress or (lambda what, done, total: None)
     check_free(destination)
@@ -98,22 +102,24 @@ def quantize(
             check_gguf(original)
         windows = [ids[i : i + recipe.window] for i in range(0, len(ids), recipe.window)]
         windows = [window for window in windows if len(window) > 1]
-        result = choose_formats(original, recipe, windows, report)
-        # The experts are written twice: next to the result, and into it.
-        check_space(destination, 2 * total_bytes(config, result.formats))
-        with scratch_beside(destination) as folder, Rewritten(original, folder) as checkpoint:
-            round_all(checkpoint, recipe, windows, result, report)
+        unfinished = Unfinished(destination, facts(original, recipe, ids))
+        with Rewritten(original, unfinished.folder) as checkpoint:
+            result = choose_formats(original, recipe, windows, unfinished, report)
+            # The experts are written twice: next to the result, and into it.
+            check_space(destination, 2 * total_bytes(config, result.formats))
+            round_all(checkpoint, recipe, windows, result, unfinished, report)
 
             def written(done: int, total: int) -> None:
                 report("writing", done, total)
 
             if as_gguf:
-                write_gguf(checkpoint, destination, folder, written)
+                write_gguf(checkpoint, destination, unfinished.folder, written)
                 result.nbytes = destination.stat().st_size
             else:
                 write_store(checkpoint, destination, "int4", written)
                 files = (file for file in destination.rglob("*") if file.is_file())
                 result.nbytes = sum(file.stat().st_size for file in files)
+        unfinished.remove()
     return result
 
 
@@ -140,21 +146,30 @@ def check_quantizable(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -
 
 
 def choose_formats(
-    checkpoint: Checkpoint, recipe: Recipe, windows: Sequence[Sequence[int]], report: Progress
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    windows: Sequence[Sequence[int]],
+    unfinished: Unfinished,
+    report: Progress,
 ) -> Result:
     """Of gate, up and down of each layer."""
     config = checkpoint.config
-    options: dict[Unit, list[Option]] = {}
+    options = {
+        Unit(*unit): [Option(*option) for option in found]
+        for unit, found in unfinished.state.get("options", [])
+    }
     if recipe.bits is None:
         chosen = {layer: (recipe.format,) * 3 for layer in config.sparse_layers}
     else:
         candidates = candidate_formats(checkpoint, recipe)
         reference = min(candidates, key=lambda name: abs(FORMATS[name].bits - recipe.bits))
         few = windows[: max(1, recipe.sensitivity_tokens // recipe.window)]
-        options = measure_options(
-            checkpoint, few, candidates, reference, recipe.fewest, recipe.engine,
-            lambda done, total: report("sensitivity", done, total),
-        )  # fmt: skip
+        if not options:
+            options = measure_options(
+                checkpoint, few, candidates, reference, recipe.fewest, recipe.engine,
+                lambda done, total: report("sensitivity", done, total),
+            )  # fmt: skip
+            unfinished.save(options=list(options.items()))
         by_unit = allocate(options, budget(config, recipe.bits))
         chosen = {
             layer: (by_unit[Unit(layer, "gate_up")],) * 2 + (by_unit[Unit(layer, "down")],)
@@ -197,16 +212,13 @@ def total_bytes(config: ModelConfig, formats: dict[int, Formats]) -> int:
     return config.num_experts * sum(expert_bytes(config, names) for names in formats.values())
 
 
-@contextmanager
-def scratch_beside(destination: Path) -> Iterator[Path]:
-    """A folder for what is not finished, on the destination's disk; gone at the end."""
-    parent = destination.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def facts(checkpoint: Checkpoint, recipe: Recipe, ids: Sequence[int]) -> dict[str, Any]:
+    """All that the result depends on, in JSON's types."""
+    choices = {name: value for name, value in asdict(recipe).items() if name != "threads"}
+    tokens = hashlib.sha256(np.array(ids, np.int64).tobytes()).hexdigest()
+    made = dict(version=__version__, files=identity(checkpoint), recipe=choices, tokens=tokens)
+    found: dict[str, Any] = json.loads(json.dumps(made))
+    return found
 
 
 def round_all(
@@ -214,21 +226,28 @@ def round_all(
     recipe: Recipe,
     windows: Sequence[Sequence[int]],
     result: Result,
+    unfinished: Unfinished,
     report: Progress,
 ) -> None:
     """Round layer by layer; each is calibrated with what the rounded layers before it say."""
     config, walk, states = checkpoint.config, None, []
-    if recipe.method != "rtn":
+    done, result.few = unfinished.state["layers"], unfinished.state["few"]
+    for layer in config.sparse_layers:
+        if layer < done:
+            ExpertFiles(checkpoint, layer, result.formats[layer], done=True)
+    unfinished.load_rewritten(checkpoint)
+    if recipe.method != "rtn" and done < config.num_layers:
         walk = Walk(checkpoint, windows, recipe.engine)
-        states = walk.start()
+        states = unfinished.load_states(list(map(len, windows))) if done else walk.start()
     try:
-        for layer in range(config.num_layers):
+        for layer in range(done, config.num_layers):
             report("rounding", layer, config.num_layers)
             sparse = config.is_sparse(layer)
             files = ExpertFiles(checkpoint, layer, result.formats[layer]) if sparse else None
             if walk is None:
                 if files is not None:
                     round_layer_plainly(checkpoint, layer, files, recipe.threads)
+                unfinished.save_layer(layer + 1, 0, [], checkpoint)
                 continue
             walk.open(layer, files.layout if files else None)
             walk.attend(layer, states)
@@ -243,6 +262,7 @@ def round_all(
                     walk.open(layer, files.layout)
                 walk.run(layer, states, files.addresses)
             walk.leave(layer)
+            unfinished.save_layer(layer + 1, result.few, states, checkpoint)
         report("rounding", config.num_layers, config.num_layers)
     finally:
         if walk is not None:

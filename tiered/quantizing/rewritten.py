@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -33,19 +34,25 @@ class Rewritten(Checkpoint):
 
     def rewrite(self, name: str, values: np.ndarray) -> None:
         """A small tensor becomes float32 `values`."""
-        file = self.folder / name
-        data = np.ascontiguousarray(values, np.float32)
-        file.write_bytes(data.tobytes())
+        (self.folder / name).write_bytes(np.ascontiguousarray(values, np.float32).tobytes())
+        self.adopt(name)
+
+    def adopt(self, name: str) -> None:
+        """The file in the folder has what was written over the tensor."""
+        shape = self.original.tensors[name].shape
+        file, nbytes = self.folder / name, 4 * math.prod(shape)
         assert isinstance(self.tensors, dict)
-        self.rewritten[name] = Tensor(name, "f32", data.shape, file, 0, data.nbytes)
+        self.rewritten[name] = Tensor(name, "f32", shape, file, 0, nbytes)
         self.tensors[name] = self.rewritten[name]
 
 
 class ExpertFiles:
-    """Room for the experts of one layer in the given formats: a file for all gates, one for all
-    ups, one for all downs, which replace those of `checkpoint`."""
+    """The experts of one layer in the given formats: a file for all gates, one for all ups, one
+    for all downs, which replace those of `checkpoint`. With `done`, they are there already."""
 
-    def __init__(self, checkpoint: Rewritten, layer: int, formats: tuple[str, ...]) -> None:
+    def __init__(
+        self, checkpoint: Rewritten, layer: int, formats: tuple[str, ...], done: bool = False
+    ) -> None:
         config = checkpoint.config
         self.layout = layer_layout(config, formats)
         self.arrays = []  # uint8 [num_experts, nbytes]
@@ -53,7 +60,7 @@ class ExpertFiles:
         for projection, target in zip(PROJECTIONS, self.layout, strict=True):
             file = checkpoint.folder / f"layer-{layer}-{projection}"
             shape = config.num_experts, target.nbytes
-            self.arrays.append(np.memmap(file, np.uint8, "w+", shape=shape))
+            self.arrays.append(np.memmap(file, np.uint8, "r" if done else "w+", shape=shape))
             for expert in range(config.num_experts):
                 name = f"layers.{layer}.experts.{expert}.{projection}"
                 checkpoint.tensors[name] = Tensor(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 
@@ -19,6 +18,7 @@ from tiered.quantizing.inputs import Inputs, expert_inputs
 from tiered.quantizing.layer import inside, read_expert
 from tiered.quantizing.rewritten import layer_layout
 from tiered.quantizing.rounding import round_nearest
+from tiered.quantizing.threads import expert_threads
 from tiered.quantizing.walk import Given, States, Walk
 from tiered.store import PROJECTIONS, ExpertStore
 from tiered.text.sampling import log_softmax
@@ -91,7 +91,7 @@ class _Measurement:
             stack.callback(self.walk.close)
             self.store = stack.enter_context(ExpertStore(checkpoint, "none"))
             threads = self.walk.backend.num_threads
-            self.pool = stack.enter_context(ThreadPoolExecutor(threads, "tiered-quantize"))
+            self.pool = stack.enter_context(expert_threads(threads))
             self._closing = stack.pop_all()
         self.exact = self.walk.start()
         self.changed: dict[Unit, States] = {}

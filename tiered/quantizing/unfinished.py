@@ -1,0 +1,70 @@
+"""What a quantization has done so far, on disk, so that one that was stopped goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tiered.checkpoints.checkpoint import Checkpoint
+from tiered.quantizing.rewritten import Rewritten
+from tiered.quantizing.walk import States
+
+STATE = "state.json"
+
+
+class Unfinished:
+    """A hidden folder beside the destination, with the rounded experts and, in `state`, how far
+    it is. `facts` say what is being made: one that was left by something else is begun anew."""
+
+    def __init__(self, destination: Path, facts: dict[str, Any]) -> None:
+        self.folder = destination.absolute().parent / f".{destination.name}.quantizing"
+        self.state: dict[str, Any] = {"facts": facts, "layers": 0, "few": 0, "rewritten": []}
+        try:
+            found = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        if found.get("facts") == facts:
+            self.state = found
+        else:
+            self.remove()
+            self.folder.mkdir(parents=True)
+
+    def save(self, **state: Any) -> None:
+        self.state |= state
+        partial = self.folder / (STATE + ".partial")
+        partial.write_text(json.dumps(self.state), encoding="utf-8")
+        os.replace(partial, self.folder / STATE)
+
+    def save_layer(self, layers: int, few: int, states: States, checkpoint: Rewritten) -> None:
+        """So many layers are done, and this is the text after them."""
+        if states:
+            np.save(self._states(layers), np.concatenate(states))
+        self.save(layers=layers, few=few, rewritten=list(checkpoint.rewritten))
+        self._states(layers - 1).unlink(missing_ok=True)
+
+    def load_states(self, lengths: list[int]) -> States:
+        """The text after the layers that are done; `lengths` are those of its windows."""
+        whole = np.load(self._states(self.state["layers"]))
+        parts = np.split(whole, np.cumsum(lengths)[:-1])
+        return [np.ascontiguousarray(part) for part in parts]
+
+    def load_rewritten(self, checkpoint: Rewritten) -> None:
+        for name in self.state["rewritten"]:
+            checkpoint.adopt(name)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _states(self, layers: int) -> Path:
+        return self.folder / f"states-{layers}.npy"
+
+
+def identity(checkpoint: Checkpoint) -> list[list[Any]]:
+    """Which files a checkpoint is made of, and when they were written."""
+    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]

@@ -22,12 +22,16 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tiered.experts import ExpertKey, Routing
+
+if TYPE_CHECKING:
+    from tiered.tracing.compiled import Records
 
 MAGIC = b"tiered-trace 1\n"
 PREFILL, DECODE = 0, 1
@@ -93,6 +97,13 @@ class Trace:
     def num_routed(self) -> int:
         """Routed experts: tokens times layers times top_k."""
         return sum(e.routing.experts.size for e in self.events if isinstance(e, Routed))
+
+    @cached_property
+    def records(self) -> Records:
+        """The same as integers, for the compiled twin of a tier."""
+        from tiered.tracing.compiled import Records
+
+        return Records(self)
 
 
 class TraceWriter:
@@ -216,22 +227,32 @@ class _Reader:
         raise ValueError(f"{self._path} is damaged: {letter!r} begins no record")
 
     def _numbers(self, form: str) -> tuple:  # type: ignore[type-arg]
-        layout = struct.Struct("<" + form)
-        numbers = layout.unpack_from(self._data, self._at)
-        self._at += layout.size
+        form = "<" + form
+        numbers = struct.unpack_from(form, self._data, self._at)
+        self._at += struct.calcsize(form)
         return numbers
 
     def _keys(self) -> list[ExpertKey]:
         (count,) = self._numbers("H")
         flat = self._numbers(f"{2 * count}H")
-        return [self._key(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)]
+        return list(map(self._key, flat[::2], flat[1::2]))
 
     def _routing(self) -> Routing:
         num_tokens, top_k = self._numbers("HB")
-        count = num_tokens * top_k
-        experts = np.array(self._numbers(f"{count}H"), np.int32).reshape(num_tokens, top_k)
-        weights = np.array(self._numbers(f"{count}e"), np.float32).reshape(num_tokens, top_k)
-        return Routing(experts, weights)
+        experts, weights = (
+            self._array("<u2", num_tokens * top_k),
+            self._array("<f2", num_tokens * top_k),
+        )
+        shape = num_tokens, top_k
+        return Routing(
+            experts.astype(np.int32).reshape(shape), weights.astype(np.float32).reshape(shape)
+        )
+
+    def _array(self, kind: str, count: int) -> np.ndarray:
+        begin, self._at = self._at, self._at + 2 * count
+        if self._at > len(self._data):
+            raise struct.error("the file ends early")
+        return np.frombuffer(self._data, kind, count, begin)
 
 
 def _cut_short(events: list[Event], num_asked: int) -> None:

@@ -21,7 +21,7 @@ from tiered.checkpoints.damage import damaged, find_damage
 from tiered.config import EngineConfig, ModelConfig
 from tiered.experts import ExpertKey
 from tiered.formats import CheckpointError, open_checkpoint
-from tiered.governor import Governor
+from tiered.governor import Governor, Governors, depths
 from tiered.gpu.accelerator import place_experts
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
@@ -89,13 +89,18 @@ class Engine:
         self.source: MappedExperts | TieredExperts | None = None
         if self.store is not None:
             self.source = open_source(self.store, self.blocks, self.plan, choices, stack)
-        self.governor: Governor | None = None
+        governors: list[Governor] = []
         self.prefetcher: Prefetcher | None = None
-        if isinstance(self.source, TieredExperts) and choices.look_ahead:
-            self.governor = Governor(on_limit=config.top_k)
-            self.prefetcher = Prefetcher(
-                self.source.tier, config.num_layers, choices.look_ahead, self.governor
-            )
+        if isinstance(self.source, TieredExperts):
+            tier = self.source.tier
+            if choices.look_ahead:
+                look_ahead = Governor((0, config.top_k), "look-ahead")
+                self.prefetcher = Prefetcher(
+                    tier, config.num_layers, choices.look_ahead, look_ahead
+                )
+                governors.append(look_ahead)
+            tier.loaders.depth = read_depth = Governor(depths(choices.readers), "read depth")
+            governors.append(read_depth)
         loader = WeightLoader(self.checkpoint, self.backend, choices.quantize)
         self.decoder = Decoder(
             config,
@@ -112,9 +117,12 @@ class Engine:
         if on_gpu and self.store and self.source:
             # Last, because experts get what the rest has left of the device's memory.
             used = self.plan.dense + self.plan.kv
-            self.decoder.source = place_experts(
+            self.decoder.source = placed = place_experts(
                 self.backend, self.store, self.source, config, choices, used, stack
             )
+            placed.promotion = promotion = Governor((0, 1), "promotion")
+            governors.append(promotion)
+        self.governors = Governors(governors)
         self.speculation = speculation_governor()
         if choices.speculate != "off" and self.kv.is_recurrent:
             raise ValueError(
@@ -374,12 +382,10 @@ class Engine:
 
     def _decode(self, sequence: kv_cache.Sequence, tokens: Sequence[int]) -> np.ndarray:
         """Logits after each of a few tokens, float32 [len(tokens), vocab_size]."""
-        governor = self.governor if len(tokens) == 1 else None  # it compares steps that are alike
-        if governor is not None:
-            governor.begin()
+        self.governors.begin()
         logits = self._forward(sequence, tokens, np.arange(len(tokens)))
-        if governor is not None:
-            governor.end()
+        if len(tokens) == 1:  # they compare steps that are alike
+            self.governors.end()
         return logits
 
     def _chunks(self, ids: Sequence[int]) -> list[Sequence[int]]:

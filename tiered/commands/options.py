@@ -77,7 +77,8 @@ engine_options = several(
            "Default: the model's own, at most 4096."),
     option("--kv-dtype", type=click.Choice(["f16", "int8", "f32"]), default="f16",
            help="Precision of the KV cache."),
-    option("--readers", type=click.IntRange(1), default=4, help="Threads that read from disk."),
+    option("--readers", type=click.IntRange(1), default=4,
+           help="Experts that are read from disk at a time, at most; fewer where that is quicker."),
     option("--drop-cold", type=click.FloatRange(0, 1), default=0.0, metavar="R",
            help="Lossy: while writing, do without experts that have less than this share of the "
            "largest weight and would have to be read from disk. 0: never."),

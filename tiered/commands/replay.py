@@ -38,8 +38,8 @@ def command(trace: Path, policy: str, expert_ram: str, counting: str | None, as_
     """Replay a recorded routing TRACE through the tier's own bookkeeping: hit rates in seconds.
 
     TRACE is a file of `tiered trace`, or a CSV trace. With --json, one policy and one budget give
-    one object, several a list under "results". From a million routed experts in all, a compiled twin
-    counts, which gives the same numbers sooner.
+    one object, several a list under "results". From a million routed experts in all, a compiled
+    twin of the bookkeeping counts, which gives the same numbers sooner.
     """
     from tiered.tracing.compiled import WORTH_LOADING
     from tiered.tracing.replay import replay

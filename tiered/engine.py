@@ -18,6 +18,7 @@ from tiered import kv_cache, memory
 from tiered.backend import Backend, open_backend
 from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
 from tiered.checkpoints.damage import damaged, find_damage
+from tiered.cold_copy import ColdCopy, copy_bytes, copy_tier, open_copy
 from tiered.config import EngineConfig, ModelConfig
 from tiered.experts import ExpertKey
 from tiered.formats import CheckpointError, open_checkpoint
@@ -85,6 +86,12 @@ class Engine:
             # What goes on to a GPU is a blob of the store's layout.
             if choices.device == "cpu" and blocks.pays:
                 self.blocks = blocks
+        self.copy: ExpertStore | None = None
+        if choices.cold_copy is not None:
+            if self.store is None:
+                raise ValueError("this model is dense: it has no experts to read from a cold copy")
+            copy = Path(choices.cold_copy)
+            self.copy = open_copy(copy, self.store, choices.quantize, stack)
         self.plan = self._plan_memory()
         self.source: MappedExperts | TieredExperts | None = None
         if self.store is not None:
@@ -102,6 +109,12 @@ class Engine:
             tier.loaders.depth = read_depth = Governor(depths(choices.readers), "read depth")
             governors.append(read_depth)
         loader = WeightLoader(self.checkpoint, self.backend, choices.quantize)
+        self.cold_copy: ColdCopy | None = None
+        if self.copy is not None and isinstance(self.source, TieredExperts):
+            experts = copy_tier(self.copy, choices.readers, stack)
+            experts.tier.loaders.depth = self.source.tier.loaders.depth
+            layers = {layer: loader.experts(layer, self.copy) for layer in config.sparse_layers}
+            self.cold_copy = ColdCopy(experts, layers, choices.cold_below, self._is_resident)
         self.decoder = Decoder(
             config,
             self.backend,
@@ -111,6 +124,7 @@ class Engine:
             self.source,
             self.prefetcher,
             open_rules(choices, config, self._is_resident),
+            self.cold_copy,
         )
         self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype, self.num_texts)
         on_gpu = choices.device != "cpu" and hasattr(self.backend, "slots")
@@ -141,13 +155,14 @@ class Engine:
         limit = None if choices.ram is None else memory.parse_bytes(choices.ram)
         expert_ram = None if choices.expert_ram is None else memory.parse_bytes(choices.expert_ram)
         blobs = self._blob_bytes
+        slots = copy_bytes(self.copy) if self.copy else 0
         return plan_memory(
             limit=memory.default_limit() if limit is None else limit,
             expert_ram=expert_ram,
             process=psutil.Process().memory_info().rss,
             dense=dense_bytes(self.checkpoint, choices.quantize),
             kv=kv_cache.kv_bytes(config, self.kv_tokens, choices.kv_dtype, self.num_texts),
-            workspace=workspace_bytes(config, choices.prefill_chunk),
+            workspace=workspace_bytes(config, choices.prefill_chunk) + slots,
             experts=sum(blobs) * config.num_experts,
             floor=max(blobs) * config.top_k,
             mappable=self.store is not None and self.store.mappable,
@@ -467,13 +482,18 @@ class Engine:
         parts = dict(self.decoder.clock.seconds)
         # "python" overlaps the others: what they took beyond arithmetic and waiting.
         python = sum(parts.values()) - parts["waiting"] - self.backend.seconds
-        reads = self.store.seconds if self.store else 0.0
+        reads = sum(store.seconds for store in (self.store, self.copy) if store)
         stats.parts = {**parts, "python": python, "reads": reads}
         count(self.source, stats)
         cold = self.decoder.rules and self.decoder.rules.cold
         if cold:
             stats.skipped_experts, stats.skipped_weight = cold.skipped, cold.skipped_weight
             stats.routed_weight = cold.weight
+        copy = self.cold_copy
+        if copy is not None:
+            stats.copied_experts, stats.copied_weight = copy.served, copy.served_weight
+            stats.computed_weight = copy.weight
+            stats.bytes_read += copy.bytes_read
         return stats
 
     def close(self) -> None:

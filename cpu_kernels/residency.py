@@ -176,7 +176,7 @@ def demand(t, stats, keys, count, num_asked, as_published, ordered):
         num_before = end - begin
         remaining -= num_before
         begin = end
-    if as_published:
+    if as_published and count:
         protect(t, keys, count, 1)
         make_room(t, stats, layer_of(t, word(keys, 0)), 0, True)
         protect(t, keys, count, 0)

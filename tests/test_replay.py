@@ -217,7 +217,7 @@ def test_the_command_counts_long_replays_with_the_twin(tiered, monkeypatch):
     for least in (10**9, 2 * recorded(GEMMA).num_routed):
         monkeypatch.setattr(compiled, "WORTH_LOADING", least)
         loaded = []
-        monkeypatch.setattr(compiled, "load", lambda loaded=loaded: loaded.append(1))
+        monkeypatch.setattr(compiled, "prepare", loaded.append)
         status, out, _ = tiered(*arguments)
         assert status == 0
         assert len(loaded) == (2 if least < 10**9 else 0)

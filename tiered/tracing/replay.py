@@ -108,7 +108,7 @@ def replay(
     if compile is None:
         compile = trace.num_routed >= compiled.WORTH_LOADING
     if compile and isinstance(policy, str) and compiled.knows(policy, trace):
-        compiled.load()
+        compiled.prepare(trace.records)
         start = perf_counter()
         stats, decode, num_tokens = compiled.run(
             trace.records, policy, space, counting == "published"

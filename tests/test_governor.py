@@ -156,3 +156,9 @@ def test_whoever_has_no_choice_has_no_turn():
     nobody.begin()
     nobody.end()
     assert only.limit() == 1
+
+
+def test_the_first_probe_can_wait():
+    governor = Governor((1, 2), "read depth", window=2, patience=3)
+    used = [(governor.limit(), governor.add(1.0)) for _ in range(8)]
+    assert used == [(2, False)] * 6 + [(1, False), (1, True)]

@@ -106,7 +106,9 @@ class Engine:
                     tier, config.num_layers, choices.look_ahead, look_ahead
                 )
                 governors.append(look_ahead)
-            tier.loaders.depth = read_depth = Governor(depths(choices.readers), "read depth")
+            # All of them together are mostly best: a short text should not pay for finding out.
+            read_depth = Governor(depths(choices.readers), "read depth", patience=4)
+            tier.loaders.depth = read_depth
             governors.append(read_depth)
         loader = WeightLoader(self.checkpoint, self.backend, choices.quantize)
         self.cold_copy: ColdCopy | None = None
@@ -134,7 +136,7 @@ class Engine:
             self.decoder.source = placed = place_experts(
                 self.backend, self.store, self.source, config, choices, used, stack
             )
-            placed.promotion = promotion = Governor((0, 1), "promotion")
+            placed.promotion = promotion = Governor((0, 1), "promotion", patience=4)
             governors.append(promotion)
         self.governors = Governors(governors)
         self.speculation = speculation_governor()

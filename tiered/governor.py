@@ -57,6 +57,7 @@ class Governor:
         name: str = "look-ahead",
         window: int = 16,
         margin: float = 0.03,
+        patience: int = 1,
         max_patience: int = 32,
         typical: Callable[[Sequence[float], Sequence[int]], float] = median_step,
     ) -> None:
@@ -72,7 +73,7 @@ class Governor:
         self._seconds: list[float] = []  # of the steps in this window
         self._counts: list[int] = []  # of their tokens
         self._windows = 0  # since the last probe
-        self._patience = 1
+        self._patience = patience
         self._before = 0.0  # a typical step with the chosen limit
         self._wins = 0  # probes in a row that were faster
 

@@ -31,6 +31,7 @@ SCALARS = {
     "i32": (types.int32, I32),
     "i64": (types.int64, I64),
     "f32": (types.float32, ir.FloatType()),
+    "f64": (types.float64, ir.DoubleType()),
 }
 
 
@@ -39,7 +40,7 @@ def _vector(scalar: Type) -> Callable[[int], Type]:
 
 
 i1, i8, i16, i32, i64 = (_vector(ir.IntType(bits)) for bits in (1, 8, 16, 32, 64))
-f16, f32 = _vector(ir.HalfType()), _vector(ir.FloatType())
+f16, f32, f64 = map(_vector, (ir.HalfType(), ir.FloatType(), ir.DoubleType()))
 
 
 def _lanes(type: Type) -> int:

@@ -11,6 +11,7 @@ from naive import NaiveBackend
 from cpu_kernels.formats import FORMATS
 from tiered import Engine, policies
 from tiered.demo import random_tiny_model
+from tiered.governor import Governors
 from tiered.tracing.replay import replay
 from tiered.tracing.trace import read_trace
 from tiered.weights.convert import convert
@@ -96,6 +97,32 @@ def test_exact_weights_agree_with_plain_numpy(model):
     with Engine(model, quantize="none", kv_dtype="f32", threads=2) as engine:
         got = engine.logits(PROMPT)
     assert np.abs(got - reference).max() <= 1e-5 * np.ptp(reference)
+
+
+def test_governors_are_for_what_can_be_chosen(model, expected):
+    """And whatever they choose, the tokens stay the same."""
+    tokens, _, experts, _ = expected
+    used = set()
+
+    class Watched(Governors):
+        def begin(self):
+            used.add(tuple(governor.limit() for governor in self))
+            super().begin()
+
+    for choices, names in [
+        (dict(quantize="none"), []),  # all of it in memory
+        (dict(expert_ram=experts // 2), ["look-ahead", "read depth"]),
+        (dict(expert_ram=experts // 2, look_ahead=0), ["read depth"]),
+        (dict(expert_ram=experts // 2, readers=1), ["look-ahead"]),
+    ]:
+        with Engine(model, threads=2, **choices) as engine:
+            assert [governor.name for governor in engine.governors] == names
+    with Engine(model, threads=2, expert_ram=experts // 2) as engine:
+        for governor in engine.governors:
+            governor.window = governor.max_patience = 1  # they probe all the time
+        engine.governors = Watched(list(engine.governors))
+        assert list(engine.generate_tokens(PROMPT, len(tokens))) == tokens
+    assert len(used) > 2
 
 
 @pytest.mark.parametrize("look_ahead", [0, 1])

@@ -9,6 +9,7 @@ from fake_gpu import FakeGpu, FakeGpuBackend, VirtualClock
 from tiered import Engine, policies
 from tiered.demo import random_tiny_model
 from tiered.experts import ExpertKey
+from tiered.governor import Governor
 from tiered.gpu.placement import Balanced, Fixed, PlacedExperts
 from tiered.gpu.uploads import Uploads
 from tiered.planning.admission import Admission
@@ -109,6 +110,19 @@ def test_without_promotion_and_copies_the_gpu_stays_empty(model):
         assert list(gpu.engine.generate_tokens(short, NUM_TOKENS)) == expected
         assert gpu.backend.device.num_copies == 0
         assert len(gpu.tier) == 0
+
+
+def test_a_governor_can_turn_promotion_off(model):
+    with GpuEngine(model, FakeGpu(), 100, Fixed(0)) as gpu:
+        gpu.source.promotion = governor = Governor((0, 1), "promotion", window=1)
+        governor.add(1.0)  # from now on it probes what is without
+        assert governor.limit() == 0
+        list(gpu.engine.generate_tokens(PROMPT[:8], NUM_TOKENS))
+        assert gpu.backend.device.num_copies == 0
+        governor.add(1.0)
+        assert governor.limit() == 1
+        list(gpu.engine.generate_tokens(PROMPT[:8], NUM_TOKENS))
+        assert gpu.backend.device.num_copies > 0
 
 
 def test_the_table_names_what_is_in_the_slots(model):

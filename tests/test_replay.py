@@ -1,22 +1,29 @@
 import csv
+import json
 import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 from faults import Blobs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tiered import policies
 from tiered.experts import ExpertKey
 from tiered.policies import Space
 from tiered.slots import RamMemory
 from tiered.tier import Tier
+from tiered.tracing import compiled
 from tiered.tracing.replay import replay
 from tiered.tracing.trace import (
     DECODE,
     PREFILL,
+    Dropped,
     Fetched,
     Pass,
+    Prefetched,
     Trace,
     TraceInfo,
     TraceWriter,
@@ -37,14 +44,15 @@ def recorded(name):
     return read_trace(DATA / f"{name}.route.csv.gz")
 
 
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("ours", ["lru", "lfu", "layer_lru", "layer_lfu", "belady"])
-def test_published_hit_rates(ours):
+def test_published_hit_rates(ours, compile):
     """Of Qwen3-30B-A3B, within 0.1 point at every budget; they agree to 0.01."""
     theirs = {"layer_lru": "layer", "layer_lfu": "layerlfu"}.get(ours, ours)
     rows = [row for row in PUBLISHED if row["policy"] == theirs]
     assert len(rows) == len(BUDGETS)
     for row in rows:
-        got = replay(recorded(QWEN), ours, int(row["budget_mib"]) * MiB)
+        got = replay(recorded(QWEN), ours, int(row["budget_mib"]) * MiB, compile=compile)
         assert got.hit_pct_cum == pytest.approx(float(row["hit_pct_cum"]), abs=0.01)
         assert got.hit_pct_decode == pytest.approx(float(row["hit_pct_decode"]), abs=0.01)
         assert got.read_bytes / MiB == pytest.approx(float(row["read_mib"]), rel=1e-4)
@@ -57,7 +65,7 @@ def test_keep_last_beats_per_layer_lfu(name):
     gains = []
     for budget in BUDGETS:
         ours, theirs = (
-            replay(recorded(name), policy, budget * MiB).hit_pct_cum
+            replay(recorded(name), policy, budget * MiB, compile=True).hit_pct_cum
             for policy in ("keep_last", "layer_lfu")
         )
         assert ours >= theirs - 0.05, budget
@@ -130,11 +138,89 @@ def test_replay_is_live(policy, num_slots, tmp_path):
                 except OSError:
                     break
         live = tier.stats
-    got = replay(read_trace(path), policy, space.capacity)
-    assert got.counting == "exact"
-    for name in ("hits", "misses", "evictions", "prefetches", "prefetches_used"):
-        assert getattr(got, name) == getattr(live, name), name
-    assert got.prefetches_wasted == live.prefetches_wasted
-    assert got.read_bytes == live.bytes_read
-    assert got.prefetch_bytes == live.bytes_prefetched
+    for compile in (False, True):
+        got = replay(read_trace(path), policy, space.capacity, compile=compile)
+        assert got.counting == "exact"
+        for name in ("hits", "misses", "evictions", "prefetches", "prefetches_used"):
+            assert getattr(got, name) == getattr(live, name), name
+        assert got.prefetches_wasted == live.prefetches_wasted
+        assert got.read_bytes == live.bytes_read
+        assert got.prefetch_bytes == live.bytes_prefetched
     assert live.prefetches_used > 0
+
+
+NUM_EXPERTS = 12
+EXPERTS = st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=1, max_size=4, unique=True)
+MANY = st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=5, max_size=12, unique=True)
+
+
+@st.composite
+def random_traces(draw):
+    """Anything that a tier could write down, and some that none would."""
+    layers = [0, 2, 3]
+    blobs = draw(st.sampled_from([(2, 0, 2, 2), (4, 0, 2, 3)]))
+
+    def keys(experts=EXPERTS):
+        layer = draw(st.sampled_from(layers))
+        return [ExpertKey(layer, expert) for expert in draw(experts)]
+
+    events = []
+    for _ in range(draw(st.integers(1, 60))):
+        kind = draw(st.sampled_from("FFFFFFMAAPD"))
+        if kind == "F":
+            events.append(Fetched(keys(), []))
+        elif kind == "M":  # more than fits, perhaps; and perhaps the fetch ended early
+            many = keys(MANY)
+            asked = draw(st.one_of(st.none(), st.integers(1, len(many))))
+            events.append(Fetched(many, [], asked))
+        elif kind == "A":
+            guesses = list(dict.fromkeys([*keys(), *keys()]))
+            given_up = draw(st.lists(st.sampled_from(guesses), max_size=2, unique=True))
+            events.append(Prefetched(guesses, draw(st.integers(0, 5)), given_up))
+        elif kind == "P":
+            events.append(Pass(draw(st.sampled_from([PREFILL, DECODE]))))
+        else:
+            events.append(Dropped(keys()[0]))
+    return Trace(TraceInfo("random", NUM_EXPERTS, 4, blobs), events)
+
+
+@pytest.mark.parametrize("policy", sorted(compiled.KNOWN))
+@settings(max_examples=150, deadline=None)
+@given(
+    trace=random_traces(),
+    capacity=st.integers(12, 60),
+    counting=st.sampled_from(["exact", "exact", "published"]),
+)
+def test_the_compiled_twin_counts_what_the_tier_counts(policy, trace, capacity, counting):
+    if not any(isinstance(event, Fetched) for event in trace.events):
+        return  # there is no future for belady to know
+    tier, twin = (replay(trace, policy, capacity, counting, compile) for compile in (False, True))
+    assert replace(twin, seconds=0.0) == replace(tier, seconds=0.0)
+
+
+def test_the_twin_is_for_traces_that_it_can_count():
+    keys = [ExpertKey(1, 0), ExpertKey(0, 3)]
+    without_size = Trace(TraceInfo("m", 4, 1, (10, 0)), [Fetched(keys[:1], [])])
+    assert not compiled.knows("lru", without_size)
+    assert replay(without_size, "lru", 40, "exact", compile=True).misses == 1  # Python counts
+    with pytest.raises(ValueError, match=r"names .*expert=3.* its model does not have"):
+        replay(Trace(TraceInfo("m", 3, 1, (10,)), [Fetched(keys[1:], [])]), "lru", 40, compile=True)
+    assert set(policies.names()) > compiled.KNOWN
+    assert not compiled.knows("random", without_size)
+
+
+def test_the_command_counts_long_replays_with_the_twin(tiered, monkeypatch):
+    """Of many budgets together; what it prints is the same."""
+    csv_trace = DATA / f"{GEMMA}.route.csv.gz"
+    arguments = ["replay", csv_trace, "--policy", "slru", "--expert-ram", "300M,900M", "--json"]
+    printed = []
+    for least in (10**9, 2 * recorded(GEMMA).num_routed):
+        monkeypatch.setattr(compiled, "WORTH_LOADING", least)
+        loaded = []
+        monkeypatch.setattr(compiled, "prepare", loaded.append)
+        status, out, _ = tiered(*arguments)
+        assert status == 0
+        assert len(loaded) == (2 if least < 10**9 else 0)
+        rows = json.loads(out)["results"]
+        printed.append([{**row, "seconds": 0} for row in rows])
+    assert printed[0] == printed[1]

@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 
 def always_on(engine):
     """Whether a draft pays on this machine must not decide what is tested."""
-    engine.speculation = Governor(MOST, max_patience=10**9)
+    engine.speculation = Governor((0, MOST), max_patience=10**9)
     engine.speculation._patience = 10**9
 
 
@@ -157,11 +157,11 @@ def test_drafts_grow_while_they_are_right():
 def test_the_governor_counts_seconds_per_token():
     """A step of three tokens may take twice as long, but not four times."""
     for wide, stays in ((2.0, True), (4.0, False)):
-        governor = Governor(MOST, "speculation", typical=seconds_per_token)
+        governor = Governor((0, MOST), "speculation", typical=seconds_per_token)
         for _ in range(2000):
             if governor.limit():
                 governor.add(wide, 3)
             else:
                 governor.add(1.0)
-        assert governor.chosen == stays
+        assert (governor.chosen > 0) == stays
         assert governor.benefit == pytest.approx(1 - wide / 3)

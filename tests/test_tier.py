@@ -291,6 +291,45 @@ def test_sixteen_threads_with_failing_and_slow_reads(seed):
             assert sorted(fetch(tier, KEYS[layer])) == list(range(32))
 
 
+class Depth:
+    def __init__(self, limit):
+        self.value = limit
+
+    def limit(self):
+        return self.value
+
+
+@pytest.mark.parametrize("demanded", [True, False])
+def test_no_more_reads_at_a_time_than_the_depth_allows(demanded):
+    source = Blobs(held=True)
+    at_once = 4 if demanded else 2  # half of them may be guesses
+    with make(source, 16, loaders=6) as tier:
+        tier.loaders.depth = depth = Depth(4)
+        if demanded:
+            groups = tier.fetch(KEYS[0][:6])
+        else:
+            tier.prefetch(KEYS[0][:6])
+        for _ in range(at_once):
+            assert source.started.acquire(timeout=60)
+        assert len(source.reads) == at_once
+        assert not source.started.acquire(blocking=False)
+        depth.value = 1  # those under way end, and then there is one at a time
+        source.release()
+        if demanded:
+            assert sorted(position for group in groups for position, _ in group) == [*range(6)]
+        with tier.lock:
+            while tier.loads:
+                tier.wait()
+        source.hold()
+        depth.value = 9  # more than there are threads
+        with tier.fetch(KEYS[1][:7]) as groups:
+            for _ in range(12 - at_once):
+                assert source.started.acquire(timeout=60)
+            source.release()
+            assert sorted(position for group in groups for position, _ in group) == [*range(7)]
+    assert len(source.reads) == 13
+
+
 def test_places_are_page_aligned():
     space = Space(5 * 8192, (5000, 8000))
     memory = RamMemory(space, slack=100)

@@ -300,6 +300,8 @@ class EngineConfig:
     expert_top_p: float = 1.0
     expert_min_weight: float = 0.0
     drop_cold: float = 0.0  # skip experts below this share of the largest weight, if on disk
+    cold_copy: str | PathLike[str] | None = None  # the same model in fewer bits, for experts ...
+    cold_below: float = 0.5  # ... below this share of the largest weight, if on disk
     routing: str | PathLike[str] | None = None  # a trace, whose choices are used instead
 
     def __post_init__(self) -> None:
@@ -315,6 +317,10 @@ class EngineConfig:
             raise ValueError(f"look_ahead is 0 (off) to 3 layers, not {self.look_ahead}")
         if not 0 <= self.drop_cold <= 1:
             raise ValueError(f"drop_cold must lie in 0 ... 1, not be {self.drop_cold}")
+        if not 0 < self.cold_below <= 1:
+            raise ValueError(f"cold_below must lie in 0 ... 1, not be {self.cold_below}")
+        if self.cold_copy is not None and self.device != "cpu":
+            raise ValueError("a cold copy is for the CPU alone: give no --cold-copy with --device")
         if not 0 < self.expert_top_p <= 1 or not 0 <= self.expert_min_weight <= 1:
             raise ValueError(
                 "expert_top_p must lie above 0 and be at most 1, expert_min_weight lie in 0 ... 1; "

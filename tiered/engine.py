@@ -18,10 +18,11 @@ from tiered import kv_cache, memory
 from tiered.backend import Backend, open_backend
 from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
 from tiered.checkpoints.damage import damaged, find_damage
+from tiered.cold_copy import ColdCopy, copy_bytes, copy_tier, open_copy
 from tiered.config import EngineConfig, ModelConfig
 from tiered.experts import ExpertKey
 from tiered.formats import CheckpointError, open_checkpoint
-from tiered.governor import Governor
+from tiered.governor import Governor, Governors, depths
 from tiered.gpu.accelerator import place_experts
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
@@ -85,18 +86,37 @@ class Engine:
             # What goes on to a GPU is a blob of the store's layout.
             if choices.device == "cpu" and blocks.pays:
                 self.blocks = blocks
+        self.copy: ExpertStore | None = None
+        if choices.cold_copy is not None:
+            if self.store is None:
+                raise ValueError("this model is dense: it has no experts to read from a cold copy")
+            copy = Path(choices.cold_copy)
+            self.copy = open_copy(copy, self.store, choices.quantize, stack)
         self.plan = self._plan_memory()
         self.source: MappedExperts | TieredExperts | None = None
         if self.store is not None:
             self.source = open_source(self.store, self.blocks, self.plan, choices, stack)
-        self.governor: Governor | None = None
+        governors: list[Governor] = []
         self.prefetcher: Prefetcher | None = None
-        if isinstance(self.source, TieredExperts) and choices.look_ahead:
-            self.governor = Governor(on_limit=config.top_k)
-            self.prefetcher = Prefetcher(
-                self.source.tier, config.num_layers, choices.look_ahead, self.governor
-            )
+        if isinstance(self.source, TieredExperts):
+            tier = self.source.tier
+            if choices.look_ahead:
+                look_ahead = Governor((0, config.top_k), "look-ahead")
+                self.prefetcher = Prefetcher(
+                    tier, config.num_layers, choices.look_ahead, look_ahead
+                )
+                governors.append(look_ahead)
+            # All of them together are mostly best: a short text should not pay for finding out.
+            read_depth = Governor(depths(choices.readers), "read depth", patience=4)
+            tier.loaders.depth = read_depth
+            governors.append(read_depth)
         loader = WeightLoader(self.checkpoint, self.backend, choices.quantize)
+        self.cold_copy: ColdCopy | None = None
+        if self.copy is not None and isinstance(self.source, TieredExperts):
+            experts = copy_tier(self.copy, choices.readers, stack)
+            experts.tier.loaders.depth = self.source.tier.loaders.depth
+            layers = {layer: loader.experts(layer, self.copy) for layer in config.sparse_layers}
+            self.cold_copy = ColdCopy(experts, layers, choices.cold_below, self._is_resident)
         self.decoder = Decoder(
             config,
             self.backend,
@@ -106,15 +126,19 @@ class Engine:
             self.source,
             self.prefetcher,
             open_rules(choices, config, self._is_resident),
+            self.cold_copy,
         )
         self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype, self.num_texts)
         on_gpu = choices.device != "cpu" and hasattr(self.backend, "slots")
         if on_gpu and self.store and self.source:
             # Last, because experts get what the rest has left of the device's memory.
             used = self.plan.dense + self.plan.kv
-            self.decoder.source = place_experts(
+            self.decoder.source = placed = place_experts(
                 self.backend, self.store, self.source, config, choices, used, stack
             )
+            placed.promotion = promotion = Governor((0, 1), "promotion", patience=4)
+            governors.append(promotion)
+        self.governors = Governors(governors)
         self.speculation = speculation_governor()
         if choices.speculate != "off" and self.kv.is_recurrent:
             raise ValueError(
@@ -133,13 +157,14 @@ class Engine:
         limit = None if choices.ram is None else memory.parse_bytes(choices.ram)
         expert_ram = None if choices.expert_ram is None else memory.parse_bytes(choices.expert_ram)
         blobs = self._blob_bytes
+        slots = copy_bytes(self.copy) if self.copy else 0
         return plan_memory(
             limit=memory.default_limit() if limit is None else limit,
             expert_ram=expert_ram,
             process=psutil.Process().memory_info().rss,
             dense=dense_bytes(self.checkpoint, choices.quantize),
             kv=kv_cache.kv_bytes(config, self.kv_tokens, choices.kv_dtype, self.num_texts),
-            workspace=workspace_bytes(config, choices.prefill_chunk),
+            workspace=workspace_bytes(config, choices.prefill_chunk) + slots,
             experts=sum(blobs) * config.num_experts,
             floor=max(blobs) * config.top_k,
             mappable=self.store is not None and self.store.mappable,
@@ -374,12 +399,10 @@ class Engine:
 
     def _decode(self, sequence: kv_cache.Sequence, tokens: Sequence[int]) -> np.ndarray:
         """Logits after each of a few tokens, float32 [len(tokens), vocab_size]."""
-        governor = self.governor if len(tokens) == 1 else None  # it compares steps that are alike
-        if governor is not None:
-            governor.begin()
+        self.governors.begin()
         logits = self._forward(sequence, tokens, np.arange(len(tokens)))
-        if governor is not None:
-            governor.end()
+        if len(tokens) == 1:  # they compare steps that are alike
+            self.governors.end()
         return logits
 
     def _chunks(self, ids: Sequence[int]) -> list[Sequence[int]]:
@@ -461,13 +484,18 @@ class Engine:
         parts = dict(self.decoder.clock.seconds)
         # "python" overlaps the others: what they took beyond arithmetic and waiting.
         python = sum(parts.values()) - parts["waiting"] - self.backend.seconds
-        reads = self.store.seconds if self.store else 0.0
+        reads = sum(store.seconds for store in (self.store, self.copy) if store)
         stats.parts = {**parts, "python": python, "reads": reads}
         count(self.source, stats)
         cold = self.decoder.rules and self.decoder.rules.cold
         if cold:
             stats.skipped_experts, stats.skipped_weight = cold.skipped, cold.skipped_weight
             stats.routed_weight = cold.weight
+        copy = self.cold_copy
+        if copy is not None:
+            stats.copied_experts, stats.copied_weight = copy.served, copy.served_weight
+            stats.computed_weight = copy.weight
+            stats.bytes_read += copy.bytes_read
         return stats
 
     def close(self) -> None:

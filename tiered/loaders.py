@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from tiered.experts import ExpertKey
+from tiered.governor import Allowance, Always
 
 
 class State(enum.Enum):
@@ -35,7 +36,8 @@ class Loaders:
     """Runs `read(load)` for queued loads, several at once, never two into the same slot.
 
     All methods but `close` are called with `lock` held; `read` runs without it and `finished`
-    with it. At most `guess_depth` guesses are read at a time, so that demand finds a free thread.
+    with it. At most `depth` loads are read at a time, and half of these may be guesses, so that
+    demand finds a free thread.
     """
 
     def __init__(
@@ -47,7 +49,8 @@ class Loaders:
     ) -> None:
         if num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, not {num_threads}")
-        self.guess_depth = max(1, num_threads // 2)
+        self.num_threads = num_threads
+        self.depth: Allowance = Always()
         self._read = read
         self._finished = finished
         self._lock = lock
@@ -127,9 +130,12 @@ class Loaders:
     def _next(self) -> Load | None:
         """Wait for a load that may start; None: the end."""
         while not self._closing:
-            load = self._pop(self._demand)
-            if load is None and self._guesses_reading < self.guess_depth:
-                load = self._pop(self._guesses)
+            depth = min(self.depth.limit(), self.num_threads)
+            load = None
+            if len(self._busy) < depth:
+                load = self._pop(self._demand)
+                if load is None and self._guesses_reading < max(1, depth // 2):
+                    load = self._pop(self._guesses)
             if load is not None:
                 return load
             self._work.wait()

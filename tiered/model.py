@@ -6,17 +6,21 @@ project is about.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tiered.backend import Array, Backend, Batch
 from tiered.clock import PartClock
 from tiered.config import ModelConfig
-from tiered.experts import Routing, group_by_expert, group_kept, weighted_once
+from tiered.experts import ExpertJobs, Routing, group_by_expert, group_kept, weighted_once
 from tiered.routing import RoutingRules
 from tiered.tracing.trace import DECODE, PREFILL
+
+if TYPE_CHECKING:
+    from tiered.cold_copy import ColdCopy
 
 
 class ExpertSource(Protocol):
@@ -80,6 +84,7 @@ class Decoder:
         source: ExpertSource | None,
         look_ahead: LookAhead | None = None,
         rules: RoutingRules | None = None,
+        cold_copy: ColdCopy | None = None,
     ) -> None:
         self.config = config
         self.backend = backend
@@ -89,6 +94,7 @@ class Decoder:
         self.source = source
         self.look_ahead = look_ahead
         self.rules = rules
+        self.cold_copy = cold_copy
         self.trace: RoutingRecorder | None = None
         self.clock = PartClock("attention", "router", "experts", "waiting", "head")
 
@@ -140,16 +146,26 @@ class Decoder:
         else:
             jobs, dropped = group_kept(routing)
             out[dropped] = 0.0  # nobody computes these, and 0 times garbage may be no number
+        late: AbstractContextManager[Iterable[tuple[Any, np.ndarray, ExpertJobs]]] = nullcontext(())
+        if self.cold_copy is not None:
+            jobs, cold = self.cold_copy.split(index, routing, jobs)
+            if cold is not None:
+                late = self.cold_copy.fetch(index, cold)
         guessed = False
         assert self.source is not None
-        for ready, addresses in self.source.fetch(index, jobs.experts, jobs.starts):
-            clock.lap("waiting")
-            if not guessed:  # only now: the loads that this layer waits for are queued already
-                self.guess(x, h, index)
-                guessed = True
-                clock.lap("router")
-            b.experts(given, layer.experts, addresses, jobs.take(ready), out)
-            clock.lap("experts")
+        with late as copies:
+            for ready, addresses in self.source.fetch(index, jobs.experts, jobs.starts):
+                clock.lap("waiting")
+                if not guessed:  # only now: the loads that this layer waits for are queued already
+                    self.guess(x, h, index)
+                    guessed = True
+                    clock.lap("router")
+                b.experts(given, layer.experts, addresses, jobs.take(ready), out)
+                clock.lap("experts")
+            for cold_layer, addresses, cold in copies:
+                clock.lap("waiting")
+                b.experts(given, cold_layer, addresses, cold, out)
+                clock.lap("experts")
         if layer.merge is None:
             b.combine(x, out, weights)
             if layer.shared is not None:

@@ -8,25 +8,13 @@ bandwidth demand leaves.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from tiered.experts import ExpertKey, Routing
+from tiered.governor import Allowance, Always
 from tiered.tier import Tier
-
-
-class Allowance(Protocol):
-    def limit(self) -> int:
-        """How many guesses may be loaded per layer now; 0: look-ahead is off."""
-
-
-class Always:
-    """No limit but the number of guesses."""
-
-    def limit(self) -> int:
-        return 1 << 30
-
 
 MOST_OBSERVED = 2048  # guesses that are kept before they are scored together
 
@@ -56,6 +44,8 @@ def accuracy(guess: np.ndarray, chosen: np.ndarray) -> Accuracy:
 
 class Prefetcher:
     """Turns guesses into prefetches of one tier, at most `distance` layers ahead.
+
+    `allowance`: how many guesses may be loaded per layer now.
 
     Call `distances` for a layer, `submit` a guess for each, and `observe` what a layer's router
     really chose.

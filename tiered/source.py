@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +14,7 @@ from tiered.budget import MemoryPlan
 from tiered.cache.floors import check_budget
 from tiered.config import EngineConfig
 from tiered.experts import ExpertKey
+from tiered.fetch import Group
 from tiered.policies import Space
 from tiered.slots import RamMemory
 from tiered.stats import EngineStats
@@ -59,12 +60,18 @@ class TieredExperts:
     def fetch(
         self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
     ) -> Iterator[tuple[Any, np.ndarray]]:
-        offsets = self._offsets[layer][experts]
         keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
         with self.tier.fetch(keys) as groups:
-            for group in groups:
-                ready, slots = zip(*group, strict=True)
-                yield ready, np.array(slots, np.int64)[:, None] + offsets[list(ready)]
+            yield from self.addressed(groups, layer, experts)
+
+    def addressed(
+        self, groups: Iterable[Group], layer: int, experts: np.ndarray
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        """Groups of the tier's places, as ExpertSource.fetch gives them."""
+        offsets = self._offsets[layer][experts]
+        for group in groups:
+            ready, slots = zip(*group, strict=True)
+            yield ready, np.array(slots, np.int64)[:, None] + offsets[list(ready)]
 
 
 def open_source(

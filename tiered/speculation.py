@@ -58,4 +58,4 @@ def seconds_per_token(seconds: Sequence[float], counts: Sequence[int]) -> float:
 
 def speculation_governor() -> Governor:
     """Turns drafts off while a wider step costs more than its tokens save."""
-    return Governor(MOST, "speculation", typical=seconds_per_token)
+    return Governor((0, MOST), "speculation", typical=seconds_per_token)

@@ -27,6 +27,9 @@ class EngineStats:
     skipped_experts: int = 0  # by drop_cold, token by token
     skipped_weight: float = 0.0  # and what they had of the routing weights ...
     routed_weight: float = 0.0  # ... of all tokens that were written meanwhile
+    copied_experts: int = 0  # read from the cold copy, token by token
+    copied_weight: float = 0.0  # and what they had of the routing weights ...
+    computed_weight: float = 0.0  # ... of all tokens that were written with a cold copy
     drafted: int = 0  # tokens computed ahead, by speculation
     drafted_right: int = 0
     # Of both: attention, router, experts, waiting (for reads) and head; "python" is what these took

@@ -45,6 +45,13 @@ class TierStats:
         return TierStats(**{name: getattr(self, name) - getattr(before, name) for name in names})
 
 
+def check_capacity(space: Space) -> None:
+    """MemoryError if not even one expert fits."""
+    largest = max(space.blob_bytes)
+    if space.capacity < largest:
+        raise MemoryError(f"{space.capacity} bytes cannot hold one expert of {largest}")
+
+
 class Residency:
     """At most `space.capacity` bytes of experts, each in a slot of its own.
 
@@ -52,10 +59,7 @@ class Residency:
     """
 
     def __init__(self, space: Space, policy: Policy) -> None:
-        if space.capacity < max(space.blob_bytes):
-            raise MemoryError(
-                f"{space.capacity} bytes cannot hold one expert of {max(space.blob_bytes)}"
-            )
+        check_capacity(space)
         self.space = space
         self.largest_capacity = space.capacity  # what there are slots for
         self.policy = policy

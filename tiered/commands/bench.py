@@ -72,6 +72,12 @@ def command(
         results.print(
             f"{report['skipped_experts']} cold experts skipped, {share:.1%} of the routing weight"
         )
+    if report["computed_weight"]:
+        share = report["copied_weight"] / report["computed_weight"]
+        results.print(
+            f"{report['copied_experts']} experts read from the cold copy, {share:.1%} of the "
+            "routing weight"
+        )
 
 
 def bench_kernels(threads: int | None, as_json: bool, plot: Path | None) -> None:

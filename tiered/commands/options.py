@@ -77,10 +77,15 @@ engine_options = several(
            "Default: the model's own, at most 4096."),
     option("--kv-dtype", type=click.Choice(["f16", "int8", "f32"]), default="f16",
            help="Precision of the KV cache."),
-    option("--readers", type=click.IntRange(1), default=4, help="Threads that read from disk."),
+    option("--readers", type=click.IntRange(1), default=4,
+           help="Experts that are read from disk at a time, at most; fewer where that is quicker."),
     option("--drop-cold", type=click.FloatRange(0, 1), default=0.0, metavar="R",
            help="Lossy: while writing, do without experts that have less than this share of the "
            "largest weight and would have to be read from disk. 0: never."),
+    option("--cold-copy", metavar="MODEL", help="Lossy: the same model in fewer bits. While "
+           "writing, experts of little weight are read from it, if not in memory."),
+    option("--cold-below", type=click.FloatRange(0, 1, min_open=True), default=0.5, metavar="R",
+           help="With --cold-copy: little is less than this share of the largest weight."),
     option("--device", default="cpu", metavar="NAME",
            help="cpu; auto, cuda or cuda:N for a GPU (experimental: not yet run on a real card); "
            "sim for a GPU's arithmetic on the CPU."),
@@ -91,7 +96,7 @@ engine_options = several(
 
 ENGINE_CHOICES = (
     "ram", "expert_ram", "threads", "policy", "look_ahead", "quantize", "context", "kv_dtype",
-    "readers", "drop_cold", "device", "vram", "isa",
+    "readers", "drop_cold", "cold_copy", "cold_below", "device", "vram", "isa",
 )  # fmt: skip
 
 # The short names are those of sampling elsewhere, so the long ones are the settings' names.

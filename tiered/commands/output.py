@@ -52,6 +52,9 @@ def stats_line(stats: EngineStats) -> str:
     if stats.routed_weight:
         share = stats.skipped_weight / stats.routed_weight
         parts.append(f"{stats.skipped_experts} cold experts skipped, {share:.1%} of the weight")
+    if stats.computed_weight:
+        share = stats.copied_weight / stats.computed_weight
+        parts.append(f"{stats.copied_experts} from the cold copy, {share:.1%} of the weight")
     if stats.drafted:
         parts.append(f"{stats.drafted_right} of {stats.drafted} drafted tokens right")
     return " · ".join(parts)

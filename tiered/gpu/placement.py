@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tiered.experts import ExpertKey
+from tiered.governor import Allowance, Always
 from tiered.model import ExpertSource
 from tiered.planning.admission import Admission
 from tiered.planning.costs import Costs, Miss
@@ -84,6 +85,7 @@ class PlacedExperts:
         self.costs = costs
         self.few_rows = few_rows
         self.admission = admission
+        self.promotion: Allowance = Always()  # whether anything is copied afterwards now
         self.hits = self.copies = self.computed_in_ram = 0  # experts, each once per layer
         self._clock = clock
         sparse = store.checkpoint.config.sparse_layers
@@ -173,7 +175,7 @@ class PlacedExperts:
     def _promote(self, computed: Sequence[ExpertKey]) -> None:
         """Start copying one expert that the CPU had to compute, if nothing else is under way."""
         admission, tier = self.admission, self.vram
-        if admission is None or not computed or tier.loads:
+        if admission is None or not computed or tier.loads or not self.promotion.limit():
             return
         for key in admission.popularity.ranked(computed):
             with tier.lock:

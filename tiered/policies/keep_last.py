@@ -9,7 +9,7 @@ nor below an equal share if that is less: with little room, even shares do bette
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tiered.cache.ranking import Ranking
 from tiered.experts import ExpertKey
@@ -28,7 +28,7 @@ class Policy:
         self._uses: defaultdict[ExpertKey, int] = defaultdict(int)
         self._ranks: dict[ExpertKey, tuple[float, int]] = {}  # uses and time; order among equals
         self._num_ranked = 0
-        self._ranking = Ranking(self._ranks)
+        self._rankings = [Ranking(self._ranks) for _ in space.blob_bytes]
         self._kept: list[dict[ExpertKey, None]] = [{} for _ in space.blob_bytes]
 
     def batch(self, keys: Sequence[ExpertKey]) -> None:
@@ -49,8 +49,9 @@ class Policy:
         kept = self._kept[layer]
         if key not in kept:
             kept[key] = None
-            if key in self._ranking.entered:
-                self._ranking.remove(key)
+            ranking = self._rankings[layer]
+            if key in ranking.entered:
+                ranking.remove(key)
             else:
                 self._held[layer] += self._blob_bytes[layer]
 
@@ -64,7 +65,7 @@ class Policy:
         if key in self._kept[layer]:
             del self._kept[layer][key]
         else:
-            self._ranking.remove(key)
+            self._rankings[layer].remove(key)
 
     def victim(self, evictable: Evictable) -> ExpertKey | None:
         victim = self._beyond_the_kept(evictable)
@@ -92,9 +93,15 @@ class Policy:
         """From now on it competes with the others."""
         self._num_ranked += 1
         self._ranks[key] = self._uses[key] + self._time[key[0]], self._num_ranked
-        self._ranking.add(key)
+        self._rankings[key[0]].add(key)
 
     def _beyond_the_kept(self, evictable: Evictable) -> ExpertKey | None:
-        held, floors = self._held, self._floors
-        victim = self._ranking.lowest(lambda key: held[key[0]] > floors[key[0]] and evictable(key))
-        return victim or self._ranking.lowest(evictable)
+        layers = range(len(self._held))
+        above = [layer for layer in layers if self._held[layer] > self._floors[layer]]
+        return self._lowest(above, evictable) or self._lowest(layers, evictable)
+
+    def _lowest(self, layers: Iterable[int], evictable: Evictable) -> ExpertKey | None:
+        """The first to leave of these layers, beyond what they keep."""
+        rankings = [self._rankings[layer] for layer in layers]
+        firsts = [ranking.lowest(evictable) for ranking in rankings if ranking.entered]
+        return min(filter(None, firsts), key=self._ranks.__getitem__, default=None)

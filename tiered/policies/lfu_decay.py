@@ -6,7 +6,7 @@ only their order matters, and that changes only with a use: log2 of the sum of 2
 
 from __future__ import annotations
 
-from math import log2
+from math import exp2, log2
 
 from tiered.cache.ranking import Ranking
 from tiered.experts import ExpertKey
@@ -33,7 +33,7 @@ class Policy:
             self._time += self._step
         before = self._scores.get(key)
         self._scores[key] = self._time + (
-            log2(1 + 2 ** (before - self._time)) if before is not None else 0.0
+            log2(1 + exp2(before - self._time)) if before is not None else 0.0
         )
 
     def insert(self, key: ExpertKey) -> None:

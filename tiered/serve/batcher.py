@@ -49,12 +49,10 @@ class Batcher:
                     self._decode(additions)
 
     def _decode(self, additions: Additions) -> None:
-        governor = self.engine.governor
-        if governor is not None:
-            governor.begin()
+        governors = self.engine.governors
+        governors.begin()
         logits = self._forward(additions, np.arange(len(additions)))
-        if governor is not None:
-            governor.end()
+        governors.end()
         self.counts.decode_rows += len(additions)
         self.counts.decode_steps += 1
         for (job, _), row in zip(additions, logits, strict=True):

@@ -98,13 +98,10 @@ class Live:
         """Counts and gauges of this moment."""
         engine, scheduler = self.engine, self.scheduler
         counts, stats = scheduler.counts, engine.stats
-        governor, prefetcher = engine.governor, engine.prefetcher
+        prefetcher = engine.prefetcher
         routed = named = 0
         for score in list(prefetcher.accuracy.values()) if prefetcher else []:
             routed, named = routed + score.routed, named + score.named
-        look_ahead = None
-        if governor is not None:
-            look_ahead = {"on": governor.on, "chosen": governor.chosen, "benefit": governor.benefit}
         tier = self.tier
         return {
             "time": time.monotonic(),
@@ -120,7 +117,16 @@ class Live:
             "prefetches_used": stats.prefetches_used,
             "routed": routed,
             "named": named,
-            "governor": look_ahead,
+            "governors": [
+                {
+                    "name": governor.name,
+                    "chosen": governor.chosen,
+                    "limits": governor.limits,
+                    "is_probing": governor.is_probing,
+                    "benefit": governor.benefit,
+                }
+                for governor in engine.governors
+            ],
             "ram_bytes": tier.residency.used if tier else 0,
             "process_bytes": psutil.Process().memory_info().rss,
             "kv_used": engine.kv.num_pages * PAGE_SIZE - engine.kv.free_tokens,

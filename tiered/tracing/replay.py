@@ -1,4 +1,7 @@
-"""Replay: a recorded trace through a tier's own bookkeeping, with any policy and any budget."""
+"""Replay: a recorded trace through a tier's own bookkeeping, with any policy and any budget.
+
+Long traces run through its compiled twin (compiled.py), which gives the same counts.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from time import perf_counter
 from typing import Any
 
 from tiered import policies
-from tiered.cache.residency import Residency, TierStats
+from tiered.cache.residency import Residency, TierStats, check_capacity
 from tiered.experts import ExpertKey
 from tiered.policies import Evictable, Policy, Space
+from tiered.tracing import compiled
 from tiered.tracing.trace import DECODE, Dropped, Event, Fetched, Pass, Prefetched, Trace
 
 
@@ -87,25 +91,37 @@ def replay(
     policy: str | Callable[..., Policy],
     budget_bytes: int,
     counting: str | None = None,
+    compile: bool | None = None,
 ) -> ReplayResult:
     """Run a trace's demands, and its look-ahead, through a tier of `budget_bytes`.
 
     `counting` is "exact" (what a live tier of this budget does; of a recorded one with the same
     policy and budget the very same counts) or "published" (see PublishedResidency; the default
-    for CSV traces, which have hit rates to be compared with).
+    for CSV traces, which have hit rates to be compared with). `compile`: whether the compiled twin
+    counts, if it knows the policy; None: if the trace is long enough to be worth it.
     """
     counting = counting or ("exact" if trace.is_live else "published")
     if counting not in RESIDENCIES:
         raise ValueError(f"counting is {' or '.join(RESIDENCIES)}, not {counting!r}")
     space = Space(budget_bytes, trace.info.blob_bytes)
-    options: dict[str, Any] = {}
-    if policy == "belady":
-        options["future"] = [e.keys for e in trace.events if isinstance(e, Fetched)]
-    residency = RESIDENCIES[counting](space, policies.create(policy, space, **options))
-    start = perf_counter()
-    decode, num_tokens = _run(residency, trace.events)
+    check_capacity(space)
+    if compile is None:
+        compile = trace.num_routed >= compiled.WORTH_LOADING
+    if compile and isinstance(policy, str) and compiled.knows(policy, trace):
+        compiled.prepare(trace.records)
+        start = perf_counter()
+        stats, decode, num_tokens = compiled.run(
+            trace.records, policy, space, counting == "published"
+        )
+    else:
+        options: dict[str, Any] = {}
+        if policy == "belady":
+            options["future"] = [e.keys for e in trace.events if isinstance(e, Fetched)]
+        residency = RESIDENCIES[counting](space, policies.create(policy, space, **options))
+        start = perf_counter()
+        decode, num_tokens = _run(residency, trace.events)
+        stats = residency.stats
     seconds = perf_counter() - start
-    stats = residency.stats
     return ReplayResult(
         policy=policy if isinstance(policy, str) else policy.__module__,
         budget_bytes=budget_bytes,

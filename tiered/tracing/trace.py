@@ -20,14 +20,18 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tiered.experts import ExpertKey, Routing
+
+if TYPE_CHECKING:
+    from tiered.tracing.compiled import Records
 
 MAGIC = b"tiered-trace 1\n"
 PREFILL, DECODE = 0, 1
@@ -93,6 +97,13 @@ class Trace:
     def num_routed(self) -> int:
         """Routed experts: tokens times layers times top_k."""
         return sum(e.routing.experts.size for e in self.events if isinstance(e, Routed))
+
+    @cached_property
+    def records(self) -> Records:
+        """The same as integers, for the compiled twin of a tier."""
+        from tiered.tracing.compiled import Records
+
+        return Records(self)
 
 
 class TraceWriter:
@@ -165,13 +176,19 @@ class KeyTable:
     """One ExpertKey object per expert: equal keys of a trace are the same object, to be quick."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._keys = [[ExpertKey(la, e) for e in range(num_experts)] for la in range(num_layers)]
+        self.rows = [[ExpertKey(la, e) for e in range(num_experts)] for la in range(num_layers)]
 
     def __call__(self, layer: int, expert: int) -> ExpertKey:
-        return self._keys[layer][expert]
+        return self.rows[layer][expert]
+
+
+COUNT, KEY, LIMIT = struct.Struct("<H"), struct.Struct("<HH"), struct.Struct("<I")
+ROUTED, GUESSED = struct.Struct("<HHB"), struct.Struct("<HBHB")
 
 
 class _Reader:
+    """Goes through the records. A trace has millions: the methods are few and flat."""
+
     def __init__(self, path: Path, info: TraceInfo, data: bytes) -> None:
         self._path = path
         self._data = data
@@ -180,57 +197,75 @@ class _Reader:
 
     def events(self) -> list[Event]:
         events: list[Event] = []
+        read: dict[int, Callable[[], Event]] = {
+            ord("P"): self._pass,
+            ord("R"): self._routed,
+            ord("G"): self._guessed,
+            ord("F"): self._fetched,
+            ord("A"): self._prefetched,
+            ord("D"): self._dropped,
+        }
+        data = self._data
         try:
-            while self._at < len(self._data):
-                event = self._event()
-                if isinstance(event, int):
-                    _cut_short(events, event)
+            while self._at < len(data):
+                letter = data[self._at]
+                self._at += 1
+                if letter in read:
+                    events.append(read[letter]())
+                elif letter == ord("C"):
+                    _cut_short(events, *self._take(COUNT))
                 else:
-                    events.append(event)
+                    raise ValueError(f"{self._path} is damaged: {chr(letter)!r} begins no record")
         except struct.error:
             pass  # cut short by a crash
         except IndexError as error:
             raise ValueError(f"{self._path} is damaged: it names an expert that is not") from error
         return events
 
-    def _event(self) -> Event | int:
-        """An event; a number changes the latest Fetched."""
-        (letter,) = self._numbers("c")
-        if letter == b"F":
-            keys = self._keys()
-            return Fetched(keys, [flag != 0 for flag in self._numbers(f"{len(keys)}B")])
-        if letter == b"R":
-            return Routed(self._numbers("H")[0], self._routing())
-        if letter == b"G":
-            layer, distance = self._numbers("HB")
-            return Guessed(layer, distance, self._routing())
-        if letter == b"P":
-            return Pass(self._numbers("B")[0])
-        if letter == b"A":
-            (limit,) = self._numbers("I")
-            return Prefetched(self._keys(), limit, self._keys())
-        if letter == b"D":
-            return Dropped(self._key(*self._numbers("HH")))
-        if letter == b"C":
-            return int(self._numbers("H")[0])
-        raise ValueError(f"{self._path} is damaged: {letter!r} begins no record")
+    def _pass(self) -> Pass:
+        return Pass(self._bytes(1)[0])
 
-    def _numbers(self, form: str) -> tuple:  # type: ignore[type-arg]
-        layout = struct.Struct("<" + form)
+    def _routed(self) -> Routed:
+        layer, num_tokens, top_k = self._take(ROUTED)
+        return Routed(layer, self._routing(num_tokens, top_k))
+
+    def _guessed(self) -> Guessed:
+        layer, distance, num_tokens, top_k = self._take(GUESSED)
+        return Guessed(layer, distance, self._routing(num_tokens, top_k))
+
+    def _fetched(self) -> Fetched:
+        keys = self._keys()
+        return Fetched(keys, list(map(bool, self._bytes(len(keys)))))
+
+    def _prefetched(self) -> Prefetched:
+        (limit,) = self._take(LIMIT)
+        return Prefetched(self._keys(), limit, self._keys())
+
+    def _dropped(self) -> Dropped:
+        return Dropped(self._key(*self._take(KEY)))
+
+    def _take(self, layout: struct.Struct) -> tuple[int, ...]:
         numbers = layout.unpack_from(self._data, self._at)
         self._at += layout.size
         return numbers
 
-    def _keys(self) -> list[ExpertKey]:
-        (count,) = self._numbers("H")
-        flat = self._numbers(f"{2 * count}H")
-        return [self._key(*pair) for pair in zip(flat[::2], flat[1::2], strict=True)]
+    def _bytes(self, count: int) -> bytes:
+        begin = self._at
+        self._at = end = begin + count
+        if end > len(self._data):
+            raise struct.error("the file ends early")
+        return self._data[begin:end]
 
-    def _routing(self) -> Routing:
-        num_tokens, top_k = self._numbers("HB")
+    def _keys(self) -> list[ExpertKey]:
+        rows = self._key.rows
+        pairs = KEY.iter_unpack(self._bytes(4 * self._take(COUNT)[0]))
+        return [rows[layer][expert] for layer, expert in pairs]
+
+    def _routing(self, num_tokens: int, top_k: int) -> Routing:
         count = num_tokens * top_k
-        experts = np.array(self._numbers(f"{count}H"), np.int32).reshape(num_tokens, top_k)
-        weights = np.array(self._numbers(f"{count}e"), np.float32).reshape(num_tokens, top_k)
+        experts = np.frombuffer(self._bytes(2 * count), "<u2").astype(np.int32)
+        weights = np.frombuffer(self._bytes(2 * count), "<f2").astype(np.float32)
+        experts.shape = weights.shape = num_tokens, top_k
         return Routing(experts, weights)
 
 

@@ -252,6 +252,11 @@ class WeightLoader:
         prefix = f"layers.{index}.experts_bias."
         return ExpertBiases(*(self.required(prefix + name) for name in ("gate", "up", "down")))
 
+    def experts(self, index: int, store: ExpertStore) -> Any:
+        """What a layer's experts, as `store` has them, are computed with."""
+        biases = self.expert_biases(index)
+        return self.backend.expert_layer(store.layout(index), self.config, biases)
+
     def layer(self, index: int, store: ExpertStore | None) -> Layer:
         config, prefix = self.config, f"layers.{index}."
         attention = self.attention(index)
@@ -271,7 +276,7 @@ class WeightLoader:
         return Layer(
             attention,
             self.backend.router_layer(self.router(index, norm), config),
-            self.backend.expert_layer(store.layout(index), config, self.expert_biases(index)),
+            self.experts(index, store),
             shared,
             merge=self.merge(prefix) if config.output_norms else None,
         )

@@ -1,0 +1,123 @@
+"""The compiled twin of a tier's bookkeeping, for traces and sweeps that would take Python long.
+
+It gives the same counts, and knows the built-in policies whose decisions are arithmetic. Loading it
+takes a second, compiling it once a quarter of a minute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from importlib import import_module
+from inspect import signature
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tiered import policies
+from tiered.cache.residency import TierStats
+from tiered.experts import ExpertKey
+from tiered.policies import Policy, Space
+
+if TYPE_CHECKING:
+    from tiered.tracing.trace import Trace
+
+WORTH_LOADING = 1_000_000  # routed experts in all: Python takes seconds for them
+KNOWN = frozenset(
+    ["lru", "lfu", "layer_lru", "layer_lfu", "lfu_decay", "slru", "arc", "belady", "keep_last"]
+)
+
+
+def knows(policy: str | Callable[..., Policy], trace: Trace) -> bool:
+    """Whether there is a twin of this policy, for this trace."""
+    return isinstance(policy, str) and policy in KNOWN and trace.records.all_have_sizes
+
+
+class Records:
+    """A trace as integers, as the kernels read it: made once for all policies and budgets.
+
+    ValueError if it names an expert that its model does not have.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        from cpu_kernels.residency import DROPPED, FETCHED, PASS, PREFETCHED
+        from tiered.tracing.trace import DECODE, Dropped, Fetched, Pass, Prefetched
+
+        self.info = trace.info
+        num_experts = trace.info.num_experts
+
+        def numbered(keys: list[ExpertKey]) -> list[int]:
+            return [len(keys), *[layer * num_experts + expert for layer, expert in keys]]
+
+        records: list[int] = []
+        self._demands: list[list[ExpertKey]] = []
+        named: set[ExpertKey] = set()
+        self.num_asked = 0  # how often demands and guesses name an expert
+        for event in trace.events:
+            if isinstance(event, Fetched):
+                records += FETCHED, -1 if event.num_asked is None else event.num_asked
+                records += numbered(event.keys)
+                self._demands.append(event.keys)
+                self.num_asked += len(event.keys)
+                named.update(event.keys)
+            elif isinstance(event, Pass):
+                records += PASS, event.phase == DECODE
+            elif isinstance(event, Prefetched):
+                records += PREFETCHED, event.limit
+                records += numbered(event.keys) + numbered(event.given_up)
+                self.num_asked += len(event.keys)
+                named.update(event.keys, event.given_up)
+            elif isinstance(event, Dropped):
+                records += DROPPED, numbered([event.key])[1]
+                named.add(event.key)
+        for key in named:
+            if not (0 <= key.layer < len(self.info.blob_bytes) and 0 <= key.expert < num_experts):
+                raise ValueError(f"the trace names {key}, which its model does not have")
+        self.all_have_sizes = all(self.info.blob_bytes[key.layer] for key in named)
+        self.array = np.array(records, np.int64)
+
+    @cached_property
+    def future(self) -> tuple[np.ndarray, np.ndarray]:
+        """When each expert is demanded: int64 times, one expert after the other, and int64 [number
+        of experts + 1], where each one's begin."""
+        keys = np.array(list(chain.from_iterable(self._demands)), np.int64).reshape(-1, 2)
+        numbers = keys[:, 0] * self.info.num_experts + keys[:, 1]
+        times = np.repeat(np.arange(len(self._demands)), [len(keys) for keys in self._demands])
+        order = np.argsort(numbers, kind="stable")
+        every = np.arange(self.info.num_experts * len(self.info.blob_bytes) + 1)
+        return times[order], np.searchsorted(numbers[order], every)
+
+
+def prepare(records: Records) -> None:
+    """What is done once, for all policies and budgets: a replay is timed without it."""
+    from cpu_kernels.residency import load
+
+    load()
+    _ = records.future
+
+
+def run(
+    records: Records, policy: str, space: Space, as_published: bool
+) -> tuple[TierStats, TierStats, int]:
+    """What was counted, the part of decode passes, and how many these were."""
+    from cpu_kernels.eviction import make_tier
+    from cpu_kernels.residency import replay
+
+    tier = make_tier(
+        policy,
+        _options(policy),
+        space.capacity,
+        np.array(space.blob_bytes, np.int64),
+        records.info.num_experts,
+        records.num_asked,
+        *records.future,
+    )
+    stats, decode, num_tokens = replay(tier, records.array, as_published)
+    return TierStats(**stats), TierStats(**decode), num_tokens
+
+
+def _options(policy: str) -> list[float]:
+    """What the policy's constructor takes beyond the space."""
+    parameters = signature(import_module(f"{policies.__name__}.{policy}").Policy).parameters
+    return [p.default for p in parameters.values() if isinstance(p.default, float)]

@@ -94,19 +94,38 @@ ENGINE_CHOICES = (
     "readers", "drop_cold", "device", "vram", "isa",
 )  # fmt: skip
 
-# The short names are those of sampling elsewhere, so the long ones are the settings' names.
-routing_options = several(
-    option("--expert-top-k", "--top-k", type=click.IntRange(1), metavar="N",
-           help="Experts per token; at most the model's own."),
-    option("--expert-top-p", "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0,
-           metavar="P", help="The fewest experts that have this share of the chosen ones' weight."),
-    option("--expert-min-weight", "--min-weight", type=click.FloatRange(0, 1), default=0.0,
-           metavar="R", help="Only experts with at least this times the best one's weight."),
-    option("--routing", metavar="TRACE", help="Experts and weights as a trace of the same text "
-           "has them: see `tiered ppl --record`."),
+
+def _routing_options(*short: str) -> Callable[[Command], Command]:
+    """Rules for the routers. `short` are names that mean sampling in commands that sample."""
+
+    def names(long: str) -> list[str]:
+        return [f"--expert-{long}", *(name for name in short if name == f"--{long}")]
+
+    return several(
+        option(*names("top-k"), type=click.IntRange(1), metavar="N",
+               help="Lossy: experts per token; at most the model's own."),
+        option("--expert-layer-k", "--layer-k", metavar="TABLE",
+               help="Lossy: experts per token by layer, from a table of `tiered layer-k`."),
+        option(*names("top-p"), type=click.FloatRange(0, 1, min_open=True), default=1.0,
+               metavar="P",
+               help="Lossy: the fewest experts that have this share of the chosen ones' weight."),
+        option("--expert-min-weight", "--min-weight", type=click.FloatRange(0, 1), default=0.0,
+               metavar="R",
+               help="Lossy: only experts with at least this times the best one's weight."),
+    )  # fmt: skip
+
+
+routing_options = _routing_options()
+routing_options_short = _routing_options("--top-k", "--top-p")
+
+recorded_routing_option = option(
+    "--routing", metavar="TRACE", help="Experts and weights as a trace of the same text has them: "
+    "see `tiered ppl --record` and `tiered trace`.",
 )  # fmt: skip
 
-ROUTING_CHOICES = "expert_top_k", "expert_top_p", "expert_min_weight", "routing"
+ROUTING_CHOICES = (
+    "expert_top_k", "expert_layer_k", "expert_top_p", "expert_min_weight", "routing",
+)  # fmt: skip
 
 speculate_option = option(
     "--speculate", type=click.Choice(["off", "lookup"]), default="off",

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tiered.commands import options as opt
-from tiered.commands.output import bytes_progress, give_json, notes, steps_progress
+from tiered.commands.calibration import hear_text, max_tokens_option
+from tiered.commands.output import bytes_progress, give_json, notes
 from tiered.memory import format_bytes
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tiered.config import ModelConfig
-
-CRITERIA = "frequency", "reap", "loss", "random"
+NAMES = "frequency", "reap", "loss", "random"  # of criteria
 
 
 @click.command("prune")
@@ -24,12 +23,12 @@ CRITERIA = "frequency", "reap", "loss", "random"
 @click.argument("destination", type=click.Path(path_type=Path))
 @opt.option("--experts", type=click.IntRange(1), required=True, metavar="N",
             help="How many a layer keeps.")  # fmt: skip
-@opt.option("--criterion", type=click.Choice(CRITERIA), default="reap", help="What makes an expert "
+@opt.option("--criterion", type=click.Choice(NAMES), default="reap", help="What makes an expert "
             "important: how often it is chosen; the mean of its weight times its output's length; "
             "the layer's error without it; or nothing (random).")  # fmt: skip
 @opt.option("--text", metavar="FILE", type=click.Path(path_type=Path),
             help="The text that importance is measured on, in UTF-8.")  # fmt: skip
-@opt.option("--max-tokens", type=click.IntRange(2), default=8192, help="Of the text.")
+@max_tokens_option
 @opt.option("--seed", type=click.IntRange(0), default=0, help="For random.")
 @opt.json_file_option
 @opt.engine_options
@@ -51,7 +50,7 @@ def command(
     a checkpoint like any other. What it lost: `tiered compare SOURCE DESTINATION --text FILE`, on
     another text.
     """
-    from tiered.quality.importance import best_experts, random_scores
+    from tiered.quality.importance import CRITERIA, Meter, best_experts, random_scores
     from tiered.weights.prune import check_prunable, prune
 
     config = check_prunable(source, destination, experts)
@@ -60,11 +59,9 @@ def command(
     elif text is None:
         raise click.UsageError(f"--criterion {criterion} needs a --text")
     else:
-        measured = measure(source, config, text, max_tokens, choices)
-        scores = measured[criterion]
-        share = kept_share(
-            measured["frequency"], best_experts(scores, config.sparse_layers, experts)
-        )
+        meter = hear_text(source, lambda back: Meter(back, config), text, max_tokens, choices)
+        scores = CRITERIA[criterion](meter)
+        share = kept_share(meter.count, best_experts(scores, config.sparse_layers, experts))
     kept = best_experts(scores, config.sparse_layers, experts)
     with bytes_progress() as bar:
         task = bar.add_task("writing", total=None)
@@ -81,30 +78,6 @@ def command(
         notes.print(
             f"wrote {destination}: {format_bytes(size)}, {experts} of {config.num_experts} experts "
             f"a layer by {criterion}{routed}"
-        )
-
-
-def measure(
-    source: Path, config: ModelConfig, text: Path, max_tokens: int, choices: dict[str, Any]
-) -> Any:
-    """Scores by criterion: float64 [num_layers, num_experts] each."""
-    if choices["device"] != "cpu":
-        raise click.UsageError("importance is measured on the CPU: leave --device out")
-    with notes.status(f"opening {source.name}"):
-        from tiered.backend import open_backend
-        from tiered.config import EngineConfig
-        from tiered.engine import Engine
-        from tiered.quality.importance import Meter
-        from tiered.quality.importance import measure as measure_importance
-        from tiered.quality.text import text_tokens
-
-        meter: Any = Meter(open_backend(EngineConfig(**choices)), config)
-        engine = Engine(source, backend=meter, **choices)
-    with engine, steps_progress() as bar:
-        ids = text_tokens(engine.tokenizer, text, max_tokens)
-        task = bar.add_task("windows", total=None)
-        return measure_importance(
-            engine, ids, lambda done, total: bar.update(task, completed=done, total=total)
         )
 
 

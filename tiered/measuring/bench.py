@@ -12,14 +12,15 @@ from tiered.version import __version__
 from tiered.weights.dense import dense_bytes, dense_format, matrix_bytes
 
 
-def weights_per_token(engine: Engine) -> int:
-    """Bytes of weights that one decoded token reads: dense ones and top_k experts a layer."""
+def weights_per_token(engine: Engine, dropped: float = 0.0) -> float:
+    """Bytes of weights that one decoded token reads: dense ones and top_k experts a layer, but for
+    the share that rules drop."""
     config, store = engine.config, engine.store
     dense = dense_bytes(engine.checkpoint, engine.choices.quantize)
     if "head" in engine.checkpoint.tensors:  # else the embedding is the head, and is read whole
         embedding = engine.checkpoint.tensors["embed"]
         dense -= matrix_bytes(dense_format(embedding, engine.choices.quantize), embedding.shape)
-    return dense + (config.top_k * sum(store.blob_bytes) if store else 0)
+    return dense + (1 - dropped) * (config.top_k * sum(store.blob_bytes) if store else 0)
 
 
 def bench_model(engine: Engine, prefill: int, decode: int, runs: int = 1) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def bench_model(engine: Engine, prefill: int, decode: int, runs: int = 1) -> dic
     stats = engine.stats - before
     threads = engine.backend.num_threads
     bandwidth = read_bandwidth(threads)
-    per_token = weights_per_token(engine)
+    per_token = weights_per_token(engine, stats.dropped_share)
     decode_tok_s = median(decode_rates)
     return {
         "tiered": __version__,
@@ -65,6 +66,8 @@ def bench_model(engine: Engine, prefill: int, decode: int, runs: int = 1) -> dic
         "of_bandwidth": per_token * decode_tok_s / bandwidth,
         "hit_rate": stats.hit_rate,
         "misses": stats.misses,
+        "dropped": stats.dropped_share,
+        "dropped_weight": stats.dropped_weight_share,
         "skipped_experts": stats.skipped_experts,
         "skipped_weight": stats.skipped_weight,
         "routed_weight": stats.routed_weight,

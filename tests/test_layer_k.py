@@ -225,6 +225,20 @@ def test_every_command_that_computes_takes_the_rules(tiered, command):
     assert ("--routing" in out) == (command in ("run", "ppl"))
 
 
+@pytest.mark.parametrize("command", ["run", "chat", "bench", "serve", "batch", "trace"])
+def test_rules_reach_the_engine(model, tiered, tmp_path, command):
+    requests = tmp_path / "in.jsonl"
+    body = {"messages": [{"role": "user", "content": "rain"}], "max_tokens": 2}
+    requests.write_text(json.dumps({"custom_id": "a", "url": "/v1/chat/completions", "body": body}))
+    arguments = {
+        "run": [model, "the rain"], "chat": [model], "bench": [model],
+        "serve": [model, "--port", 0],
+        "batch": [requests, tmp_path / "out.jsonl", model], "trace": [model, "the rain"],
+    }[command]  # fmt: skip
+    status, _, err = tiered(command, *arguments, "--expert-top-k", 5)
+    assert status == 1 and "routers choose 4" in err and "Traceback" not in err
+
+
 def test_rules_are_obeyed_and_told(model, tiered, tmp_path):
     common = ("--threads", 2, "--expert-top-k", 1)
     status, out, err = tiered("run", model, "the rain", "--raw", "-n", 8, *common, "--top-k", 3)

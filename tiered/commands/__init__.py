@@ -8,7 +8,7 @@ from pkgutil import iter_modules
 import click
 
 # What commands have in common.
-_SHARED = {"calibration", "loading", "options", "output", "settings"}
+_SHARED = {"calibration", "lists", "loading", "options", "output", "settings"}
 
 
 def names() -> list[str]:

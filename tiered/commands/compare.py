@@ -49,7 +49,7 @@ own_options = opt.several(
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path), required=False)
 @own_options
-@opt.window_options
+@opt.text_window_options
 @opt.json_file_option
 @opt.routing_options_short
 @opt.recorded_routing_option

@@ -11,6 +11,8 @@ import click
 from tiered import policies
 from tiered.config import DEFAULT_POLICY
 
+QUANTIZATIONS = "int4", "none"
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -58,21 +60,21 @@ window_options = several(
            "Default: the context."),
     option("--stride", type=click.IntRange(1), help="Tokens from one window to the next. "
            "Default: half a window."),
-    option("--max-tokens", type=click.IntRange(2), help="Only so many tokens of the text."),
 )  # fmt: skip
 
-engine_options = several(
+text_window_options = several(
+    window_options,
+    option("--max-tokens", type=click.IntRange(2), help="Only so many tokens of the text."),
+)
+
+other_engine_options = several(
     option("--ram", metavar="SIZE", help="All the memory the process may hold, as 8G. "
            "Default: what is free, less a margin."),
-    option("--expert-ram", metavar="SIZE", help="Memory for experts alone, as 2G."),
     option("--threads", type=click.IntRange(1), help="Threads that compute. Default: all cores."),
     option("--policy", default=DEFAULT_POLICY, metavar="NAME",
            help=f"Eviction policy: {', '.join(policies.online())}; or FILE.py:CLASS."),
     option("--look-ahead", type=click.IntRange(0, 3), default=1,
            help="Layers ahead that experts are guessed and read; 0: off."),
-    option("--quantize", type=click.Choice(["int4", "none"]), default="int4",
-           help="How a checkpoint's weights are computed with: float experts as 4-bit integers, "
-           "or every weight as stored, in float32."),
     option("--context", type=click.IntRange(1), help="Tokens of context to keep memory for. "
            "Default: the model's own, at most 4096."),
     option("--kv-dtype", type=click.Choice(["f16", "int8", "f32"]), default="f16",
@@ -87,6 +89,14 @@ engine_options = several(
     option("--vram", metavar="SIZE", help="What may be used of the GPU's memory, as 16G."),
     option("--isa", default="auto", metavar="NAME", help="Force the kernels of a processor family "
            "that this machine can run."),
+)  # fmt: skip
+
+engine_options = several(
+    option("--expert-ram", metavar="SIZE", help="Memory for experts alone, as 2G."),
+    option("--quantize", type=click.Choice(QUANTIZATIONS), default="int4",
+           help="How a checkpoint's weights are computed with: float experts as 4-bit integers, "
+           "or every weight as stored, in float32."),
+    other_engine_options,
 )  # fmt: skip
 
 ENGINE_CHOICES = (

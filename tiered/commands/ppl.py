@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.command("ppl")
 @opt.model_argument
 @opt.text_option
-@opt.window_options
+@opt.text_window_options
 @opt.option("--record", metavar="TRACE", type=click.Path(path_type=Path),
             help="Write the routing to a file, for --routing and `tiered replay`.")  # fmt: skip
 @opt.json_file_option

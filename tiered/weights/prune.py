@@ -169,8 +169,9 @@ class _Cutter:
         members = self.groups.get(layer, {}).get(expert, ())
         if len(members) < 2:
             return _whole(tensor, name)
-        check_floats(tensor)
         others = [self.stored[_renumbered(tensor.name, member.expert)] for member in members]
+        for other in others:
+            check_floats(other)
         blocks = [Block(other, other.offset, other.shape) for other in others]
         return _whole(tensor, name)._replace(parts=[_mean(blocks, members, pattern, tensor.nbytes)])
 

@@ -161,6 +161,26 @@ def test_pruned_and_other_files_and_budgets(tiered, model, text, tmp_path):
     assert status == 0 and "*" in printed and "4 experts" in printed, err
 
 
+@pytest.mark.parametrize("kind", ["dense", "gguf"])
+def test_other_files(tiered, text, tmp_path, kind):
+    """A dense model has precisions alone; a GGUF file cannot be pruned, but all else."""
+    if kind == "dense":
+        model, more = tiny.hf_checkpoint(tmp_path / "dense", "llama", "f32", tokenizer=True), ()
+    else:
+        model = tiny.gguf_checkpoint(tmp_path / "tiny.gguf")
+        more = "--experts", "8,4", "--calibration", text
+    status, printed, err = tiered(
+        "pareto", model, "--text", text, *GRID[:-2], *more, "--expert-ram", "100%", "--out",
+        tmp_path / "grid.csv", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    rows = json.loads(printed)["points"]
+    problems = [r["problem"] for r in rows if r["problem"]]
+    assert len(rows) - len(problems) == 2
+    assert all("no Hugging Face folder" in problem for problem in problems)
+    assert len(problems) == (2 if kind == "gguf" else 0)
+
+
 def test_points_that_cannot_run_say_why_and_end_nothing(tiered, model, text, tmp_path):
     stranger = tiny.hf_checkpoint(
         tmp_path / "stranger", "mixtral", "f32", tokenizer=True, vocab=400

@@ -194,7 +194,8 @@ def grid(
         floats("--min-weight", axes["min_weight"] or "0"),
     )
     memory = budgets((axes["expert_ram"] or "all").replace("all", "0"), whole)
-    versions = {name: version(Path(name)) for name in {path for path, *_ in files} | set(tables)}
+    named = {path for path, *_ in files} | set(tables)
+    versions = {name: version(Path(name)) if name else "" for name in named}
     for (path, experts, pruned), quantize, (top_k, table, top_p, min_weight), ram in dict.fromkeys(
         product(files, precisions, rules, memory)
     ):
@@ -205,9 +206,7 @@ def grid(
 
 
 def version(path: Path) -> str:
-    """Changes when the file, or a file of the folder, does; empty for no path."""
-    if path == Path():
-        return ""
+    """Changes when the file, or a file of the folder, does."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 

@@ -216,6 +216,7 @@ def test_points_that_cannot_run_say_why_and_end_nothing(tiered, model, text, tmp
     ("arguments", "message"),
     [
         (("--quantize", "int3"), "--quantize takes int4, none"),
+        (("--quantize", ","), "--quantize takes int4, none"),
         (("--experts", "4"), "--calibration"),
         (("--experts", "four"), "whole numbers"),
         (("--top-p", "much"), "--top-p takes numbers"),

@@ -36,12 +36,12 @@ def _numbers(name: str, text: str, kind: Callable[[str], Value], what: str) -> l
 
 
 def budgets(text: str | None, all_experts: int) -> list[int]:
-    """Bytes for experts, of sizes or shares: 2G,60%."""
+    """Bytes for experts, of sizes or shares: 2G,60%; 0 for all that they need: all."""
     result = []
-    for part in split(text or "0"):
+    for part in split(text or "all"):
         if part.endswith("%"):
             (share,) = floats("a budget", part[:-1])
             result.append(int(all_experts * share / 100))
         else:
-            result.append(parse_bytes(part))
+            result.append(0 if part == "all" else parse_bytes(part))
     return result

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tiered.quality.side import TextPlan
 
 CALIBRATION_TOKENS = 8192
+VERSION = 12  # letters of a digest
 AXES = "quantize", "experts", "top_k", "layer_k", "top_p", "min_weight", "expert_ram"
 Rows = list[dict[str, str]]
 
@@ -160,7 +161,7 @@ def make_plan(
 
 def digest(value: Any) -> str:
     """A short name of what all points have in common: other text or other options, other rows."""
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:VERSION]
 
 
 def grid(
@@ -172,7 +173,7 @@ def grid(
     from tiered.measuring.pareto import Point, expert_bytes
 
     precisions = split(axes["quantize"] or "")
-    for name in precisions:
+    for name in precisions or [""]:
         if name not in opt.QUANTIZATIONS:
             known = ", ".join(opt.QUANTIZATIONS)
             raise click.UsageError(f"--quantize takes {known}, separated by commas, not {name!r}")
@@ -193,7 +194,7 @@ def grid(
         floats("--top-p", axes["top_p"] or "1"),
         floats("--min-weight", axes["min_weight"] or "0"),
     )
-    memory = budgets((axes["expert_ram"] or "all").replace("all", "0"), whole)
+    memory = budgets(axes["expert_ram"], whole)
     named = {path for path, *_ in files} | set(tables)
     versions = {name: version(Path(name)) if name else "" for name in named}
     for (path, experts, pruned), quantize, (top_k, table, top_p, min_weight), ram in dict.fromkeys(
@@ -237,7 +238,8 @@ class Pruning:
     def path(self, point: Point) -> Path:
         if not point.pruned:
             return Path(point.model)
-        return self.folder / f"{point.experts}-{point.pruned.replace(' ', '-')}"
+        name = f"{point.experts} {point.pruned} {point.version[:VERSION]}"
+        return self.folder / name.replace(" ", "-")
 
     def problem(self, point: Point) -> str:
         """Why there is no checkpoint for the point; empty: there is."""
@@ -316,13 +318,13 @@ def show(rows: Rows, best: dict[str, list[int]]) -> None:
     from tiered.measuring.frontier_plot import describe
 
     on_frontier = {i for found in best.values() for i in found}
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "setting", "memory"):
-        table.add_column(title, no_wrap=True)
-    for title in ("tokens/s", "hits", "KL", "same token", "ratio"):
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("")
+    table.add_column("setting")
+    for title in ("memory", "tokens/s", "hits", "KL", "same", "ratio"):
         table.add_column(title, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
-        budget = int(row["expert_ram"])
+        budget, star = int(row["expert_ram"]), "*" if i in on_frontier else ""
         what = describe(row, rows), format_bytes(budget) if budget else "all"
         if row["problem"]:
             table.add_row("", *what, "-")
@@ -330,11 +332,11 @@ def show(rows: Rows, best: dict[str, list[int]]) -> None:
         numbers = "decode_tok_s", "hit_rate", "kl", "same_token", "ratio"
         speed, hits, kl, same, ratio = (float(row[name]) for name in numbers)
         table.add_row(
-            "*" if i in on_frontier else "", *what, f"{speed:.2f}", f"{hits:.1%}", f"{kl:.5f}",
-            f"{same:.1%}", f"{ratio:.4f}",
-        )  # fmt: skip
+            star, *what, f"{speed:.2f}", f"{hits:.1%}", f"{kl:.4f}", f"{same:.1%}", f"{ratio:.3f}"
+        )
     results.print(table)
-    results.print("*: nothing under this budget is both faster and nearer", style="dim")
+    words = "*: nothing under this budget is both faster and nearer; same: the likeliest token"
+    results.print(words, style="dim")
     for problem in dict.fromkeys(row["problem"] for row in rows if row["problem"]):
         names = dict.fromkeys(describe(row, rows) for row in rows if row["problem"] == problem)
         text = f"does not run: {', '.join(names)}: {problem}"

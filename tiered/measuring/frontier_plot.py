@@ -14,6 +14,7 @@ from tiered.memory import format_bytes
 Row = Mapping[str, str]
 # Where a label may stand beside its point: in steps of its own size, the nearest first.
 DIRECTIONS = (1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)
+NOTHING = 1e-5  # nats: what rounding makes of saved log-probabilities
 DISTANCES = 6, 14, 24, 36, 50, 66, 84  # points
 
 
@@ -82,10 +83,9 @@ def _budget(nbytes: str) -> str:
 def _dress(axes: Any, losses: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    some = [loss for loss in losses if loss > 0]
-    if some and min(losses) > 0:
-        axes.set_xscale("log")
-    elif some:  # 0 has a place, too: left of the least power of ten that there is
+    # A logarithm, but for what is as good as nothing: that is left of the least power of ten.
+    some = [loss for loss in losses if loss > NOTHING]
+    if some:
         axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(min(some))))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.set_xlabel("KL divergence from the weights as stored (nats per token); left is nearer")

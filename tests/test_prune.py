@@ -11,7 +11,14 @@ from tiered import Engine
 from tiered.backend import open_backend
 from tiered.config import EngineConfig
 from tiered.formats import CheckpointError, open_checkpoint
-from tiered.quality.importance import Meter, best_experts, leave_one_out, measure, random_scores
+from tiered.quality.importance import (
+    CRITERIA,
+    Meter,
+    best_experts,
+    leave_one_out,
+    random_scores,
+)
+from tiered.quality.layer_tap import read
 from tiered.tracing.trace import Routed, read_trace
 from tiered.weights.convert import convert
 from tiered.weights.prune import prune
@@ -114,16 +121,17 @@ def test_a_metered_engine_says_the_same(tmp_path):
 @pytest.mark.parametrize("model_type", ["mixtral", "olmoe"])
 def test_importance_is_what_the_trace_and_plain_sums_say(tmp_path, model_type, monkeypatch):
     outputs = []  # of every layer's experts, [num_tokens, top_k, hidden_size]
-    add = Meter._add
+    hear = Meter.hear
 
-    def keep(meter, out, weights):
-        outputs.append(out.copy())
-        add(meter, out, weights)
+    def keep(meter, heard):
+        outputs.append(heard.out.copy())
+        hear(meter, heard)
 
-    monkeypatch.setattr(Meter, "_add", keep)
+    monkeypatch.setattr(Meter, "hear", keep)
     model, file = source(tmp_path, model_type), tmp_path / "trace"
     with metered(model) as engine, engine.record(file):
-        scores = measure(engine, IDS, lambda done, total: None)
+        read(engine, IDS, lambda done, total: None)
+        scores = {name: criterion(engine.backend) for name, criterion in CRITERIA.items()}
     routings = [e.routing for e in read_trace(file).events if isinstance(e, Routed)]
     assert len(routings) == len(outputs) == 2
     for layer, (routing, out) in enumerate(zip(routings, outputs, strict=True)):

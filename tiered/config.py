@@ -297,6 +297,7 @@ class EngineConfig:
     vram: int | str | None = None  # what may be used of the GPU's memory; None: what is free
     # Rules for the routers' choices: see tiered.routing.
     expert_top_k: int | None = None
+    expert_layer_k: str | PathLike[str] | None = None  # a table: see tiered.layer_k
     expert_top_p: float = 1.0
     expert_min_weight: float = 0.0
     drop_cold: float = 0.0  # skip experts below this share of the largest weight, if on disk

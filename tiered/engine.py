@@ -487,8 +487,12 @@ class Engine:
         reads = sum(store.seconds for store in (self.store, self.copy) if store)
         stats.parts = {**parts, "python": python, "reads": reads}
         count(self.source, stats)
-        cold = self.decoder.rules and self.decoder.rules.cold
-        if cold:
+        rules = self.decoder.rules
+        if rules is not None:
+            stats.chosen_experts, stats.chosen_weight = rules.chosen, rules.chosen_weight
+            stats.dropped_experts, stats.dropped_weight = rules.dropped, rules.dropped_weight
+        if rules is not None and rules.cold is not None:
+            cold = rules.cold
             stats.skipped_experts, stats.skipped_weight = cold.skipped, cold.skipped_weight
             stats.routed_weight = cold.weight
         copy = self.cold_copy

@@ -8,7 +8,7 @@ token keeps, so that nobody who counts experts sees it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +16,14 @@ import numpy as np
 
 from tiered.config import EngineConfig, ModelConfig
 from tiered.experts import ExpertKey, Routing
+from tiered.layer_k import read_layer_k
 from tiered.tracing.trace import Pass, Routed, read_trace
 
 
 class Cut(NamedTuple):
     """Which experts a token keeps, rule by rule in this order; at least one."""
 
-    top_k: int | None = None  # the first so many
+    top_k: int | None = None  # the first so many; of layers with a number of their own, these
     top_p: float = 1.0  # of these the fewest that have this share of their weight
     min_weight: float = 0.0  # of these the ones with at least this times the largest weight
 
@@ -57,8 +58,8 @@ class Cold:
 class RoutingRules:
     """What is to be done with each choice of a model's routers.
 
-    `normalize`: the weights of what a token keeps add up to what all of them did, as in a model
-    whose router chooses fewer.
+    `layer_k`: experts that tokens keep at most, by layer. `normalize`: the weights of what a token
+    keeps add up to what all of them did, as in a model whose router chooses fewer.
     """
 
     def __init__(
@@ -67,11 +68,18 @@ class RoutingRules:
         normalize: bool,
         recorded: RecordedRouting | None = None,
         cold: Cold | None = None,
+        layer_k: Mapping[int, int] | None = None,
     ) -> None:
         self.cut = cut
+        self.cuts = {  # of the layers that differ
+            layer: cut._replace(top_k=min(top_k, cut.top_k or top_k))
+            for layer, top_k in (layer_k or {}).items()
+        }
         self.normalize = normalize
         self.recorded = recorded
         self.cold = cold
+        self.chosen = self.dropped = 0  # experts, token by token
+        self.chosen_weight = self.dropped_weight = 0.0
 
     def begin(self, num_tokens: int) -> None:
         """A forward pass of so many tokens begins."""
@@ -83,10 +91,21 @@ class RoutingRules:
         were in memory."""
         if self.recorded is not None:
             routing = self.recorded.layer(layer)
-        routing = cut_routing(routing, self.cut, self.normalize)
+        kept = kept_experts(routing.weights, self.cuts.get(layer, self.cut))
+        if not is_guess:
+            self._count(routing.weights, kept)
+        routing = keep(routing, kept, self.normalize)
         if self.cold is None or is_guess or len(routing.experts) > Cold.MOST_TOKENS:
             return routing
         return keep(routing, self.cold.kept(layer, routing), self.normalize)
+
+    def _count(self, weights: np.ndarray, kept: np.ndarray) -> None:
+        chosen = weights > 0
+        dropped = chosen & ~kept
+        self.chosen += int(chosen.sum())
+        self.chosen_weight += float(weights.sum())
+        self.dropped += int(dropped.sum())
+        self.dropped_weight += float(weights[dropped].sum())
 
 
 class RecordedRouting:
@@ -105,7 +124,7 @@ class RecordedRouting:
             raise ValueError(
                 f"{self.path}: forward pass {self._next + 1} of it has {found} tokens, but here "
                 f"come {num_tokens}: a recorded routing suits only the text, window and stride "
-                "that it was recorded with"
+                "(or prompt) that it was recorded with"
             )
         self._next += 1
 
@@ -119,7 +138,8 @@ def open_rules(
     """The rules that the user chose; None: the routers' choices stand. ValueError if they do not
     suit the model. `is_resident` says whether an expert is in memory."""
     cut = Cut(choices.expert_top_k, choices.expert_top_p, choices.expert_min_weight)
-    if cut == Cut() and choices.routing is None and not choices.drop_cold:
+    wanted = choices.routing, choices.expert_layer_k
+    if cut == Cut() and wanted == (None, None) and not choices.drop_cold:
         return None
     if not config.sparse_layers:
         raise ValueError("routing cannot be changed: this model is dense, it routes nothing")
@@ -129,7 +149,8 @@ def open_rules(
         )
     recorded = choices.routing and read_routing(Path(choices.routing), config)
     cold = Cold(choices.drop_cold, is_resident) if choices.drop_cold else None
-    return RoutingRules(cut, config.normalize_top_k, recorded or None, cold)
+    layer_k = choices.expert_layer_k and read_layer_k(Path(choices.expert_layer_k), config)
+    return RoutingRules(cut, config.normalize_top_k, recorded or None, cold, layer_k or None)
 
 
 def read_routing(path: Path, config: ModelConfig) -> RecordedRouting:

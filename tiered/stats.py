@@ -30,6 +30,10 @@ class EngineStats:
     copied_experts: int = 0  # read from the cold copy, token by token
     copied_weight: float = 0.0  # and what they had of the routing weights ...
     computed_weight: float = 0.0  # ... of all tokens that were written with a cold copy
+    chosen_experts: int = 0  # by the routers, token by token, where there are rules
+    chosen_weight: float = 0.0
+    dropped_experts: int = 0  # of these, by the rules (top_k, layer_k, top_p, min_weight)
+    dropped_weight: float = 0.0
     drafted: int = 0  # tokens computed ahead, by speculation
     drafted_right: int = 0
     # Of both: attention, router, experts, waiting (for reads) and head; "python" is what these took
@@ -53,6 +57,15 @@ class EngineStats:
     def bytes_per_token(self) -> float:
         """Read from disk, per new token, prefill included."""
         return self.bytes_read / max(1, self.new_tokens)
+
+    @property
+    def dropped_share(self) -> float:
+        """Of the experts that the routers chose, what rules took away."""
+        return self.dropped_experts / max(1, self.chosen_experts)
+
+    @property
+    def dropped_weight_share(self) -> float:
+        return self.dropped_weight / self.chosen_weight if self.chosen_weight else 0.0
 
     def __sub__(self, earlier: EngineStats) -> EngineStats:
         mine, theirs = asdict(self), asdict(earlier)

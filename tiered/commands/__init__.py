@@ -7,7 +7,8 @@ from pkgutil import iter_modules
 
 import click
 
-_SHARED = {"loading", "options", "output", "settings"}  # what commands have in common
+# What commands have in common.
+_SHARED = {"calibration", "lists", "loading", "options", "output", "settings"}
 
 
 def names() -> list[str]:

@@ -36,6 +36,7 @@ MOST_SHOWN = 5  # failed requests
 )
 @opt.prefill_chunk_option
 @opt.json_option
+@opt.routing_options
 @opt.engine_options
 def command(
     requests: Path,

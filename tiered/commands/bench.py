@@ -25,6 +25,7 @@ from tiered.commands.output import notes, print_json, results, steps_progress
     help="With --kernels: a roofline, as .png, .svg or .pdf.",
 )
 @opt.json_option
+@opt.routing_options_short
 @opt.engine_options
 def command(
     model: Path | None,
@@ -66,6 +67,11 @@ def command(
         results.print(
             f"hit rate {report['hit_rate']:.1%}, {report['bytes_per_token'] / 1e6:.1f} MB read "
             "from disk per token"
+        )
+    if report["dropped"]:
+        results.print(
+            f"rules drop {report['dropped']:.1%} of the experts, "
+            f"{report['dropped_weight']:.1%} of the weight"
         )
     if report["routed_weight"]:
         share = report["skipped_weight"] / report["routed_weight"]

@@ -19,6 +19,7 @@ HELP = "/new starts over · /stats tells what happened so far · /exit or Ctrl-D
 @opt.sampling_options
 @opt.option("--system", metavar="TEXT", help="A system message.")
 @opt.speculate_option
+@opt.routing_options
 @opt.engine_options
 def command(model: Path, system: str | None, **choices: Any) -> None:
     """Talk with MODEL. Each turn computes only what is new since the last."""

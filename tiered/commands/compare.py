@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tiered.commands import options as opt
 from tiered.commands.loading import open_engine
-from tiered.commands.output import give_json, notes, results, steps_progress
+from tiered.commands.output import give_json, notes, results, rules_report, steps_progress
 from tiered.commands.settings import parse_settings
 from tiered.memory import format_bytes
 from tiered.version import __version__
@@ -49,9 +49,10 @@ own_options = opt.several(
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path), required=False)
 @own_options
-@opt.window_options
+@opt.text_window_options
 @opt.json_file_option
-@opt.routing_options
+@opt.routing_options_short
+@opt.recorded_routing_option
 @opt.engine_options
 def command(
     a: Path,
@@ -72,7 +73,7 @@ def command(
     token is the same, both perplexities and their ratio, the experts that both routers chose, where
     greedy continuations part, and accuracy on tasks. Intervals are a confidence of 95 %.
     """
-    from tiered.quality.side import check_same_tokens
+    from tiered.quality.side import LiveSide, check_same_tokens
 
     names = opt.ENGINE_CHOICES + opt.ROUTING_CHOICES
     choices = opt.take(asked, names)
@@ -89,6 +90,9 @@ def command(
         second = open_side(stack, b or a, choices, own[1])
         check_same_tokens(first.facts, second.facts)
         report = run(first, second, make_plan([first, second], **asked))
+        for name, side in (("a", first), ("b", second)):
+            if isinstance(side, LiveSide):
+                report[name] |= rules_report(side.engine.stats)
     if give_json({"tiered": __version__, **report}, json_file):
         show(report)
 
@@ -205,6 +209,9 @@ def show(report: dict[str, Any]) -> None:
         side = report[name]
         settings = " ".join(f"{key}={value}" for key, value in side["settings"].items())
         results.print(f"{name.upper()}: {side['name']} {settings}".rstrip())
+        if "dropped" in side:
+            shares = f"{side['dropped']:.1%} of the experts, {side['dropped_weight']:.1%}"
+            results.print(f"   rules drop {shares} of the weight", style="dim")
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column()
     table.add_column(justify="right")

@@ -11,6 +11,8 @@ import click
 from tiered import policies
 from tiered.config import DEFAULT_POLICY
 
+QUANTIZATIONS = "int4", "none"
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -58,21 +60,21 @@ window_options = several(
            "Default: the context."),
     option("--stride", type=click.IntRange(1), help="Tokens from one window to the next. "
            "Default: half a window."),
-    option("--max-tokens", type=click.IntRange(2), help="Only so many tokens of the text."),
 )  # fmt: skip
 
-engine_options = several(
+text_window_options = several(
+    window_options,
+    option("--max-tokens", type=click.IntRange(2), help="Only so many tokens of the text."),
+)
+
+other_engine_options = several(
     option("--ram", metavar="SIZE", help="All the memory the process may hold, as 8G. "
            "Default: what is free, less a margin."),
-    option("--expert-ram", metavar="SIZE", help="Memory for experts alone, as 2G."),
     option("--threads", type=click.IntRange(1), help="Threads that compute. Default: all cores."),
     option("--policy", default=DEFAULT_POLICY, metavar="NAME",
            help=f"Eviction policy: {', '.join(policies.online())}; or FILE.py:CLASS."),
     option("--look-ahead", type=click.IntRange(0, 3), default=1,
            help="Layers ahead that experts are guessed and read; 0: off."),
-    option("--quantize", type=click.Choice(["int4", "none"]), default="int4",
-           help="How a checkpoint's weights are computed with: float experts as 4-bit integers, "
-           "or every weight as stored, in float32."),
     option("--context", type=click.IntRange(1), help="Tokens of context to keep memory for. "
            "Default: the model's own, at most 4096."),
     option("--kv-dtype", type=click.Choice(["f16", "int8", "f32"]), default="f16",
@@ -94,24 +96,51 @@ engine_options = several(
            "that this machine can run."),
 )  # fmt: skip
 
+engine_options = several(
+    option("--expert-ram", metavar="SIZE", help="Memory for experts alone, as 2G."),
+    option("--quantize", type=click.Choice(QUANTIZATIONS), default="int4",
+           help="How a checkpoint's weights are computed with: float experts as 4-bit integers, "
+           "or every weight as stored, in float32."),
+    other_engine_options,
+)  # fmt: skip
+
 ENGINE_CHOICES = (
     "ram", "expert_ram", "threads", "policy", "look_ahead", "quantize", "context", "kv_dtype",
     "readers", "drop_cold", "cold_copy", "cold_below", "device", "vram", "isa",
 )  # fmt: skip
 
-# The short names are those of sampling elsewhere, so the long ones are the settings' names.
-routing_options = several(
-    option("--expert-top-k", "--top-k", type=click.IntRange(1), metavar="N",
-           help="Experts per token; at most the model's own."),
-    option("--expert-top-p", "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0,
-           metavar="P", help="The fewest experts that have this share of the chosen ones' weight."),
-    option("--expert-min-weight", "--min-weight", type=click.FloatRange(0, 1), default=0.0,
-           metavar="R", help="Only experts with at least this times the best one's weight."),
-    option("--routing", metavar="TRACE", help="Experts and weights as a trace of the same text "
-           "has them: see `tiered ppl --record`."),
+
+def _routing_options(*short: str) -> Callable[[Command], Command]:
+    """Rules for the routers. `short` are names that mean sampling in commands that sample."""
+
+    def names(long: str) -> list[str]:
+        return [f"--expert-{long}", *(name for name in short if name == f"--{long}")]
+
+    return several(
+        option(*names("top-k"), type=click.IntRange(1), metavar="N",
+               help="Lossy: experts per token; at most the model's own."),
+        option("--expert-layer-k", "--layer-k", metavar="TABLE",
+               help="Lossy: experts per token by layer, from a table of `tiered layer-k`."),
+        option(*names("top-p"), type=click.FloatRange(0, 1, min_open=True), default=1.0,
+               metavar="P",
+               help="Lossy: the fewest experts that have this share of the chosen ones' weight."),
+        option("--expert-min-weight", "--min-weight", type=click.FloatRange(0, 1), default=0.0,
+               metavar="R",
+               help="Lossy: only experts with at least this times the best one's weight."),
+    )  # fmt: skip
+
+
+routing_options = _routing_options()
+routing_options_short = _routing_options("--top-k", "--top-p")
+
+recorded_routing_option = option(
+    "--routing", metavar="TRACE", help="Experts and weights as a trace of the same text has them: "
+    "see `tiered ppl --record` and `tiered trace`.",
 )  # fmt: skip
 
-ROUTING_CHOICES = "expert_top_k", "expert_top_p", "expert_min_weight", "routing"
+ROUTING_CHOICES = (
+    "expert_top_k", "expert_layer_k", "expert_top_p", "expert_min_weight", "routing",
+)  # fmt: skip
 
 speculate_option = option(
     "--speculate", type=click.Choice(["off", "lookup"]), default="off",

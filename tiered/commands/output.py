@@ -49,6 +49,8 @@ def stats_line(stats: EngineStats) -> str:
         parts.append(f"{format_bytes(round(stats.bytes_per_token))} read per token")
     if stats.prefetches:
         parts.append(f"{stats.prefetches_used} of {stats.prefetches} prefetches used")
+    if rules := rules_line(stats):
+        parts.append(rules)
     if stats.routed_weight:
         share = stats.skipped_weight / stats.routed_weight
         parts.append(f"{stats.skipped_experts} cold experts skipped, {share:.1%} of the weight")
@@ -58,6 +60,23 @@ def stats_line(stats: EngineStats) -> str:
     if stats.drafted:
         parts.append(f"{stats.drafted_right} of {stats.drafted} drafted tokens right")
     return " · ".join(parts)
+
+
+def rules_line(stats: EngineStats) -> str:
+    """What rules for the routers took away; empty without one."""
+    if not stats.dropped_experts:
+        return ""
+    return (
+        f"rules drop {stats.dropped_share:.1%} of the experts, "
+        f"{stats.dropped_weight_share:.1%} of the weight"
+    )
+
+
+def rules_report(stats: EngineStats) -> dict[str, float]:
+    """The same for JSON."""
+    if not stats.dropped_experts:
+        return {}
+    return {"dropped": stats.dropped_share, "dropped_weight": stats.dropped_weight_share}
 
 
 def bytes_progress() -> Progress:

@@ -10,7 +10,7 @@ import click
 
 from tiered.commands import options as opt
 from tiered.commands.loading import open_engine
-from tiered.commands.output import give_json, results, steps_progress
+from tiered.commands.output import give_json, results, rules_line, rules_report, steps_progress
 from tiered.version import __version__
 
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 @click.command("ppl")
 @opt.model_argument
 @opt.text_option
-@opt.window_options
+@opt.text_window_options
 @opt.option("--record", metavar="TRACE", type=click.Path(path_type=Path),
             help="Write the routing to a file, for --routing and `tiered replay`.")  # fmt: skip
 @opt.json_file_option
-@opt.routing_options
+@opt.routing_options_short
+@opt.recorded_routing_option
 @opt.engine_options
 def command(
     model: Path,
@@ -50,9 +51,10 @@ def command(
         if record is not None:
             stack.enter_context(engine.record(record))
         found = measure(engine, text, window, stride, max_tokens)
+        stats = engine.stats
     settings = {name: value for name, value in choices.items() if value is not None}
     about = {"tiered": __version__, "model": str(model), "text": str(text), "settings": settings}
-    report = {**about, **found.as_dict()}
+    report = {**about, **found.as_dict(), **rules_report(stats)}
     if give_json(report, json_file):
         low, high = report["perplexity_interval"]
         results.print(
@@ -64,6 +66,8 @@ def command(
             f"{found.mean_loss:.5f} nats a token",
             style="dim",
         )
+        if rules := rules_line(stats):
+            results.print(rules, style="dim")
 
 
 def measure(

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tiered.commands import options as opt
+from tiered.commands.calibration import hear_text, max_tokens_option
 from tiered.commands.output import bytes_progress, give_json, notes, steps_progress
 from tiered.memory import format_bytes
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tiered.config import ModelConfig
+    from tiered.quality.likeness import LikenessMeter
+    from tiered.weights.merge import Groups
 
-CRITERIA = "frequency", "reap", "loss", "random"
+NAMES = "frequency", "reap", "loss", "random"  # of criteria
 
 
 @click.command("prune")
@@ -24,12 +26,14 @@ CRITERIA = "frequency", "reap", "loss", "random"
 @click.argument("destination", type=click.Path(path_type=Path))
 @opt.option("--experts", type=click.IntRange(1), required=True, metavar="N",
             help="How many a layer keeps.")  # fmt: skip
-@opt.option("--criterion", type=click.Choice(CRITERIA), default="reap", help="What makes an expert "
+@opt.option("--criterion", type=click.Choice(NAMES), default="reap", help="What makes an expert "
             "important: how often it is chosen; the mean of its weight times its output's length; "
             "the layer's error without it; or nothing (random).")  # fmt: skip
+@opt.option("--merge", is_flag=True, help="Do not drop the other experts: each "
+            "becomes a part of the one that says what is nearest to what it says.")  # fmt: skip
 @opt.option("--text", metavar="FILE", type=click.Path(path_type=Path),
             help="The text that importance is measured on, in UTF-8.")  # fmt: skip
-@opt.option("--max-tokens", type=click.IntRange(2), default=8192, help="Of the text.")
+@max_tokens_option
 @opt.option("--seed", type=click.IntRange(0), default=0, help="For random.")
 @opt.json_file_option
 @opt.engine_options
@@ -38,6 +42,7 @@ def command(
     destination: Path,
     experts: int,
     criterion: str,
+    merge: bool,
     text: Path | None,
     max_tokens: int,
     seed: int,
@@ -47,65 +52,91 @@ def command(
     """Write the Hugging Face checkpoint SOURCE with fewer experts to the folder DESTINATION.
 
     Each layer keeps its N most important experts, by what they do on a text of the kind that the
-    model is meant for; routers are cut to match, everything else stays byte for byte. The result is
-    a checkpoint like any other. What it lost: `tiered compare SOURCE DESTINATION --text FILE`, on
-    another text.
+    model is meant for; routers are cut to match, everything else stays byte for byte. With --merge,
+    an expert that stays becomes the mean of itself and of those that went, neuron by neuron, each
+    counted as often as it was chosen. The result is a checkpoint like any other. What it lost:
+    `tiered compare SOURCE DESTINATION --text FILE`, on another text.
     """
-    from tiered.quality.importance import best_experts, random_scores
+    report = write_pruned(
+        source, destination, experts, criterion, merge, text, max_tokens, seed, choices
+    )
+    if give_json(report, json_file):
+        share = report["routed_share"]
+        routed = "" if share is None else f"; the text chose them in {share:.1%} of the cases"
+        notes.print(
+            f"wrote {destination}: {format_bytes(report['bytes'])}, {experts} of {report['of']} "
+            f"experts a layer by {criterion}{', the others merged into them' if merge else ''}"
+            f"{routed}"
+        )
+
+
+def write_pruned(
+    source: Path,
+    destination: Path,
+    experts: int,
+    criterion: str,
+    merge: bool,
+    text: Path | None,
+    max_tokens: int,
+    seed: int,
+    choices: dict[str, Any],
+) -> dict[str, Any]:
+    """Write `source` with fewer experts to `destination`, with bars for what takes long."""
+    from tiered.quality.importance import CRITERIA, Meter, best_experts, random_scores
+    from tiered.quality.likeness import LikenessMeter, tokens_at_once
     from tiered.weights.prune import check_prunable, prune
 
     config = check_prunable(source, destination, experts)
-    if criterion == "random":
-        scores, share = random_scores(config, seed), None
-    elif text is None:
-        raise click.UsageError(f"--criterion {criterion} needs a --text")
+    if text is None and (merge or criterion != "random"):
+        what = "--merge" if merge else f"--criterion {criterion}"
+        raise click.UsageError(f"{what} needs a --text")
+    meter: Meter | None = None
+    if text is not None:
+        kind = LikenessMeter if merge else Meter
+        if merge:
+            choices = {**choices, "prefill_chunk": tokens_at_once(config)}
+        meter = hear_text(source, lambda back: kind(back, config), text, max_tokens, choices)
+    if criterion == "random" or meter is None:
+        scores = random_scores(config, seed)
     else:
-        measured = measure(source, config, text, max_tokens, choices)
-        scores = measured[criterion]
-        share = kept_share(
-            measured["frequency"], best_experts(scores, config.sparse_layers, experts)
-        )
+        scores = CRITERIA[criterion](meter)
     kept = best_experts(scores, config.sparse_layers, experts)
+    groups = join(source, meter, kept) if isinstance(meter, LikenessMeter) else None
     with bytes_progress() as bar:
         task = bar.add_task("writing", total=None)
-        prune(source, destination, kept,
-              lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
+        prune(
+            source, destination, kept,
+            lambda done, total: bar.update(task, completed=done, total=total), groups,
+        )  # fmt: skip
+    share = None if meter is None else kept_share(meter.count, kept)
     size = sum(file.stat().st_size for file in destination.iterdir())
-    report = {
+    report: dict[str, Any] = {
         "destination": str(destination), "bytes": size, "criterion": criterion, "experts": experts,
-        "of": config.num_experts, "routed_share": share,
+        "of": config.num_experts, "routed_share": share, "merged": merge,
         "kept": {str(layer): chosen for layer, chosen in kept.items()},
     }  # fmt: skip
-    if give_json(report, json_file):
-        routed = "" if share is None else f"; the text chose them in {share:.1%} of the cases"
-        notes.print(
-            f"wrote {destination}: {format_bytes(size)}, {experts} of {config.num_experts} experts "
-            f"a layer by {criterion}{routed}"
-        )
+    if groups is not None:
+        report["groups"] = {
+            str(layer): {
+                str(kept): [member.expert for member in members[1:]]
+                for kept, members in experts_of.items()
+            }
+            for layer, experts_of in groups.items()
+        }
+    return report
 
 
-def measure(
-    source: Path, config: ModelConfig, text: Path, max_tokens: int, choices: dict[str, Any]
-) -> Any:
-    """Scores by criterion: float64 [num_layers, num_experts] each."""
-    if choices["device"] != "cpu":
-        raise click.UsageError("importance is measured on the CPU: leave --device out")
-    with notes.status(f"opening {source.name}"):
-        from tiered.backend import open_backend
-        from tiered.config import EngineConfig
-        from tiered.engine import Engine
-        from tiered.quality.importance import Meter
-        from tiered.quality.importance import measure as measure_importance
-        from tiered.quality.text import text_tokens
+def join(source: Path, meter: LikenessMeter, kept: dict[int, list[int]]) -> Groups:
+    """Which expert becomes a part of which, and in what order its neurons."""
+    from tiered.formats import open_checkpoint
+    from tiered.quality.likeness import nearest
+    from tiered.weights.merge import align
 
-        meter: Any = Meter(open_backend(EngineConfig(**choices)), config)
-        engine = Engine(source, backend=meter, **choices)
-    with engine, steps_progress() as bar:
-        ids = text_tokens(engine.tokenizer, text, max_tokens)
-        task = bar.add_task("windows", total=None)
-        return measure_importance(
-            engine, ids, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    groups = nearest(meter.distances, kept)
+    with open_checkpoint(source) as checkpoint, steps_progress() as bar:
+        task = bar.add_task("aligning experts", total=None)
+        return align(checkpoint, groups, meter.count,
+                     lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
 
 
 def kept_share(counts: np.ndarray, kept: dict[int, list[int]]) -> float:

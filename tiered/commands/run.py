@@ -22,6 +22,8 @@ from tiered.commands.output import notes, print_json, stats_line
 @opt.option("--system", metavar="TEXT", help="A system message for the chat template.")
 @opt.json_option
 @opt.speculate_option
+@opt.routing_options
+@opt.recorded_routing_option
 @opt.engine_options
 def command(
     model: Path, prompt: str | None, raw: bool, system: str | None, as_json: bool, **choices: Any

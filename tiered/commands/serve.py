@@ -60,6 +60,7 @@ from tiered.commands.output import notes
     default=30,
     help="Seconds that requests get to end after SIGTERM.",
 )
+@opt.routing_options
 @opt.engine_options
 def command(
     model: str,

@@ -10,12 +10,13 @@ import click
 from rich.table import Table
 
 from tiered.commands import options as opt
+from tiered.commands.lists import budgets, integers, sizes, split
 from tiered.commands.output import notes, print_json, results, steps_progress
 from tiered.commands.plan import describe, number
 from tiered.config import DEFAULT_POLICY
 from tiered.measuring import sweep as sweeps
 from tiered.measuring.results import ResultFile
-from tiered.memory import format_bytes, parse_bytes
+from tiered.memory import format_bytes
 from tiered.planning import hardware
 from tiered.planning.hardware import Hardware
 from tiered.planning.sizes import RECIPES, ModelSizes
@@ -93,7 +94,7 @@ def command(
     file = ResultFile(out, sweeps.COLUMNS, sweeps.NUM_KEYS)
     machines: dict[str, Hardware | None] = {"this machine": None}
     if not live:
-        machines = {name: hardware.find(name) for name in _split(gpu)}
+        machines = {name: hardware.find(name) for name in split(gpu)}
     wanted = _live_points(described, axes) if live else _points(axes)
     routing = "the model's own" if live else trace.name if trace else f"synthetic, {locality}"
     work = [
@@ -135,19 +136,19 @@ def _each_on_ray(function: Any, calls: list[Any]) -> Iterator[Any]:
 
 
 def _points(axes: dict[str, Any]) -> list[sweeps.Point]:
-    strategies = _split(axes["strategy"])
+    strategies = split(axes["strategy"])
     for name in strategies:
         if name not in STRATEGIES:
             raise click.UsageError(f"no strategy {name!r}; known: {', '.join(STRATEGIES)}")
     return list(
         sweeps.grid(
             strategy=strategies,
-            policy=_split(axes["policy"]),
-            look_ahead=_integers("--look-ahead", axes["look_ahead"]),
-            top_k=_integers("--top-k", axes["top_k"]),
-            context=_integers("--context", axes["context"]),
-            ram=_sizes(axes["ram"]),
-            vram=_sizes(axes["vram"]),
+            policy=split(axes["policy"]),
+            look_ahead=integers("--look-ahead", axes["look_ahead"]),
+            top_k=integers("--top-k", axes["top_k"]),
+            context=integers("--context", axes["context"]),
+            ram=sizes(axes["ram"]),
+            vram=sizes(axes["vram"]),
         )
     )
 
@@ -156,16 +157,12 @@ def _live_points(model: ModelSizes, axes: dict[str, Any]) -> list[sweeps.Point]:
     for name in ("vram", "ram"):
         if axes[name]:
             raise click.UsageError(f"--{name} is simulated; with --live give --expert-ram")
-    budgets = [
-        int(model.all_experts * float(text[:-1]) / 100) if text.endswith("%") else parse_bytes(text)
-        for text in _split(axes["expert_ram"] or "0")
-    ]
     return list(
         sweeps.grid(
-            policy=_split(axes["policy"]),
-            look_ahead=_integers("--look-ahead", axes["look_ahead"]),
-            context=_integers("--context", axes["context"]),
-            ram=budgets,
+            policy=split(axes["policy"]),
+            look_ahead=integers("--look-ahead", axes["look_ahead"]),
+            context=integers("--context", axes["context"]),
+            ram=budgets(axes["expert_ram"], model.all_experts),
         )
     )
 
@@ -251,18 +248,3 @@ def _show(rows: list[dict[str, str]], live: bool) -> None:
         )  # fmt: skip
     results.print(table)
     results.print("measured" if live else "simulated, not measured", style="dim")
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _sizes(text: str | None) -> list[int]:
-    return [parse_bytes(part) for part in _split(text)] if text else [0]
-
-
-def _integers(name: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in _split(text)]
-    except ValueError as error:
-        raise click.UsageError(f"{name} takes whole numbers, not {text!r}") from error

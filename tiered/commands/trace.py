@@ -24,6 +24,7 @@ from tiered.commands.output import notes, print_json, stats_line
 )
 @opt.option("--max-new-tokens", "-n", type=click.IntRange(1), default=128, help="Stop after these.")
 @opt.json_option
+@opt.routing_options_short
 @opt.engine_options
 def command(
     model: Path, prompt: str, output: Path, max_new_tokens: int, as_json: bool, **choices: Any

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from tiered.weights.dequantize import float32_to_bf16
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -37,7 +39,7 @@ class SafetensorsWriter:
         expected = self._left.pop()
         if (name, values.shape) != expected:
             raise AssertionError(f"{name} {values.shape} comes where {expected} should")
-        self._out.write((bf16(values) if values.ndim > 1 else values).data)
+        self._out.write((float32_to_bf16(values) if values.ndim > 1 else values).data)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -51,12 +53,6 @@ class SafetensorsWriter:
         self._out.close()
         if kind is None and self._left:
             raise AssertionError(f"{len(self._left)} tensors were not written")
-
-
-def bf16(values: np.ndarray) -> np.ndarray:
-    """The upper half of each float32, rounded to the nearest, ties to even: uint16."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def mixtral_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

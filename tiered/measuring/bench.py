@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tiered.engine import Engine
+from tiered.stats import EngineStats
 from tiered.version import __version__
 from tiered.weights.dense import dense_bytes, dense_format, matrix_bytes
 
 
-def weights_per_token(engine: Engine) -> int:
-    """Bytes of weights that one decoded token reads: dense ones and top_k experts a layer."""
+def weights_per_token(engine: Engine, dropped: float = 0.0) -> float:
+    """Bytes of weights that one decoded token reads: dense ones and top_k experts a layer, but for
+    the share that rules drop."""
     config, store = engine.config, engine.store
     dense = dense_bytes(engine.checkpoint, engine.choices.quantize)
     if "head" in engine.checkpoint.tensors:  # else the embedding is the head, and is read whole
         embedding = engine.checkpoint.tensors["embed"]
         dense -= matrix_bytes(dense_format(embedding, engine.choices.quantize), embedding.shape)
-    return dense + (config.top_k * sum(store.blob_bytes) if store else 0)
+    return dense + (1 - dropped) * (config.top_k * sum(store.blob_bytes) if store else 0)
+
+
+class Speed(NamedTuple):
+    """Medians over runs, and what was counted in all of them."""
+
+    prefill_tok_s: float
+    decode_tok_s: float
+    first_token: float  # seconds
+    stats: EngineStats
+
+
+def measure_speed(
+    engine: Engine, prompt: Sequence[int], answer: Sequence[int], runs: int = 1
+) -> Speed:
+    """Prefill `prompt` and decode `answer`, after a short warm-up, so many times."""
+    engine.score_tokens(prompt[:16], answer[:1])
+    before = engine.stats
+    each: list[EngineStats] = []
+    for _ in range(runs):
+        earlier = engine.stats
+        engine.score_tokens(prompt, answer)
+        each.append(engine.stats - earlier)
+    return Speed(
+        median(run.prefill_tok_s for run in each),
+        median(run.decode_tok_s for run in each),
+        median(run.prefill_seconds for run in each),
+        engine.stats - before,
+    )
 
 
 def bench_model(engine: Engine, prefill: int, decode: int, runs: int = 1) -> dict[str, Any]:
@@ -33,21 +64,11 @@ def bench_model(engine: Engine, prefill: int, decode: int, runs: int = 1) -> dic
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, engine.config.vocab_size, prefill).tolist()
     answer = rng.integers(0, engine.config.vocab_size, decode - 1).tolist()
-    engine.score_tokens(prompt[:16], answer[:1])
-    before = engine.stats
-    prefill_rates, decode_rates, first_token = [], [], []
-    for _ in range(runs):
-        earlier = engine.stats
-        engine.score_tokens(prompt, answer)
-        run = engine.stats - earlier
-        prefill_rates.append(run.prefill_tok_s)
-        decode_rates.append(run.decode_tok_s)
-        first_token.append(run.prefill_seconds)
-    stats = engine.stats - before
+    speed = measure_speed(engine, prompt, answer, runs)
+    stats = speed.stats
     threads = engine.backend.num_threads
     bandwidth = read_bandwidth(threads)
-    per_token = weights_per_token(engine)
-    decode_tok_s = median(decode_rates)
+    per_token = weights_per_token(engine, stats.dropped_share)
     return {
         "tiered": __version__,
         "model": str(engine.checkpoint.path),
@@ -56,15 +77,17 @@ def bench_model(engine: Engine, prefill: int, decode: int, runs: int = 1) -> dic
         "prefill": prefill,
         "decode": decode,
         "runs": runs,
-        "prefill_tok_s": median(prefill_rates),
-        "decode_tok_s": decode_tok_s,
-        "time_to_first_token": median(first_token),
+        "prefill_tok_s": speed.prefill_tok_s,
+        "decode_tok_s": speed.decode_tok_s,
+        "time_to_first_token": speed.first_token,
         "weights_gb_per_token": per_token / 1e9,
-        "decode_gb_s": per_token * decode_tok_s / 1e9,
+        "decode_gb_s": per_token * speed.decode_tok_s / 1e9,
         "bandwidth_gb_s": bandwidth / 1e9,
-        "of_bandwidth": per_token * decode_tok_s / bandwidth,
+        "of_bandwidth": per_token * speed.decode_tok_s / bandwidth,
         "hit_rate": stats.hit_rate,
         "misses": stats.misses,
+        "dropped": stats.dropped_share,
+        "dropped_weight": stats.dropped_weight_share,
         "skipped_experts": stats.skipped_experts,
         "skipped_weight": stats.skipped_weight,
         "routed_weight": stats.routed_weight,

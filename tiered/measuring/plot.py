@@ -28,7 +28,7 @@ def plot_sweep(
     if not done:
         raise ValueError("nothing to plot: no point of the sweep runs")
     axis = next((name for name in LABELS if len({row[name] for row in done}) > 1), "ram")
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     series = series_of(done, axis)
     for index, (name, points) in enumerate(series.items()):
         axes.plot(
@@ -39,7 +39,7 @@ def plot_sweep(
     speeds = [y for points in series.values() for _, y in points]
     _draw_roofs(axes, roofs, speeds)
     _dress(axes, axis, [x for points in series.values() for x, _ in points])
-    _title(figure, axes, title, note)
+    set_title(figure, axes, title, note)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=9, loc="best")
     figure.savefig(path)
@@ -48,7 +48,7 @@ def plot_sweep(
 def plot_kernels(report: dict[str, Any], path: Path) -> None:
     """Write the roofline of a kernel report: operations per second over operations per byte of
     weights, with all threads. Raises like `plot_sweep`."""
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     threads = max(row["threads"] for row in report["kernels"])
     rows = [row for row in report["kernels"] if row["threads"] == threads]
     bandwidth = next(row["bandwidth_gb_s"] for row in rows if "gb_s" in row)
@@ -77,11 +77,11 @@ def plot_kernels(report: dict[str, Any], path: Path) -> None:
         f"{threads} threads, {report['isa']}: {bandwidth:.1f} GB/s of read bandwidth, "
         f"{peak:.0f} billion byte operations per second"
     )
-    _title(figure, axes, "Kernels under this machine's roofs", note)
+    set_title(figure, axes, "Kernels under this machine's roofs", note)
     figure.savefig(path)
 
 
-def _new_figure() -> tuple[Any, Any]:
+def new_figure() -> tuple[Any, Any]:
     """A figure and its axes; RuntimeError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -93,7 +93,7 @@ def _new_figure() -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _title(figure: Any, axes: Any, title: str, note: str) -> None:
+def set_title(figure: Any, axes: Any, title: str, note: str) -> None:
     figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
     axes.set_title(note, loc="left", fontsize=9, color="#5b6770")
 

@@ -28,6 +28,11 @@ class ResultFile:
     def find(self, point: dict[str, Any]) -> dict[str, str]:
         return next(row for row in self.rows if self._key(row) == self._key(point))
 
+    def alike(self, point: dict[str, Any], but: str) -> list[dict[str, str]]:
+        """Rows of points that differ from `point` in the column `but`, if in anything."""
+        wanted = {**point, but: ""}
+        return [row for row in self.rows if self._key({**row, but: ""}) == self._key(wanted)]
+
     def append(self, row: dict[str, Any]) -> None:
         """Keep a row, also in the file."""
         text = {name: _text(row[name]) for name in self.columns}
@@ -49,7 +54,8 @@ class ResultFile:
             reader = csv.DictReader(file)
             if list(reader.fieldnames or []) != self.columns:
                 raise ValueError(
-                    f"{path} has other columns than this sweep; give another --out, or delete it"
+                    f"{path} has other columns than this command writes; give another --out, or "
+                    "delete it"
                 )
             rows = list(reader)
         whole = [row for row in rows if None not in row.values() and None not in row]

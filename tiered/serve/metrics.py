@@ -32,6 +32,8 @@ def exposition(service: Service) -> str:
     add("expert_bytes_read_total", "counter", stats.bytes_read)
     add("prefetches_total", "counter", stats.prefetches)
     add("prefetches_used_total", "counter", stats.prefetches_used)
+    add("experts_chosen_total", "counter", stats.chosen_experts)
+    add("experts_dropped_total", "counter", stats.dropped_experts)
     add("kv_cache_tokens", "gauge", engine.kv.num_pages * PAGE_SIZE)
     add("kv_cache_free_tokens", "gauge", engine.kv.free_tokens)
     for part, seconds in stats.parts.items():

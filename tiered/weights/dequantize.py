@@ -27,6 +27,12 @@ def bf16_to_float32(values: np.ndarray) -> np.ndarray:
     return (values.astype(np.uint32) << 16).view(np.float32)
 
 
+def float32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """The upper half of each float32, rounded to the nearest, ties to even: uint16."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
 def scales(data: np.ndarray, format: str) -> np.ndarray:
     """The scales of all blocks, float16 [num_blocks, 1 or 2]; of floats, the values. (mxfp4's are
     powers of two, as float32.)"""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tiered import models
 from tiered.checkpoints.checkpoint import CheckpointError, Tensor
@@ -17,33 +13,16 @@ from tiered.checkpoints.json_file import read_json
 from tiered.config import ModelConfig
 from tiered.formats import open_checkpoint
 from tiered.formats import safetensors as hugging_face
-from tiered.weights.convert import MARGIN, TOKENIZER_FILES
+from tiered.weights.pieces import Piece, Progress, whole, write_checkpoint
 
-PIECE = 16 << 20  # bytes copied at once
 # How config.json spells it.
 COUNTS = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"
 
 Kept = Mapping[int, Sequence[int]]  # by layer: the experts that stay, in ascending order
-Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
 # Canonical names whose first axis counts experts.
-_OF_EXPERTS = re.compile(r"\.(experts\.\*.*|experts_bias.*|router(_bias|_correction|_scales)?)$")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-
-
-class Piece(NamedTuple):
-    """A tensor of the new checkpoint: `ranges` of (offset, nbytes) in a file of the old one."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    ranges: list[tuple[int, int]]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(nbytes for _, nbytes in self.ranges)
+OF_EXPERTS = re.compile(r"\.(experts\.\*.*|experts_bias.*|router(_bias|_correction|_scales)?)$")
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def check_prunable(source: Path, destination: Path, num_experts: int) -> ModelConfig:
@@ -71,69 +50,51 @@ def check_prunable(source: Path, destination: Path, num_experts: int) -> ModelCo
 
 def prune(source: Path, destination: Path, kept: Kept, progress: Progress | None = None) -> Path:
     """Write `source` with the experts `kept` (as many in each layer) to the new folder
-    `destination`; tensors keep their bytes.
-
-    The folder gets its name when it is complete and opens. What is interrupted is removed; should
-    even that fail, it has no config.json and does not open.
+    `destination`; tensors keep their bytes. What is interrupted never opens.
     """
     num_experts = len(next(iter(kept.values())))
     config = check_prunable(source, destination, num_experts)
     files = {
-        file.name: list(_pieces(file, source, config, kept))
+        file.name: list(pruned_pieces(file, source, config, kept))
         for file in hugging_face.weight_files(source)
     }
-    parent = destination.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    total = sum(piece.nbytes for pieces in files.values() for piece in pieces)
-    _check_space(parent, total)
-    unfinished = parent / f".{destination.name}-{os.getpid()}"
-    unfinished.mkdir()
-    try:
-        done = 0
-        for name, pieces in files.items():
-            for nbytes in write_tensors(unfinished / name, pieces):
-                done += nbytes
-                if progress is not None:
-                    progress(done, total)
-        _write_rest(source, unfinished, files, num_experts)
-        open_checkpoint(unfinished).close()
-        unfinished.rename(destination)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    return destination
+    return write_checkpoint(source, destination, files, with_experts(source, num_experts), progress)
 
 
-def _pieces(file: Path, source: Path, config: ModelConfig, kept: Kept) -> Iterator[Piece]:
+def with_experts(source: Path, num_experts: int) -> dict[str, Any]:
+    """The source's config.json with another number of experts."""
+    values = read_json(source / "config.json")
+    for part in (values, values.get("text_config", {})):
+        part |= {name: num_experts for name in COUNTS if name in part}
+    return values
+
+
+def pruned_pieces(file: Path, source: Path, config: ModelConfig, kept: Kept) -> Iterator[Piece]:
+    """What of a file of `source` a checkpoint with the experts `kept` has."""
     names = models.find(config.model_type, source / "config.json").HF_NAMES
     for tensor in hugging_face.read_header(file):
-        pattern = names.get(_NUMBER.sub("{}", tensor.name))
-        numbers = list(map(int, _NUMBER.findall(tensor.name)))
+        pattern = names.get(NUMBER.sub("{}", tensor.name))
+        numbers = list(map(int, NUMBER.findall(tensor.name)))
         if pattern is None:
             if re.search(r"expert|router|\.gate\.", tensor.name):
                 raise CheckpointError(f"{file}: no rule says how to cut tensor {tensor.name!r}")
-            yield _whole(tensor, tensor.name)
+            yield whole(tensor, tensor.name)
         elif pattern.startswith("layers.") and numbers[0] >= config.num_layers:
             continue  # only drafts tokens, with experts that nobody measured
         elif ".experts.{}." in pattern:
             layer, expert = numbers
             if expert in kept[layer]:
-                yield _whole(tensor, _renumbered(tensor.name, kept[layer].index(expert)))
-        elif _OF_EXPERTS.search(pattern):
+                yield whole(tensor, _renumbered(tensor.name, kept[layer].index(expert)))
+        elif OF_EXPERTS.search(pattern):
             yield _rows(tensor, kept[numbers[0]], config.num_experts)
         else:
-            yield _whole(tensor, tensor.name)
+            yield whole(tensor, tensor.name)
 
 
 def _renumbered(name: str, expert: int) -> str:
     """The name with another number for the expert, the last of its numbers."""
-    number = list(_NUMBER.finditer(name))[-1]
+    number = list(NUMBER.finditer(name))[-1]
     return f"{name[: number.start()]}{expert}{name[number.end() :]}"
-
-
-def _whole(tensor: Tensor, name: str) -> Piece:
-    dtype = _DTYPES.get(tensor.format, tensor.format)
-    return Piece(name, dtype, tensor.shape, tensor.file, [(tensor.offset, tensor.nbytes)])
 
 
 def _rows(tensor: Tensor, experts: Sequence[int], num_experts: int) -> Piece:
@@ -147,60 +108,4 @@ def _rows(tensor: Tensor, experts: Sequence[int], num_experts: int) -> Piece:
     step = tensor.nbytes // num_experts
     ranges = [(tensor.offset + expert * step, step) for expert in experts]
     shape = (*tensor.shape[:ones], len(experts), *tensor.shape[ones + 1 :])
-    return _whole(tensor, tensor.name)._replace(shape=shape, ranges=ranges)
-
-
-def write_tensors(target: Path, pieces: Sequence[Piece]) -> Iterator[int]:
-    """Write a safetensors file; yields how many bytes were copied, as it goes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for piece in pieces:
-        end = at + piece.nbytes
-        header[piece.name] = dict(dtype=piece.dtype, shape=piece.shape, data_offsets=[at, end])
-        at = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 64)
-    with target.open("xb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for piece in pieces:
-            with piece.file.open("rb") as file:
-                for offset, nbytes in piece.ranges:
-                    file.seek(offset)
-                    yield from _copy(file, out, nbytes)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _copy(file: Any, out: Any, nbytes: int) -> Iterator[int]:
-    while nbytes:
-        data = file.read(min(PIECE, nbytes))
-        if not data:
-            raise OSError(f"{file.name}: the file became shorter while it was read")
-        out.write(data)
-        nbytes -= len(data)
-        yield len(data)
-
-
-def _write_rest(
-    source: Path, folder: Path, files: Mapping[str, Sequence[Piece]], num_experts: int
-) -> None:
-    """The index, the tokenizer and, last, config.json: without it the folder does not open."""
-    if (source / hugging_face.INDEX).exists():
-        weight_map = {piece.name: name for name, pieces in files.items() for piece in pieces}
-        total = sum(piece.nbytes for pieces in files.values() for piece in pieces)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / hugging_face.INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if name != "config.json" and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    values = read_json(source / "config.json")
-    for part in (values, values.get("text_config", {})):
-        part |= {name: num_experts for name in COUNTS if name in part}
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_space(folder: Path, total: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < total + MARGIN:
-        reason = f"{total + MARGIN} bytes are needed, but only {free} are free"
-        raise OSError(errno.ENOSPC, reason, str(folder))
+    return whole(tensor, tensor.name)._replace(shape=shape, ranges=ranges)

@@ -25,26 +25,34 @@ OF_EXPERTS = re.compile(r"\.(experts\.\*.*|experts_bias.*|router(_bias|_correcti
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def check_prunable(source: Path, destination: Path, num_experts: int) -> ModelConfig:
-    """The source's facts. ValueError or FileExistsError if it cannot be pruned so."""
+def check_sparse(source: Path, destination: Path, doing: str) -> ModelConfig:
+    """The facts of `source`, whose experts are to be `doing` (pruned, ...). ValueError if it is
+    not a Hugging Face folder with experts, FileExistsError if there is a destination already."""
     if destination.exists():
         raise FileExistsError(f"{destination} exists already; delete it or choose another name")
     if source.exists() and not hugging_face.matches(source):
         raise ValueError(
             f"{source} is no Hugging Face folder (config.json and *.safetensors): only those can "
-            "be pruned; prune the model's original checkpoint"
+            f"be {doing}; give the model's original checkpoint"
         )
     with open_checkpoint(source) as checkpoint:
-        config = checkpoint.config
-        if not config.sparse_layers:
+        if not checkpoint.config.sparse_layers:
             raise ValueError(f"{source} is a dense model: it has no experts")
-        if not config.top_k <= num_experts < config.num_experts:
-            raise ValueError(
-                f"{source} has {config.num_experts} experts, {config.top_k} per token: --experts "
-                f"must be {config.top_k} to {config.num_experts - 1}, not {num_experts}"
-            )
-        if checkpoint.metadata.get("n_group", 1) not in (1, None):
-            raise ValueError(f"{source} routes within groups of experts, which cannot be cut")
+        return checkpoint.config
+
+
+def check_prunable(
+    source: Path, destination: Path, num_experts: int, doing: str = "pruned"
+) -> ModelConfig:
+    """The source's facts. ValueError or FileExistsError if it cannot be pruned so."""
+    config = check_sparse(source, destination, doing)
+    if not config.top_k <= num_experts < config.num_experts:
+        raise ValueError(
+            f"{source} has {config.num_experts} experts, {config.top_k} per token: --experts "
+            f"must be {config.top_k} to {config.num_experts - 1}, not {num_experts}"
+        )
+    if read_json(source / "config.json").get("n_group", 1) not in (1, None):
+        raise ValueError(f"{source} routes within groups of experts, which cannot be cut")
     return config
 
 

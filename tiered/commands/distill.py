@@ -29,6 +29,16 @@ from tiered.memory import format_bytes
 @opt.option("--batch", type=click.IntRange(1), default=128, help="Tokens of a training step.")
 @opt.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=5e-4,
             help="AdamW's, at its highest.")  # fmt: skip
+@opt.option(
+    "--logits-steps",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="After the "
+    "layers: steps that train all of them together to say what the teacher says next.",
+)
+@opt.option("--logits-learning-rate", type=click.FloatRange(0, min_open=True), default=1e-4,
+            help="AdamW's in these.")  # fmt: skip
 @opt.option("--seed", type=click.IntRange(0), default=0, help="For the order of tokens.")
 @opt.option("--train-on", default="cpu", metavar="NAME",
             help="torch's device: cpu, or cuda (experimental: not yet run on one).")  # fmt: skip
@@ -52,6 +62,8 @@ def command(
     epochs: int,
     batch: int,
     learning_rate: float,
+    logits_steps: int,
+    logits_learning_rate: float,
     seed: int,
     train_on: str,
     **choices: Any,
@@ -60,8 +72,9 @@ def command(
 
     SOURCE is a Hugging Face checkpoint, and so is what is written to DESTINATION. On a text of the
     kind that the model is meant for, each layer is trained apart, from the best pruned or merged
-    experts on, to give the same output for the same input; an eighth of the text is held out, and a
-    layer that training makes no better there stays what it began as. A run that was stopped goes on
+    experts on, to give the same output for the same input; an eighth of the text is held out, and
+    a layer that training makes no better there stays what it began as. With --logits-steps, all
+    layers are then trained together by what the whole model says. A run that was stopped goes on
     with --resume. What was lost: `tiered compare SOURCE DESTINATION --text FILE`, on another text.
 
     Needs torch: pip install 'tiered[distill]'.
@@ -88,7 +101,9 @@ def command(
     from tiered.text.tokenizer import load_tokenizer
 
     ids = text_tokens(load_tokenizer(source), text, max_tokens)
-    recipe = distilling.Recipe(epochs, batch, learning_rate, seed, train_on)
+    recipe = distilling.Recipe(
+        epochs, batch, learning_rate, seed, train_on, logits_steps, logits_learning_rate
+    )
     order = distilling.Order(source, destination, target, ids, recipe, choices, resume)
     with steps_progress() as bar:
         tasks: dict[str, Any] = {}
@@ -136,7 +151,11 @@ def summary(report: dict[str, Any], destination: Path) -> str:
         what = f"a feed-forward of {report['ffn_size']} neurons"
     else:
         what = f"{report['experts']} experts"
-    return (
+    text = (
         f"wrote {destination}: {format_bytes(report['bytes'])}, {what} a layer; held-out error of "
         f"their outputs {before:.2%} before training, {after:.2%} after"
     )
+    if logits := report["logits"]:
+        text += f"; then KL {logits['before']:.4f} before training by logits, "
+        text += f"{logits['after']:.4f} after"
+    return text

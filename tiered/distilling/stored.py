@@ -48,10 +48,13 @@ def _dense_tensors(checkpoint: Checkpoint, target: Target, layer: int, pool: Poo
         names[f"layers.{{}}.ffn.{part}"].format(layer): getattr(pool, part)[0].to(kind)
         for part in PARTS
     }
-    prefix, hidden = f"layers.{layer}.", target.teacher.hidden_size
-    if prefix + "q_bias" in checkpoint.tensors and prefix + "o_bias" not in checkpoint.tensors:
-        # Where attention has biases at all, transformers wants this one, too.
-        found[names["layers.{}.o_bias"].format(layer)] = torch.zeros(hidden, dtype=kind)
+    # Where attention has biases at all, transformers wants one of the output, too: in all layers.
+    others = range(target.teacher.num_layers) if layer == target.layers[0] else ()
+    for each in {layer, *(n for n in others if not target.teacher.is_sparse(n))}:
+        prefix = f"layers.{each}."
+        if prefix + "q_bias" in checkpoint.tensors and prefix + "o_bias" not in checkpoint.tensors:
+            name = names["layers.{}.o_bias"].format(each)
+            found[name] = torch.zeros(target.teacher.hidden_size, dtype=kind)
     return found
 
 

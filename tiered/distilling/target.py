@@ -109,17 +109,18 @@ def _class_name(model_type: str) -> str:
 
 
 def _ffn_size(source: Path, teacher: ModelConfig, chosen: int | None) -> int:
+    most = teacher.num_experts * teacher.expert_size + teacher.shared_expert_size
     if teacher.dense_layers:  # which stay: all layers have one width
         if chosen not in (None, teacher.ffn_size):
             raise ValueError(
                 f"{source} has dense layers already, whose width all must have: --ffn-size "
                 f"{teacher.ffn_size}, not {chosen}"
             )
-        return teacher.ffn_size
-    most = teacher.num_experts * teacher.expert_size + teacher.shared_expert_size
+        chosen = teacher.ffn_size
     if chosen is not None and chosen > most:
         raise ValueError(
-            f"--ffn-size {chosen} is more than all experts of {source} together have: {most}"
+            f"a feed-forward of {chosen} neurons (--ffn-size) is more than all experts of {source} "
+            f"together have: {most}"
         )
     return chosen or min(most, teacher.top_k * teacher.expert_size + teacher.shared_expert_size)
 

@@ -26,6 +26,8 @@ class Recipe(NamedTuple):
     learning_rate: float
     seed: int
     device: str = "cpu"
+    logits_steps: int = 0  # after that, of all layers together
+    logits_learning_rate: float = 1e-4
 
 
 class Epoch(NamedTuple):

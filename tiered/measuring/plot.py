@@ -83,9 +83,20 @@ def plot_kernels(report: dict[str, Any], path: Path) -> None:
 
 def plot_distillation(report: dict[str, Any], path: Path, name: str) -> None:
     """Write a picture of how the layers' held-out errors fell, epoch by epoch, and of each layer's
-    before and after. Raises like `plot_sweep`."""
-    figure, falling = _new_figure(1, 2)
-    ends = figure.add_subplot(1, 2, 2, sharey=falling)
+    before and after; and, if it was trained by logits, of the divergence. Raises like
+    `plot_sweep`."""
+    logits = report["logits"]
+    columns = 3 if logits else 2
+    figure, falling = _new_figure(1, columns)
+    ends = figure.add_subplot(1, columns, 2, sharey=falling)
+    if logits:
+        figure.set_size_inches(12.4, 5.2)
+        last = figure.add_subplot(1, columns, 3)
+        last.plot(logits["steps"], logits["held_out"], color=COLORS[2], marker="^", markersize=4)
+        last.set_xlabel("steps by logits")
+        last.set_ylabel("held-out KL divergence (nats)")
+        last.set_ylim(bottom=0)
+        last.grid(axis="y", color="#e3e7ea", linewidth=0.8)
     layers = {int(layer): found for layer, found in report["layers"].items()}
     starts = {layer: found["beginnings"][found["beginning"]] for layer, found in layers.items()}
     colors = _by_depth(figure, falling, layers)

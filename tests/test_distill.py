@@ -19,7 +19,7 @@ import torch
 from tiered import Engine
 from tiered.backend import open_backend
 from tiered.config import EngineConfig
-from tiered.distilling.beginnings import concatenated, merged, pools
+from tiered.distilling.beginnings import concatenated, join, merged, pools
 from tiered.distilling.decoder import Decoder
 from tiered.distilling.logits import choose_texts
 from tiered.distilling.pool import Pool, feed_forward, load_pool, load_shared, run_pool
@@ -153,18 +153,44 @@ def test_a_shared_expert_is_part_of_the_feed_forward(config):
     check_close(run_pool(h, student, config), expected)
 
 
-def test_merged_experts_say_what_all_of_them_did(config):
-    """Two pairs of twins, whose rows of the router are twins, too: one of each pair is enough."""
-    a, b, h = alike(2, config), alike(2, config, seed=1), torch.randn(300, 16)
-    teacher = Pool(*(torch.cat(parts) for parts in zip(a[:4], b[:4], strict=True)))
-    teacher = teacher._replace(router=teacher.router[[0, 0, 2, 2]])
-    student = merged(teacher, h, config, [0, 2])
-    assert len(student.gate) == 2
-    for place, expert in enumerate((0, 2)):
-        ours, theirs = student.take([place]), teacher.take([expert])
-        assert torch.equal(ours.gate, theirs.gate) and torch.equal(ours.up, theirs.up)
-    before = run_pool(h, teacher.take([0, 2]), config)
-    assert run_pool(h, student, config).shape == before.shape
+def test_join_keeps_the_neurons_that_add_the_most():
+    """Against plain sums, one neuron at a time; neurons 3 and 7 are the same."""
+    random = np.random.default_rng(0)
+    gate, up, down = random.standard_normal((3, 10, 6)).astype(np.float32)
+    for part in (gate, up, down):
+        part[7] = part[3]
+    h = random.standard_normal((50, 6)).astype(np.float32)
+    weights = random.random((50, 10)).astype(np.float32)
+    heard = random.random(50).astype(np.float32)
+    added, scales = np.zeros(10), np.ones(10)
+    for n in range(10):
+        z = h @ gate[n]
+        active = z / (1 + np.exp(-z)) * (h @ up[n])
+        was = active * (weights[:, 3] + weights[:, 7] if n == 3 else weights[:, n])
+        will = active * heard
+        added[n] = (was**2).sum() * (down[n] ** 2).sum()
+        scales[n] = was @ will / (will @ will)
+    added[7] = 0  # all of it counts for the first of the two
+    kept = np.sort(np.argsort(-added)[:5])
+    got = join(*map(torch.from_numpy, (h, gate, up, down, weights, heard)), 5)
+    assert np.array_equal(got[0].numpy(), gate[kept])
+    assert np.array_equal(got[1].numpy(), up[kept])
+    assert got[2].numpy() == pytest.approx((down[kept] * scales[kept, None]).T, rel=1e-4)
+
+
+def test_merged_experts_are_made_of_those_that_join_them(config):
+    parts = [alike(1, config, seed) for seed in range(4)]
+    teacher = Pool(*(torch.cat(matrices) for matrices in zip(*(p[:4] for p in parts), strict=True)))
+    near = torch.tensor([0.99, 1.01]).repeat_interleave(16).reshape(2, 16)
+    teacher = teacher._replace(
+        router=torch.cat([teacher.router[:1] * near, teacher.router[1:2], -teacher.router[:1]])
+    )
+    student = merged(teacher, torch.randn(300, 16), config, [0, 3])  # 1 is most like 0
+    rows = {row.numpy().tobytes() for expert in (0, 1) for row in teacher.gate[expert]}
+    assert all(row.numpy().tobytes() in rows for row in student.gate[0])
+    assert not torch.equal(student.gate[0], teacher.gate[0])
+    alone = merged(teacher, torch.randn(300, 16), config, [0, 1, 2, 3])
+    assert all(torch.equal(a, b) for a, b in zip(alone[:4], teacher[:4], strict=True))
 
 
 def test_beginnings_are_the_criteria_and_a_merger(config):
@@ -612,7 +638,7 @@ def test_a_dense_student_is_trained_by_logits(tiered, tmp_path, text):
     before, after = source(tmp_path, "qwen2_moe"), tmp_path / "after"
     status, _, err = distill(
         tiered, before, after, text, "--dense", "--logits-steps", 8, "--context", 64,
-        "--logits-learning-rate", 1e-3,
+        "--logits-learning-rate", 3e-4, "--epochs", 0,
     )  # fmt: skip
     assert status == 0, err
     report = report_of(after)["logits"]

@@ -17,7 +17,9 @@ ALLOWED = {
     ("tiered/backend.py", "gpu_backend"),  # the one place that opens a GPU
     ("tiered/transformers.py", "torch"),  # another library's decoder, whose experts we compute:
     ("tiered/transformers.py", "transformers"),  # nothing of ours imports this file
+    ("tiered/commands/distill.py", "torch"),  # says what to install where it is missing
 }
+TRAINING = "tiered/distilling/"  # needs gradients, so torch; nothing that runs a model imports it
 
 
 def imported(file):
@@ -33,6 +35,8 @@ def test_arrows(package):
     for file in (ROOT / package).rglob("*.py"):
         name = file.relative_to(ROOT).as_posix()
         wrong = {m for m in imported(file) if m in FORBIDDEN[package] and (name, m) not in ALLOWED}
+        if name.startswith(TRAINING):
+            wrong -= {"torch"}
         assert not wrong, f"{name} must not import {', '.join(sorted(wrong))}"
 
 
@@ -54,3 +58,10 @@ def test_nothing_of_ours_imports_the_hook_into_transformers():
             for alias in node.names
         }
         assert not [name for name in names if name.startswith("tiered.transformers")], file
+
+
+def test_only_its_command_imports_the_training():
+    for file in (ROOT / "tiered").rglob("*.py"):
+        name = file.relative_to(ROOT).as_posix()
+        if not name.startswith((TRAINING, "tiered/commands/distill.py")):
+            assert "tiered.distilling" not in file.read_text(), file

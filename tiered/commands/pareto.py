@@ -21,6 +21,7 @@ from tiered.version import __version__
 
 if TYPE_CHECKING:
     from tiered.measuring.pareto import Lab, Point
+    from tiered.measuring.plot import check_plot
     from tiered.measuring.results import ResultFile
     from tiered.quality.saved import SavedSide
     from tiered.quality.side import TextPlan
@@ -100,8 +101,12 @@ def command(
 
     also, criterion, merge = (asked.pop(name) for name in ("also", "criterion", "merge"))
     axes = opt.take(asked, AXES)
-    if asked["drop_cold"]:
-        raise click.UsageError("what --drop-cold costs depends on memory: it cannot be priced here")
+    for name in ("drop_cold", "cold_copy"):
+        if asked[name]:
+            option = "--" + name.replace("_", "-")
+            raise click.UsageError(f"what {option} costs depends on memory: it has no price here")
+    if plot is not None:
+        check_plot(plot)
     context = window and max(window, prefill + decode)
     choices = {**asked, "context": asked["context"] or context}
     pruning = Pruning(model, out, calibration, criterion, merge, choices)

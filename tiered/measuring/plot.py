@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,69 @@ def plot_kernels(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def new_figure() -> tuple[Any, Any]:
-    """A figure and its axes; RuntimeError without matplotlib."""
+def plot_distillation(report: dict[str, Any], path: Path, name: str) -> None:
+    """Write a picture of how the layers' held-out errors fell, epoch by epoch, and of each layer's
+    before and after; and, if it was trained by logits, of the divergence. Raises like
+    `plot_sweep`."""
+    logits = report["logits"]
+    columns = 3 if logits else 2
+    figure, falling = new_figure(1, columns)
+    ends = figure.add_subplot(1, columns, 2, sharey=falling)
+    if logits:
+        figure.set_size_inches(12.4, 5.2)
+        last = figure.add_subplot(1, columns, 3)
+        last.plot(logits["steps"], logits["held_out"], color=COLORS[2], marker="^", markersize=4)
+        last.set_xlabel("steps by logits")
+        last.set_ylabel("held-out KL divergence (nats)")
+        last.set_ylim(bottom=0)
+        last.grid(axis="y", color="#e3e7ea", linewidth=0.8)
+    layers = {int(layer): found for layer, found in report["layers"].items()}
+    starts = {layer: found["beginnings"][found["beginning"]] for layer, found in layers.items()}
+    colors = _by_depth(figure, falling, layers)
+    for layer, found in layers.items():
+        errors = [starts[layer], *(epoch["held_out"] for epoch in found["epochs"])]
+        falling.plot(range(len(errors)), errors, color=colors.to_rgba(layer), linewidth=1.2)
+    falling.set_xlabel("epochs")
+    before, after = list(starts.values()), [found["error"] for found in layers.values()]
+    for label, values, color, marker in (
+        ("before training", before, COLORS[1], "o"), ("after", after, COLORS[0], "s")
+    ):  # fmt: skip
+        ends.plot(list(layers), values, label=label, color=color, marker=marker, markersize=4)
+    ends.set_xlabel("layer")
+    ends.legend(frameon=False, fontsize=9)
+    for axes in (falling, ends):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_yscale("log")
+        axes.grid(axis="y", color="#e3e7ea", linewidth=0.8)
+        axes.set_axisbelow(True)
+    falling.set_ylabel("held-out error (1: saying nothing)")
+    made = f"{report['experts']} experts" if report["experts"] else "one feed-forward"
+    note = f"{report['tokens']} tokens of text, an eighth held out"
+    set_title(figure, falling, f"{name}, distilled into {made} a layer", note)
+    figure.savefig(path)
+
+
+def _by_depth(figure: Any, axes: Any, layers: Collection[int]) -> Any:
+    """A colour for each layer, and the bar that tells which."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    colors = ScalarMappable(Normalize(min(layers), max(max(layers), 1)), "viridis")
+    bar = figure.colorbar(colors, ax=axes, label="layer")
+    bar.locator.set_params(integer=True)
+    return colors
+
+
+def check_plot(path: Path) -> None:
+    """Before a long run: RuntimeError without matplotlib, ValueError for another kind of file."""
+    figure, _ = new_figure()
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in known:
+        raise ValueError(f"--plot {path}: a picture is .png, .svg or .pdf")
+
+
+def new_figure(rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure and its (first) axes; RuntimeError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -90,7 +151,7 @@ def new_figure() -> tuple[Any, Any]:
         raise RuntimeError("a plot needs matplotlib: pip install 'tiered[plot]'") from error
     figure = Figure(figsize=(8.6, 5.2), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.add_subplot(rows, columns, 1)
 
 
 def set_title(figure: Any, axes: Any, title: str, note: str) -> None:

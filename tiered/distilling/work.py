@@ -1,0 +1,101 @@
+"""The work folder: what a distillation has done so far, beside its destination, so that one that
+was stopped goes on. It has no config.json and never opens as a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tiered.checkpoints.json_file import read_json
+from tiered.formats import safetensors as hugging_face
+from tiered.quality.importance import Scores
+
+SETTINGS = "settings.json"
+SCORES = "scores.npz"
+
+
+def work_path(destination: Path) -> Path:
+    return destination.with_name(destination.name + ".distilling")
+
+
+class WorkFolder:
+    """Opens DESTINATION.distilling, or goes on with it.
+
+    `settings` are all that the result depends on. Raises FileExistsError if there is one and
+    `resume` was not asked for, ValueError if it was begun with other settings.
+    """
+
+    def __init__(self, destination: Path, settings: Mapping[str, Any], resume: bool) -> None:
+        self.path = work_path(destination)
+        self.samples = self.path / "samples"
+        self.layers = self.path / "layers"
+        self.logits = self.path / "logits"
+        plain = json.loads(json.dumps(settings))
+        if self.path.exists():
+            self._check(plain, resume)
+        else:
+            self.path.mkdir(parents=True)
+            _write(self.path / SETTINGS, json.dumps(plain, indent=2).encode())
+        for folder in (self.samples, self.layers, self.logits):
+            folder.mkdir(exist_ok=True)
+
+    def _check(self, settings: dict[str, Any], resume: bool) -> None:
+        if not resume:
+            raise FileExistsError(
+                f"{self.path} has a distillation that was not finished: --resume goes on with it; "
+                "or delete it"
+            )
+        if not (self.path / SETTINGS).exists():  # stopped before it did anything
+            _write(self.path / SETTINGS, json.dumps(settings, indent=2).encode())
+            return
+        begun = read_json(self.path / SETTINGS)
+        others = [name for name, value in settings.items() if begun.get(name) != value]
+        if others:
+            raise ValueError(
+                f"{self.path} was begun with another {' and '.join(others)}: give the same "
+                "command, or delete it"
+            )
+
+    def layer_file(self, layer: int) -> Path:
+        return self.layers / f"{layer:03}.safetensors"
+
+    @property
+    def scores(self) -> Mapping[str, Scores] | None:
+        """By criterion; None until all samples are there."""
+        file = self.path / SCORES
+        if not file.exists():
+            return None
+        with np.load(file) as values:
+            return dict(values)
+
+    def keep_scores(self, scores: Mapping[str, Scores]) -> None:
+        """The samples are complete."""
+        partial = self.path / f"partial-{SCORES}"
+        np.savez(partial, **dict(scores))  # type: ignore[arg-type]
+        os.replace(partial, self.path / SCORES)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path)
+
+
+def _write(file: Path, data: bytes) -> None:
+    partial = file.with_name(file.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, file)
+
+
+def stamp(source: Path) -> list[list[Any]]:
+    """What tells whether the source is still the same: names, sizes and times of its weights."""
+    stats = [(file.name, file.stat()) for file in hugging_face.weight_files(source)]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def digest(ids: Sequence[int]) -> str:
+    return hashlib.sha256(np.asarray(ids, np.int64).tobytes()).hexdigest()

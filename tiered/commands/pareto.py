@@ -21,7 +21,6 @@ from tiered.version import __version__
 
 if TYPE_CHECKING:
     from tiered.measuring.pareto import Lab, Point
-    from tiered.measuring.plot import check_plot
     from tiered.measuring.results import ResultFile
     from tiered.quality.saved import SavedSide
     from tiered.quality.side import TextPlan
@@ -97,6 +96,7 @@ def command(
     reason, and ends nothing.
     """
     from tiered.measuring.pareto import COLUMNS, NUM_KEYS, Lab, frontiers, key
+    from tiered.measuring.plot import check_plot
     from tiered.measuring.results import ResultFile
 
     also, criterion, merge = (asked.pop(name) for name in ("also", "criterion", "merge"))

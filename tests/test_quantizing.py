@@ -467,18 +467,17 @@ def test_what_was_interrupted_goes_on(tmp_path, name, method, what, number):
             assert np.array_equal(one.data(tensor), other.data(tensor)), tensor
 
 
-def test_what_something_else_left_is_begun_anew(tmp_path):
+def test_what_something_else_left_is_kept(tmp_path):
     before, after = source(tmp_path), tmp_path / "after"
     with pytest.raises(KeyboardInterrupt):
         quantize(before, after, Recipe(method="rtn"), IDS, Stop("rounding", 1))
+    with pytest.raises(ValueError, match="begun with another format: give the same command"):
+        quantize(before, after, Recipe(method="rtn", format="q5_0"), IDS)
+    with pytest.raises(ValueError, match="begun with another text"):
+        quantize(before, after, Recipe(method="rtn"), IDS[::-1])
     rest = Stop()
-    quantize(before, after, Recipe(method="rtn", format="q5_0"), IDS, rest)
-    assert rest.layers == [0, 1]
-    with pytest.raises(KeyboardInterrupt):
-        quantize(before, tmp_path / "b", Recipe(**FAST), IDS, Stop("rounding", 1))
-    rest = Stop()
-    quantize(before, tmp_path / "b", Recipe(**FAST), IDS[::-1], rest)
-    assert rest.layers == [0, 1]
+    quantize(before, after, Recipe(method="rtn", threads=2), IDS, rest)
+    assert rest.layers == [1]
 
 
 @pytest.fixture

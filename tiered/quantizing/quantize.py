@@ -216,7 +216,7 @@ def facts(checkpoint: Checkpoint, recipe: Recipe, ids: Sequence[int]) -> dict[st
     """All that the result depends on, in JSON's types."""
     choices = {name: value for name, value in asdict(recipe).items() if name != "threads"}
     tokens = hashlib.sha256(np.array(ids, np.int64).tobytes()).hexdigest()
-    made = dict(version=__version__, files=identity(checkpoint), recipe=choices, tokens=tokens)
+    made = {"version": __version__, "source": identity(checkpoint), **choices, "text": tokens}
     found: dict[str, Any] = json.loads(json.dumps(made))
     return found
 

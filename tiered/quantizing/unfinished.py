@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tiered.checkpoints.checkpoint import Checkpoint
+from tiered.checkpoints.json_file import read_json
 from tiered.quantizing.rewritten import Rewritten
 from tiered.quantizing.walk import States
 
@@ -19,20 +20,21 @@ STATE = "state.json"
 
 class Unfinished:
     """A hidden folder beside the destination, with the rounded experts and, in `state`, how far
-    it is. `facts` say what is being made: one that was left by something else is begun anew."""
+    it is. `facts` say what is being made; ValueError if it was begun with others."""
 
     def __init__(self, destination: Path, facts: dict[str, Any]) -> None:
         self.folder = destination.absolute().parent / f".{destination.name}.quantizing"
         self.state: dict[str, Any] = {"facts": facts, "layers": 0, "few": 0, "rewritten": []}
-        try:
-            found = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {}
-        if found.get("facts") == facts:
-            self.state = found
-        else:
-            self.remove()
-            self.folder.mkdir(parents=True)
+        if (self.folder / STATE).exists():
+            self.state = read_json(self.folder / STATE)
+            begun = self.state["facts"]
+            others = [name for name, value in facts.items() if begun.get(name) != value]
+            if others:
+                raise ValueError(
+                    f"{self.folder} was begun with another {' and '.join(others)}: give the same "
+                    "command, or delete it"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, **state: Any) -> None:
         self.state |= state

@@ -13,7 +13,7 @@ from tiered import Engine
 from tiered.experts import ExpertKey, Routing, group_by_expert, group_kept
 from tiered.quality.perplexity import measure_perplexity
 from tiered.routing import Cold, Cut, RoutingRules, cut_routing
-from tiered.tracing.trace import Fetched, Routed, TraceInfo, TraceWriter, read_trace
+from tiered.tracing.trace import PREFILL, Fetched, Routed, TraceInfo, TraceWriter, read_trace
 
 IDS = np.random.default_rng(0).integers(3, 300, 60).tolist()
 RULES = [
@@ -264,6 +264,70 @@ def test_a_damaged_trace_is_refused(model, tmp_path, experts, weights):
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match="no whole forward pass"):
         Engine(model, routing=file)
+
+
+# --- a table of routes ---
+
+
+def table(path, **layers):
+    path.write_text(json.dumps({"routing": {name[1:]: route for name, route in layers.items()}}))
+    return path
+
+
+def test_a_table_is_a_trace_that_always_says_the_same(model, tmp_path):
+    routes = {0: ([5, 2], [0.75, 0.25]), 1: ([1], [1.0])}
+    with TraceWriter(tmp_path / "a.trace", TraceInfo("x", 8, 2, (1, 1))) as writer:
+        writer.begin(PREFILL)
+        for layer, (experts, weights) in routes.items():
+            routing = Routing(
+                np.tile(np.array(experts, np.int32), (9, 1)),
+                np.tile(np.array(weights, np.float32), (9, 1)),
+            )
+            writer.record(layer, np.arange(9), routing)
+    file = table(
+        tmp_path / "a.json",
+        l0={"experts": [5, 2], "weights": [0.75, 0.25]},
+        l1={"experts": [1]},  # equal shares of 1
+    )
+    with (
+        Engine(model, threads=2, routing=tmp_path / "a.trace") as recorded,
+        Engine(model, threads=1, routing=file) as fixed,
+    ):
+        assert recorded.is_of_one_text and not fixed.is_of_one_text
+        assert np.array_equal(recorded.logits(IDS[:9]), fixed.logits(IDS[:9]))
+        assert len(list(fixed.generate_tokens(IDS[:9], 5))) == 5
+
+
+def test_layers_that_a_table_does_not_name_route_as_ever(model, tmp_path):
+    with Engine(model, threads=2) as engine, engine.record(tmp_path / "own"):
+        engine.logits(IDS[:9])
+    file = table(tmp_path / "a.json", l1={"experts": [6, 0], "weights": [0.5, 0.5]})
+    with Engine(model, threads=2, routing=file) as engine, engine.record(tmp_path / "fixed"):
+        engine.logits(IDS[:9])
+    own, fixed = (
+        {e.layer: e.routing for e in read_trace(tmp_path / n).events if isinstance(e, Routed)}
+        for n in ("own", "fixed")
+    )
+    assert np.array_equal(own[0].experts, fixed[0].experts)
+    assert (fixed[1].experts == [6, 0]).all() and (own[1].experts[:, :2] != [6, 0]).any()
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({}, "neither a trace nor a table"),
+        ({"l7": {"experts": [0]}}, "no experts in a layer '7'"),
+        ({"l0": {"experts": []}}, "1 to 4 different experts"),
+        ({"l0": {"experts": [1, 1]}}, "1 to 4 different experts"),
+        ({"l0": {"experts": [8]}}, "numbered 0 to 7"),
+        ({"l0": [1]}, "1 to 4 different experts"),
+        ({"l0": {"experts": [1, 2], "weights": [1]}}, "a weight above 0 for each"),
+        ({"l0": {"experts": [1], "weights": [float("nan")]}}, "a weight above 0 for each"),
+    ],
+)
+def test_tables_that_make_no_sense_are_refused(model, tmp_path, layers, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(model, routing=table(tmp_path / "a.json", **layers))
 
 
 # --- the commands ---

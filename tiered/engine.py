@@ -149,6 +149,12 @@ class Engine:
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
 
+    @property
+    def is_of_one_text(self) -> bool:
+        """Whether the routing was recorded from a text, and suits no other."""
+        rules = self.decoder.rules
+        return rules is not None and rules.given is not None and rules.given.is_of_one_text
+
     def _is_resident(self, key: ExpertKey) -> bool:
         return not isinstance(self.source, TieredExperts) or key in self.source.tier
 

@@ -1,7 +1,7 @@
 """Routing rules: what becomes of the router's choice before anything is fetched or computed.
 
 A rule takes experts away from a token, because they have little weight or would have to be read
-from disk for it, or puts a recorded choice in the place of the router's.
+from disk for it, or puts a given choice in the place of the router's.
 What is taken away is neither fetched nor computed: its weight is 0, and it names an expert that the
 token keeps, so that nobody who counts experts sees it.
 """
@@ -16,8 +16,8 @@ import numpy as np
 
 from tiered.config import EngineConfig, ModelConfig
 from tiered.experts import ExpertKey, Routing
+from tiered.given_routing import GivenRouting, read_routing
 from tiered.layer_k import read_layer_k
-from tiered.tracing.trace import Pass, Routed, read_trace
 
 
 class Cut(NamedTuple):
@@ -66,7 +66,7 @@ class RoutingRules:
         self,
         cut: Cut,
         normalize: bool,
-        recorded: RecordedRouting | None = None,
+        given: GivenRouting | None = None,
         cold: Cold | None = None,
         layer_k: Mapping[int, int] | None = None,
     ) -> None:
@@ -76,21 +76,21 @@ class RoutingRules:
             for layer, top_k in (layer_k or {}).items()
         }
         self.normalize = normalize
-        self.recorded = recorded
+        self.given = given
         self.cold = cold
         self.chosen = self.dropped = 0  # experts, token by token
         self.chosen_weight = self.dropped_weight = 0.0
 
     def begin(self, num_tokens: int) -> None:
         """A forward pass of so many tokens begins."""
-        if self.recorded is not None:
-            self.recorded.begin(num_tokens)
+        if self.given is not None:
+            self.given.begin(num_tokens)
 
     def apply(self, layer: int, routing: Routing, is_guess: bool = False) -> Routing:
         """What the layer uses instead of `routing`; of a guess, what it would use if all experts
         were in memory."""
-        if self.recorded is not None:
-            routing = self.recorded.layer(layer)
+        if self.given is not None:
+            routing = self.given.layer(layer) or routing
         kept = kept_experts(routing.weights, self.cuts.get(layer, self.cut))
         if not is_guess:
             self._count(routing.weights, kept)
@@ -108,30 +108,6 @@ class RoutingRules:
         self.dropped_weight += float(weights[dropped].sum())
 
 
-class RecordedRouting:
-    """The routing of a trace, forward pass by forward pass."""
-
-    def __init__(self, path: Path, passes: list[dict[int, Routing]]) -> None:
-        self.path = path
-        self.passes = passes
-        self._next = 0
-
-    def begin(self, num_tokens: int) -> None:
-        """Go to the next pass. ValueError if it was recorded from something else."""
-        recorded = self.passes[self._next] if self._next < len(self.passes) else {}
-        found = len(next(iter(recorded.values())).experts) if recorded else 0
-        if found != num_tokens:
-            raise ValueError(
-                f"{self.path}: forward pass {self._next + 1} of it has {found} tokens, but here "
-                f"come {num_tokens}: a recorded routing suits only the text, window and stride "
-                "(or prompt) that it was recorded with"
-            )
-        self._next += 1
-
-    def layer(self, layer: int) -> Routing:
-        return self.passes[self._next - 1][layer]
-
-
 def open_rules(
     choices: EngineConfig, config: ModelConfig, is_resident: Callable[[ExpertKey], bool]
 ) -> RoutingRules | None:
@@ -147,42 +123,10 @@ def open_rules(
         raise ValueError(
             f"expert_top_k is {cut.top_k}, but this model's routers choose {config.top_k}"
         )
-    recorded = choices.routing and read_routing(Path(choices.routing), config)
+    given = choices.routing and read_routing(Path(choices.routing), config)
     cold = Cold(choices.drop_cold, is_resident) if choices.drop_cold else None
     layer_k = choices.expert_layer_k and read_layer_k(Path(choices.expert_layer_k), config)
-    return RoutingRules(cut, config.normalize_top_k, recorded or None, cold, layer_k or None)
-
-
-def read_routing(path: Path, config: ModelConfig) -> RecordedRouting:
-    """The passes of a trace. ValueError if it is damaged or was recorded from another model."""
-    passes: list[dict[int, Routing]] = []
-    for event in read_trace(path).events:
-        if isinstance(event, Pass):
-            passes.append({})
-        elif isinstance(event, Routed) and passes:
-            passes[-1][event.layer] = event.routing
-    layers = config.sparse_layers
-    if passes and len(passes[-1]) < len(layers):
-        passes.pop()  # it ended in the middle of it
-    for recorded in passes:
-        if sorted(recorded) != layers or not all(
-            _is_sound(routing, config.num_experts) for routing in recorded.values()
-        ):
-            raise ValueError(f"{path} was recorded from another model, or is damaged")
-    if not passes:
-        raise ValueError(f"{path} has no whole forward pass: record one with tiered ppl --record")
-    return RecordedRouting(path, passes)
-
-
-def _is_sound(routing: Routing, num_experts: int) -> bool:
-    """Whether every token has weights that are numbers, and no expert twice."""
-    experts, weights = routing
-    if experts.size == 0 or not (np.isfinite(weights) & (weights >= 0)).all():
-        return False
-    used = np.where(weights > 0, experts, -1 - np.arange(experts.shape[1]))  # unused: all distinct
-    used.sort(axis=1)
-    distinct = (np.diff(used, axis=1) > 0).all()
-    return bool(distinct and experts.max() < num_experts and (weights.sum(axis=1) > 0).all())
+    return RoutingRules(cut, config.normalize_top_k, given or None, cold, layer_k or None)
 
 
 def cut_routing(routing: Routing, cut: Cut, normalize: bool) -> Routing:

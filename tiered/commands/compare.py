@@ -52,7 +52,7 @@ own_options = opt.several(
 @opt.text_window_options
 @opt.json_file_option
 @opt.routing_options_short
-@opt.recorded_routing_option
+@opt.given_routing_option
 @opt.engine_options
 def command(
     a: Path,
@@ -153,7 +153,7 @@ def make_plan(
         plan = TextPlan(ids, size, step, prompt, count, to_do)
     else:
         raise click.UsageError("give a --text")
-    if any(engine.choices.routing for engine in engines):
+    if any(engine.is_of_one_text for engine in engines):
         if generate or to_do:
             raise click.UsageError(
                 "a recorded routing is one of the text: it does not suit --generate or --tasks"

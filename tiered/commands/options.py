@@ -133,9 +133,9 @@ def _routing_options(*short: str) -> Callable[[Command], Command]:
 routing_options = _routing_options()
 routing_options_short = _routing_options("--top-k", "--top-p")
 
-recorded_routing_option = option(
-    "--routing", metavar="TRACE", help="Experts and weights as a trace of the same text has them: "
-    "see `tiered ppl --record` and `tiered trace`.",
+given_routing_option = option(
+    "--routing", metavar="FILE", help="Experts and weights as a trace of the same text has them "
+    "(see `tiered ppl --record` and `tiered trace`), or a table in JSON, the same for all tokens.",
 )  # fmt: skip
 
 ROUTING_CHOICES = (

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
             help="Write the routing to a file, for --routing and `tiered replay`.")  # fmt: skip
 @opt.json_file_option
 @opt.routing_options_short
-@opt.recorded_routing_option
+@opt.given_routing_option
 @opt.engine_options
 def command(
     model: Path,

@@ -23,7 +23,7 @@ from tiered.commands.output import notes, print_json, stats_line
 @opt.json_option
 @opt.speculate_option
 @opt.routing_options
-@opt.recorded_routing_option
+@opt.given_routing_option
 @opt.engine_options
 def command(
     model: Path, prompt: str | None, raw: bool, system: str | None, as_json: bool, **choices: Any

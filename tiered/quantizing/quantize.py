@@ -102,11 +102,11 @@ def quantize(
             check_gguf(original)
         windows = [ids[i : i + recipe.window] for i in range(0, len(ids), recipe.window)]
         windows = [window for window in windows if len(window) > 1]
+        # The experts are written twice: next to the result, and into it.
+        check_space(destination, 2 * most_bytes(config, recipe))
         unfinished = Unfinished(destination, facts(original, recipe, ids))
         with Rewritten(original, unfinished.folder) as checkpoint:
             result = choose_formats(original, recipe, windows, unfinished, report)
-            # The experts are written twice: next to the result, and into it.
-            check_space(destination, 2 * total_bytes(config, result.formats))
             round_all(checkpoint, recipe, windows, result, unfinished, report)
 
             def written(done: int, total: int) -> None:
@@ -135,6 +135,8 @@ def check_quantizable(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -
                 f"{path}: rows of {' and '.join(map(str, sizes))} values are no whole number of "
                 f"{name} blocks ({FORMATS[name].block_size} values each)"
             )
+    if recipe.bits is not None:
+        candidate_formats(checkpoint, recipe)
     if not recipe.uses_text:
         return
     needed = FEWEST_PER_EXPERT * config.num_experts // config.top_k
@@ -206,6 +208,13 @@ def num_weights(config: ModelConfig) -> int:
 
 def budget(config: ModelConfig, bits: float) -> int:
     return int(num_weights(config) * bits / 8)
+
+
+def most_bytes(config: ModelConfig, recipe: Recipe) -> int:
+    """That all experts together may take."""
+    if recipe.bits is not None:
+        return budget(config, recipe.bits)
+    return total_bytes(config, dict.fromkeys(config.sparse_layers, (recipe.format,) * 3))
 
 
 def total_bytes(config: ModelConfig, formats: dict[int, Formats]) -> int:

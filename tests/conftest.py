@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import signal
 import threading
 
 import pytest
@@ -8,6 +9,11 @@ import pytest
 from tiered import cli
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# Shells start background jobs with SIGINT ignored, and so would be what tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -61,7 +61,8 @@ def command(
     DESTINATION ends in .gguf, else as a store.
 
     Other large float matrices get 8 bits; router, norms and embeddings stay. Each layer is
-    calibrated with what the quantized layers before it make of the text. What it costs:
+    calibrated with what the quantized layers before it make of the text. A run that was stopped
+    goes on when it is given again. What it costs:
     `tiered compare SOURCE DESTINATION --a quantize=none --text FILE`, on another text.
     """
     from tiered.backend import default_threads

@@ -100,8 +100,8 @@ def quantize(
         as_gguf = destination.suffix == ".gguf"
         if as_gguf:
             check_gguf(original)
-        windows = [ids[i : i + recipe.window] for i in range(0, len(ids), recipe.window)]
-        windows = [window for window in windows if len(window) > 1]
+        size = min(recipe.window, config.context_length)
+        windows = [ids[i : i + size] for i in range(0, len(ids), size)]
         # The experts are written twice: next to the result, and into it.
         check_space(destination, 2 * most_bytes(config, recipe))
         unfinished = Unfinished(destination, facts(original, recipe, ids))

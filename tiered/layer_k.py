@@ -8,13 +8,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tiered.checkpoints.json_file import read_json
 from tiered.config import ModelConfig
+from tiered.weights.resume import write_whole
 
 OF = "hidden_size", "num_experts", "top_k"  # facts that a model and its table have in common
 
@@ -25,12 +25,7 @@ def write_layer_k(
     """Write a table, which has its name only when it is complete. `about` is kept beside it."""
     of = {name: getattr(config, name) for name in OF}
     table = {"of": of, **about, "layer_k": {str(layer): k for layer, k in layer_k.items()}}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, (json.dumps(table, indent=1) + "\n").encode())
 
 
 def read_layer_k(path: Path, config: ModelConfig) -> dict[int, int]:

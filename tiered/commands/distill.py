@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from tiered.commands import options as opt
-from tiered.commands.output import give_json, notes, steps_progress
+from tiered.commands.output import give_json, notes, show_steps, steps_progress
 from tiered.memory import format_bytes
 
 
@@ -106,14 +106,7 @@ def command(
     )
     order = distilling.Order(source, destination, target, ids, recipe, choices, resume)
     with steps_progress() as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(doing: str, done: int, total: int) -> None:
-            if doing not in tasks:
-                tasks[doing] = bar.add_task(doing, total=total)
-            bar.update(tasks[doing], completed=done, total=total)
-
-        report = distilling.distill(order, show)
+        report = distilling.distill(order, show_steps(bar))
     size = sum(file.stat().st_size for file in destination.iterdir())
     about = {"destination": str(destination), "bytes": size, "experts": experts,
              "ffn_size": target.student.ffn_size if dense else None}  # fmt: skip

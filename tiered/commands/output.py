@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -90,6 +92,18 @@ def bytes_progress() -> Progress:
         console=notes,
         transient=True,
     )
+
+
+def show_steps(bar: Progress) -> Callable[[str, int, int], None]:
+    """What shows steps done, of how many, of what is being done: a line each, as they come."""
+    tasks: dict[str, TaskID] = {}
+
+    def show(doing: str, done: int, total: int) -> None:
+        if doing not in tasks:
+            tasks[doing] = bar.add_task(doing, total=total)
+        bar.update(tasks[doing], completed=done, total=total)
+
+    return show
 
 
 def steps_progress() -> Progress:

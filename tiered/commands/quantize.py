@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tiered.commands import lists
 from tiered.commands import options as opt
-from tiered.commands.output import give_json, notes, steps_progress
+from tiered.commands.output import give_json, notes, show_steps, steps_progress
 from tiered.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ METHODS = "gptq", "awq", "weighted", "rtn"
 
 
 def names(_context: Any, _parameter: Any, value: str | None) -> tuple[str, ...]:
-    return tuple(name.strip().lower() for name in value.split(",")) if value else ()
+    return tuple(lists.split(value.lower())) if value else ()
 
 
 def lower(_context: Any, _parameter: Any, value: str) -> str:
@@ -77,14 +78,7 @@ def command(
         raise click.UsageError(f"{why} needs a --text")
     ids = read_ids(source, text, max_tokens) if recipe.uses_text and text is not None else []
     with steps_progress() as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        result = quantize(source, destination, recipe, ids, progress)
+        result = quantize(source, destination, recipe, ids, show_steps(bar))
     if give_json(report(destination, recipe, result, len(ids)), json_file):
         notes.print(summary(destination, recipe, result))
 

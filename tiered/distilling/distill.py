@@ -33,14 +33,16 @@ from tiered.distilling.stored import (
 )
 from tiered.distilling.target import Target
 from tiered.distilling.training import Recipe, split, train
-from tiered.distilling.work import WorkFolder, digest, stamp, work_path
+from tiered.distilling.work import WorkFolder, work_path
 from tiered.engine import DEFAULT_CONTEXT, Engine
 from tiered.formats import open_checkpoint
+from tiered.formats import safetensors as hugging_face
 from tiered.quality.importance import Scores
 from tiered.quality.layer_tap import WINDOW
 from tiered.quality.windows import cut
 from tiered.weights.convert import check_space
 from tiered.weights.pieces import write_checkpoint
+from tiered.weights.resume import stamps, token_digest
 
 HEARD = "quantize", "context", "kv_dtype"  # choices that change what a teacher says
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -70,9 +72,9 @@ def distill(order: Order, progress: Progress) -> dict[str, Any]:
         check_decoder(target.teacher)
         _texts(order, len(ids))
     settings = {
-        "source": [str(source.resolve()), stamp(source)],
+        "source": stamps(hugging_face.weight_files(source)),
         "target": target.config_json,
-        "text": digest(ids),
+        "text": token_digest(ids),
         "recipe": order.recipe._asdict(),
         "teacher": {name: order.choices.get(name) for name in HEARD},
     }

@@ -3,19 +3,18 @@ was stopped goes on. It has no config.json and never opens as a model."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tiered.checkpoints.json_file import read_json
-from tiered.formats import safetensors as hugging_face
 from tiered.quality.importance import Scores
+from tiered.weights.resume import as_json, check_same, write_whole
 
 SETTINGS = "settings.json"
 SCORES = "scores.npz"
@@ -37,12 +36,12 @@ class WorkFolder:
         self.samples = self.path / "samples"
         self.layers = self.path / "layers"
         self.logits = self.path / "logits"
-        plain = json.loads(json.dumps(settings))
+        plain = as_json(settings)
         if self.path.exists():
             self._check(plain, resume)
         else:
             self.path.mkdir(parents=True)
-            _write(self.path / SETTINGS, json.dumps(plain, indent=2).encode())
+            write_whole(self.path / SETTINGS, json.dumps(plain, indent=2).encode())
         for folder in (self.samples, self.layers, self.logits):
             folder.mkdir(exist_ok=True)
 
@@ -53,15 +52,9 @@ class WorkFolder:
                 "or delete it"
             )
         if not (self.path / SETTINGS).exists():  # stopped before it did anything
-            _write(self.path / SETTINGS, json.dumps(settings, indent=2).encode())
+            write_whole(self.path / SETTINGS, json.dumps(settings, indent=2).encode())
             return
-        begun = read_json(self.path / SETTINGS)
-        others = [name for name, value in settings.items() if begun.get(name) != value]
-        if others:
-            raise ValueError(
-                f"{self.path} was begun with another {' and '.join(others)}: give the same "
-                "command, or delete it"
-            )
+        check_same(self.path, read_json(self.path / SETTINGS), settings)
 
     def layer_file(self, layer: int) -> Path:
         return self.layers / f"{layer:03}.safetensors"
@@ -83,19 +76,3 @@ class WorkFolder:
 
     def remove(self) -> None:
         shutil.rmtree(self.path)
-
-
-def _write(file: Path, data: bytes) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, file)
-
-
-def stamp(source: Path) -> list[list[Any]]:
-    """What tells whether the source is still the same: names, sizes and times of its weights."""
-    stats = [(file.name, file.stat()) for file in hugging_face.weight_files(source)]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-
-def digest(ids: Sequence[int]) -> str:
-    return hashlib.sha256(np.asarray(ids, np.int64).tobytes()).hexdigest()

@@ -56,16 +56,12 @@ class Entry(NamedTuple):
 def check_gguf(checkpoint: Checkpoint) -> None:
     """ValueError if the model cannot be written as GGUF."""
     model_type = checkpoint.config.model_type
-    if not is_gguf(checkpoint.path) and model_type not in HF_ARCHITECTURES:
+    if not gguf_format.matches(checkpoint.path) and model_type not in HF_ARCHITECTURES:
         raise ValueError(
             f"{checkpoint.path}: GGUF can be made of GGUF, and of Hugging Face folders with "
             f"{', '.join(HF_ARCHITECTURES)}, not {model_type}; write a store instead (a "
             "destination without .gguf)"
         )
-
-
-def is_gguf(path: Path) -> bool:
-    return gguf_format.matches(path)
 
 
 def write_gguf(
@@ -74,7 +70,7 @@ def write_gguf(
     """Write the file in the folder `scratch` (of the same disk); it gets its name when it is
     complete and opens. ValueError if it would not be the same model."""
     source = checkpoint.path
-    from_gguf = is_gguf(source)
+    from_gguf = gguf_format.matches(source)
     entries = list(_gguf_entries(checkpoint) if from_gguf else _hf_entries(checkpoint))
     unfinished = scratch / "unfinished.gguf"
     architecture = models.find(checkpoint.config.model_type, source).GGUF_ARCHITECTURE

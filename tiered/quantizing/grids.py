@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpu_kernels.formats import FORMATS, Format
+from tiered.weights.dequantize import E2M1, IQ4_NL
 
 NO_FACTOR = np.zeros((0, 0), np.float32)
 
@@ -232,19 +233,15 @@ def _integers(low: int, high: int) -> tuple[float, ...]:
     return tuple(float(level) for level in range(low, high + 1))
 
 
-_IQ4_NL = (
-    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0,
-    1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
-)  # fmt: skip
-_E2M1 = -6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0
-_E2M1_CODES = np.array([15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7], np.uint8)
+_E2M1 = np.unique(E2M1)  # two codes are zero
+_E2M1_CODES = np.array([E2M1.tolist().index(level) for level in _E2M1], np.uint8)
 
 GRIDS: dict[str, Grid] = {
     "q2_k": Grid(_integers(0, 3), _pack_q2_k, 16, has_minimum=True, integers=(0, 15)),
     "q3_k": Grid(_integers(-4, 3), _pack_q3_k, 16, integers=(-32, 31)),
-    "mxfp4": Grid(_E2M1, _pack_mxfp4, powers=True),
+    "mxfp4": Grid(tuple(_E2M1.tolist()), _pack_mxfp4, powers=True),
     "q4_0": Grid(_integers(-8, 7), _pack_4_bits),
-    "iq4_nl": Grid(_IQ4_NL, _pack_4_bits),
+    "iq4_nl": Grid(tuple(IQ4_NL.tolist()), _pack_4_bits),
     "q4_k": Grid(_integers(0, 15), _pack_q4_k, has_minimum=True, integers=(0, 63)),
     "q4_1": Grid(_integers(0, 15), _pack_q4_1, has_minimum=True),
     "q5_0": Grid(_integers(-16, 15), _pack_q5_0),

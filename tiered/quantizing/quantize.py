@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from cpu_kernels.formats import FORMATS
 from tiered.checkpoints.checkpoint import Checkpoint
@@ -21,10 +17,11 @@ from tiered.quantizing.grids import GRIDS, fitting_formats
 from tiered.quantizing.layer import METHODS, Formats, round_layer, round_layer_plainly
 from tiered.quantizing.rewritten import ExpertFiles, Rewritten, expert_bytes
 from tiered.quantizing.sensitivity import measure_options
-from tiered.quantizing.unfinished import Unfinished, identity
+from tiered.quantizing.unfinished import Unfinished
 from tiered.quantizing.walk import Walk
 from tiered.version import __version__
 from tiered.weights.convert import check_free, check_space, write_store
+from tiered.weights.resume import stamps, token_digest
 
 FEWEST_PER_EXPERT = 16  # tokens that the text must have for each expert, on average
 
@@ -222,12 +219,12 @@ def total_bytes(config: ModelConfig, formats: dict[int, Formats]) -> int:
 
 
 def facts(checkpoint: Checkpoint, recipe: Recipe, ids: Sequence[int]) -> dict[str, Any]:
-    """All that the result depends on, in JSON's types."""
+    """All that the result depends on."""
     choices = {name: value for name, value in asdict(recipe).items() if name != "threads"}
-    tokens = hashlib.sha256(np.array(ids, np.int64).tobytes()).hexdigest()
-    made = {"version": __version__, "source": identity(checkpoint), **choices, "text": tokens}
-    found: dict[str, Any] = json.loads(json.dumps(made))
-    return found
+    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    return {
+        "version": __version__, "source": stamps(files), **choices, "text": token_digest(ids)
+    }  # fmt: skip
 
 
 def round_all(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from cpu_kernels.formats import FORMATS
 from tiered.checkpoints.checkpoint import Checkpoint, Tensor
 from tiered.config import ModelConfig
 from tiered.experts import ExpertLayout, expert_layout
@@ -87,6 +86,4 @@ def layer_layout(config: ModelConfig, formats: tuple[str, ...]) -> ExpertLayout:
 
 def expert_bytes(config: ModelConfig, formats: tuple[str, ...]) -> int:
     """Bytes of the weights of one expert."""
-    gate_up, down = config.hidden_size, config.expert_size
-    sizes = zip(formats, (gate_up, gate_up, down), (down, down, gate_up), strict=True)
-    return sum(rows * int(FORMATS[f].row_bytes(columns)) for f, columns, rows in sizes)
+    return sum(tensor.nbytes for tensor in layer_layout(config, formats))

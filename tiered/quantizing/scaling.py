@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tiered.checkpoints.checkpoint import Checkpoint
 from tiered.config import ModelConfig
 from tiered.quantizing.inputs import Inputs
 from tiered.quantizing.rewritten import Rewritten
@@ -70,7 +69,3 @@ def divide_inputs(checkpoint: Rewritten, layer: int, scale: np.ndarray) -> None:
     for name, change in changes.items():
         if prefix + name in checkpoint.tensors:
             checkpoint.rewrite(prefix + name, change(checkpoint.float32(prefix + name)))
-
-
-def expert_matrix(checkpoint: Checkpoint, layer: int, expert: int, projection: str) -> np.ndarray:
-    return checkpoint.float32(f"layers.{layer}.experts.{expert}.{projection}")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tiered.checkpoints.checkpoint import Checkpoint
 from tiered.checkpoints.json_file import read_json
 from tiered.quantizing.rewritten import Rewritten
 from tiered.quantizing.walk import States
+from tiered.weights.resume import as_json, check_same, write_whole
 
 STATE = "state.json"
 
@@ -23,24 +22,17 @@ class Unfinished:
     it is. `facts` say what is being made; ValueError if it was begun with others."""
 
     def __init__(self, destination: Path, facts: dict[str, Any]) -> None:
+        facts = as_json(facts)
         self.folder = destination.absolute().parent / f".{destination.name}.quantizing"
         self.state: dict[str, Any] = {"facts": facts, "layers": 0, "few": 0, "rewritten": []}
         if (self.folder / STATE).exists():
             self.state = read_json(self.folder / STATE)
-            begun = self.state["facts"]
-            others = [name for name, value in facts.items() if begun.get(name) != value]
-            if others:
-                raise ValueError(
-                    f"{self.folder} was begun with another {' and '.join(others)}: give the same "
-                    "command, or delete it"
-                )
+            check_same(self.folder, self.state["facts"], facts)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, **state: Any) -> None:
         self.state |= state
-        partial = self.folder / (STATE + ".partial")
-        partial.write_text(json.dumps(self.state), encoding="utf-8")
-        os.replace(partial, self.folder / STATE)
+        write_whole(self.folder / STATE, json.dumps(self.state).encode())
 
     def save_layer(self, layers: int, few: int, states: States, checkpoint: Rewritten) -> None:
         """So many layers are done, and this is the text after them."""
@@ -64,9 +56,3 @@ class Unfinished:
 
     def _states(self, layers: int) -> Path:
         return self.folder / f"states-{layers}.npy"
-
-
-def identity(checkpoint: Checkpoint) -> list[list[Any]]:
-    """Which files a checkpoint is made of, and when they were written."""
-    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]

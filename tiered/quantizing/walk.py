@@ -94,8 +94,8 @@ class Walk:
 
     def use(self, index: int, layout: ExpertLayout) -> None:
         """Let the layer's experts have another layout; its dense weights stay."""
-        biases = self.loader.expert_biases(index)
-        experts = self.backend.expert_layer(layout, self.config, biases)
+        store: Any = Layouts(layout)
+        experts = self.loader.experts(index, store)
         self.decoder.layers[index] = self.decoder.layers[index]._replace(experts=experts)
 
     def leave(self, index: int) -> None:

@@ -82,7 +82,7 @@ def write_store(
     """The same for an open checkpoint."""
     with ExpertStore(checkpoint, quantize) as store:
         writer = _Writer(checkpoint, store, destination, progress or (lambda done, total: None))
-        writer.check_space()
+        check_space(destination, writer.total)
         destination.mkdir(parents=True)
         try:
             writer.write()
@@ -124,9 +124,6 @@ class _Writer:
             for tensor in self.dense
         )
         return experts + dense
-
-    def check_space(self) -> None:
-        check_space(self.folder, self.total)
 
     def write(self) -> None:
         experts: dict[int, Any] = {}

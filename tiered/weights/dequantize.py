@@ -95,7 +95,7 @@ def _q5_1(blocks: np.ndarray) -> np.ndarray:
 
 
 def _iq4_nl(blocks: np.ndarray) -> np.ndarray:
-    values: np.ndarray = _half(blocks, 0) * _IQ4_NL[_nibbles(blocks[:, 2:])]
+    values: np.ndarray = _half(blocks, 0) * IQ4_NL[_nibbles(blocks[:, 2:])]
     return values
 
 
@@ -105,7 +105,7 @@ def _iq4_xs(blocks: np.ndarray) -> np.ndarray:
     low = blocks[:, 4:8, None] >> np.array([0, 4], np.uint8) & 15
     scale = (low.reshape(-1, 8) | high << 4).astype(np.float32) - 32
     codes = _nibbles(blocks[:, 8:].reshape(-1, 8, 16))
-    values: np.ndarray = (_half(blocks, 0) * scale)[:, :, None] * _IQ4_NL[codes]
+    values: np.ndarray = (_half(blocks, 0) * scale)[:, :, None] * IQ4_NL[codes]
     return values
 
 
@@ -116,7 +116,7 @@ def _mxfp4_scales(exponents: np.ndarray) -> np.ndarray:
 
 
 def _mxfp4(blocks: np.ndarray) -> np.ndarray:
-    values: np.ndarray = _mxfp4_scales(blocks[:, :1]) * _E2M1[_nibbles(blocks[:, 1:])]
+    values: np.ndarray = _mxfp4_scales(blocks[:, :1]) * E2M1[_nibbles(blocks[:, 1:])]
     return values
 
 
@@ -184,10 +184,10 @@ def _q6_k(blocks: np.ndarray) -> np.ndarray:
     return values
 
 
-_IQ4_NL = np.array(
+IQ4_NL = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
 )
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 _BLOCKS = {
     "q8_0": _q8_0,

@@ -25,6 +25,9 @@ class Probe(Protocol):
     def copy(self, nbytes: int, pinned: bool, competing: bool) -> float:
         """Copy from the host; `competing`: while the processor reads the same DRAM."""
 
+    def multiply(self, size: int) -> float:
+        """A product of two 16-bit matrices [size, size]."""
+
     def launch(self) -> float:
         """An empty kernel, launched in a row of many."""
 
@@ -37,10 +40,12 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Bytes per second, and seconds. `link` has (bytes, seconds) of single copies."""
+    """Bytes, operations per second, and seconds. `link` has (bytes, seconds) of single copies."""
 
     device: str
-    memory: float
+    vram: int
+    memory: float  # bytes per second
+    compute: float  # operations per second of 16-bit matrix products
     link: tuple[tuple[int, float], ...]
     link_competing: tuple[tuple[int, float], ...]
     link_pageable: tuple[tuple[int, float], ...]
@@ -62,8 +67,10 @@ class Calibration:
 def calibrate(
     probe: Probe,
     device: str,
+    vram: int,
     *,
     memory_bytes: int = 256 << 20,
+    matrix_size: int = 4096,
     sizes: Sequence[int] = LINK_SIZES,
     repeats: int = 5,
 ) -> Calibration:
@@ -81,6 +88,8 @@ def calibrate(
 
     return Calibration(
         device=device,
+        vram=vram,
+        compute=2 * matrix_size**3 / typical(lambda: probe.multiply(matrix_size)),
         memory=memory_bytes / typical(lambda: probe.read_memory(memory_bytes)),
         link=copies(True, False),
         link_competing=copies(True, True),

@@ -20,6 +20,13 @@ def cuda_is_available() -> bool:
     return torch.cuda.is_available()
 
 
+def card_name(device: str) -> str:
+    """What its maker calls a CUDA device; the names of others are as good."""
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return device
+    return str(torch.cuda.get_device_name(torch.device(device)))
+
+
 class Staging(NamedTuple):
     """A pair of buffers that a blob passes on its way to a slot."""
 

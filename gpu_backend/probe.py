@@ -6,15 +6,42 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
+from cpu_kernels.formats import FORMATS
+from gpu_backend.arrays import Quantized
+from gpu_backend.calibrate import calibrate, save
+from gpu_backend.device import card_name, cuda_is_available
+from gpu_backend.launch import Launcher
 from gpu_backend.pinning import Arena, probe_limit
+from gpu_backend.tuning import Tuning, find_tuning, load_tuning, save_tuning
 
 LAUNCHES = 200
+EXPERT_SHAPE = (14336, 4096)
 LARGEST_PIN = 64 << 30  # bytes that the probe may try
+
+
+def calibrate_card(device: str, file: Path, tuning_file: Path) -> dict[str, Any]:
+    """Measure a CUDA device, keep that in `file` and the best tuning in `tuning_file`."""
+    if not cuda_is_available():
+        raise RuntimeError(
+            "no CUDA device was found by torch: use --device cpu, or install a torch built for "
+            "this machine's driver"
+        )
+    probe, name = CudaProbe(device), card_name(device)
+    vram = torch.cuda.get_device_properties(torch.device(device)).total_memory
+    measured = calibrate(probe, name, int(vram))
+    tuning = find_tuning(probe.decode, probe.prefill, load_tuning(tuning_file, name))
+    save(file, measured)
+    save_tuning(tuning_file, name, tuning)
+    return asdict(measured)
 
 
 class CudaPinner:
@@ -36,6 +63,7 @@ class CudaProbe:
 
     def __init__(self, device: str = "cuda", host_bytes: int = 256 << 20) -> None:
         self._device = torch.device(device)
+        torch.cuda.set_device(self._device)  # whose streams events and copies belong to
         self._pageable = torch.ones(host_bytes, dtype=torch.uint8)
         self._pinned = self._pageable.pin_memory()
         self._target = torch.empty(host_bytes, dtype=torch.uint8, device=self._device)
@@ -50,6 +78,10 @@ class CudaProbe:
         target = self._target[:nbytes]
         with _busy_processor() if competing else _idle():
             return self._seconds(lambda: target.copy_(source, non_blocking=True))
+
+    def multiply(self, size: int) -> float:
+        a = torch.ones(size, size, dtype=torch.float16, device=self._device)
+        return self._seconds(lambda: a @ a)
 
     def launch(self) -> float:
         def many() -> None:
@@ -70,6 +102,26 @@ class CudaProbe:
         size = min(LARGEST_PIN, psutil.virtual_memory().available // 2)
         arena = np.empty(size, np.uint8)
         return probe_limit(CudaPinner(), Arena(int(arena.ctypes.data), size))
+
+    def decode(self, tuning: Tuning) -> float:
+        """A 4-bit matrix as large as an expert's of Mixtral, with one row of activations."""
+        return self._product(tuning, 1)
+
+    def prefill(self, tuning: Tuning) -> float:
+        """The same, with a prompt's rows."""
+        return self._product(tuning, 256)
+
+    def _product(self, tuning: Tuning, num_rows: int) -> float:
+        launcher = Launcher(tuning, torch.cuda.get_device_capability(self._device))
+        a = launcher.quantize(torch.ones(num_rows, EXPERT_SHAPE[1], device=self._device))
+        launcher.linear(a, self._matrix)  # compiled now
+        return min(self._seconds(lambda: launcher.linear(a, self._matrix)) for _ in range(5))
+
+    @cached_property
+    def _matrix(self) -> Quantized:
+        nbytes = EXPERT_SHAPE[0] * FORMATS["q4_0"].row_bytes(EXPERT_SHAPE[1])
+        data = torch.full((nbytes,), 1, dtype=torch.uint8, device=self._device)
+        return Quantized(data, "q4_0", EXPERT_SHAPE)
 
     def _seconds(self, work: Callable[[], object]) -> float:
         """Of the device, between two events."""

@@ -50,6 +50,9 @@ class FakeProbe:
     def copy(self, nbytes, pinned, competing):
         return (1e-5 + nbytes / 20e9) * (1.5 if competing else 1) * (1 if pinned else 2)
 
+    def multiply(self, size):
+        return 2 * size**3 / 50e12
+
     def launch(self):
         return 4e-6
 
@@ -61,8 +64,9 @@ class FakeProbe:
 
 
 def test_calibration_finds_what_is_there():
-    found = calibrate(FakeProbe(), "card")
+    found = calibrate(FakeProbe(), "card", 8 << 30)
     assert found.memory == pytest.approx(500e9)
+    assert found.compute == pytest.approx(50e12) and found.vram == 8 << 30
     assert found.link_line == pytest.approx((1e-5, 1 / 20e9))
     assert found.slowdown == pytest.approx(1.5)
     assert (found.launch, found.synchronize, found.pin_limit) == (4e-6, 1.2e-5, 1 << 30)
@@ -74,11 +78,11 @@ def test_one_slow_run_does_not_count():
             self.calls += 1
             return 1.0 if self.calls % 5 == 0 else 4e-6
 
-    assert calibrate(Hiccup(), "card").launch == 4e-6
+    assert calibrate(Hiccup(), "card", 8 << 30).launch == 4e-6
 
 
 def test_a_calibration_is_stored_by_device(tmp_path):
-    found, file = calibrate(FakeProbe(), "card"), tmp_path / "new" / "gpu.json"
+    found, file = calibrate(FakeProbe(), "card", 8 << 30), tmp_path / "new" / "gpu.json"
     assert load(file, "card") is None
     save(file, found)
     assert load(file, "card") == found

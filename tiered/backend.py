@@ -19,6 +19,7 @@ import psutil
 
 from tiered.config import EngineConfig, ModelConfig
 from tiered.experts import ExpertJobs, ExpertLayout, Routing
+from tiered.user_cache import gpu_file, tuning_file
 
 Array = Any
 Matrix = Any  # a weight matrix in backend memory, whatever its number format
@@ -259,14 +260,28 @@ def open_gpu(choices: EngineConfig) -> Backend:
     """A GPU, with the CPU beside it. RuntimeError says what is missing."""
     try:
         from gpu_backend.backend import GpuBackend
+        from gpu_backend.device import card_name
+        from gpu_backend.tuning import load_tuning
     except ImportError as error:
         raise RuntimeError(
             f"device {choices.device!r} needs torch: pip install 'tiered[gpu]'"
         ) from error
     name = {"auto": "cuda", "sim": "cpu"}.get(choices.device, choices.device)
     exact = choices.quantize == "none"
-    backend: Backend = GpuBackend(name, exact=exact, host=open_cpu(choices))
+    tuning = load_tuning(tuning_file(), card_name(name))
+    backend: Backend = GpuBackend(name, exact, tuning, open_cpu(choices))
     return backend
+
+
+def calibrate_gpu(name: str) -> dict[str, Any]:
+    """Measure a CUDA device and find how its kernels are best launched, keep both, and return what
+    was measured (see gpu_backend.calibrate). RuntimeError says what is missing."""
+    try:
+        from gpu_backend.probe import calibrate_card
+    except ImportError as error:
+        raise RuntimeError(f"device {name!r} needs torch: pip install 'tiered[gpu]'") from error
+    measured: dict[str, Any] = calibrate_card(name, gpu_file(), tuning_file())
+    return measured
 
 
 def has_gpu() -> bool:

@@ -49,7 +49,8 @@ def command(prompt: str, max_new_tokens: int, expert_ram: str | None) -> None:
 
 def prepare_model() -> tuple[Path, bool]:
     """The demo's model, and whether it is the real one."""
-    from tiered.demo import DownloadError, cache_folder, demo_model, random_tiny_model
+    from tiered.demo import DownloadError, demo_model, random_tiny_model
+    from tiered.user_cache import user_cache
 
     with steps_progress() as bar:
         task = bar.add_task("preparing", total=None)
@@ -63,7 +64,7 @@ def prepare_model() -> tuple[Path, bool]:
         except DownloadError as error:
             notes.print(f"no download: {error}")
     notes.print("a tiny model with random weights stands in: its text is nonsense", style="bold")
-    return random_tiny_model(cache_folder() / "random-tiny"), False
+    return random_tiny_model(user_cache() / "random-tiny"), False
 
 
 def half_of_experts(model: Path) -> int:

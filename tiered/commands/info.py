@@ -31,18 +31,33 @@ def command(model: Path | None, context: int, quantize: str, as_json: bool) -> N
     if as_json:
         print_json(facts)
         return
+    results.print(facts_table(facts))
+
+
+UNITS = {"_gb_s": "GB/s", "_gops": "GOPS", "_tflops": "TFLOP/s", "_usec": "µs"}
+
+
+def facts_table(facts: dict[str, Any]) -> Table:
+    """Names and values, as people read them."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column()
     for name, value in facts.items():
-        label = name.replace("_bytes", "").replace("_", " ")
-        table.add_row(label, present(name, value))
-    results.print(table)
+        label = name.replace("_bytes", "")
+        for ending in UNITS:
+            label = label.removesuffix(ending)
+        table.add_row(label.replace("_", " "), present(name, value))
+    return table
 
 
 def present(name: str, value: Any) -> str:
     if name.endswith("_bytes"):
         return format_bytes(value)
+    for ending, unit in UNITS.items():
+        if name.endswith(ending) and isinstance(value, dict):
+            return ", ".join(f"{number:.4g} {unit} {key}" for key, number in value.items())
+        if name.endswith(ending):
+            return f"{value:.4g} {unit}"
     if isinstance(value, dict):
         return ", ".join(f"{key} {present(name, item)}" for key, item in value.items())
     if isinstance(value, list):
@@ -51,14 +66,15 @@ def present(name: str, value: Any) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """This machine, and what `tiered` will use of it."""
+    """This machine, what `tiered` will use of it, and how fast it was measured to be."""
     import psutil
 
     from cpu_kernels import isa
     from tiered.backend import default_threads
+    from tiered.measuring.this_machine import gpu_facts, host_facts, known_gpu, known_host
     from tiered.version import __version__
 
-    return {
+    facts = {
         "tiered": __version__,
         "threads": default_threads(),
         "kernels": isa.choose().name,
@@ -66,6 +82,10 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "free_for_us_bytes": available_bytes(),
     }
+    speed, card = known_host(), known_gpu()
+    if speed is None:
+        return facts | {"measured": "not yet: `tiered calibrate` does"}
+    return facts | host_facts(speed) | (gpu_facts(card) if card else {})
 
 
 def describe_model(path: Path, context: int, quantize: str) -> dict[str, Any]:

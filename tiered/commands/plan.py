@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ TERMS = {
     "--gpu",
     metavar="NAME",
     help="A described machine: "
-    f"{', '.join(hardware.names())}; or FILE.toml. Default: this machine, measured.",
+    f"{', '.join(hardware.names())}; or FILE.toml. Default: this machine, measured, with the GPU "
+    "that `tiered calibrate` found.",
 )
 @opt.option("--ram", metavar="SIZE", help="Memory of the machine, as 32G.")
 @opt.option("--vram", metavar="SIZE", help="Memory of the GPU, as 16G.")
@@ -81,11 +83,11 @@ def command(
     described = describe(model, quant, kv_dtype)
     limit = None
     if gpu is None:
-        if vram is not None:
-            raise click.UsageError("--vram needs --gpu")
         machine = measured(Path(model), described, quant, threads)
+        if vram is not None and machine.gpu is None:
+            raise click.UsageError("--vram needs --gpu, or a GPU that `tiered calibrate` measured")
         limit = parse_bytes(ram) if ram else default_limit()
-        machine = machine.with_sizes(ram=limit)
+        machine = machine.with_sizes(ram=limit, vram=parse_bytes(vram) if vram else None)
     else:
         machine = hardware.find(gpu).with_sizes(
             ram=parse_bytes(ram) if ram else None, vram=parse_bytes(vram) if vram else None
@@ -117,6 +119,7 @@ def measured(path: Path, model: ModelSizes, quant: str, threads: int | None) -> 
     from tiered.experts import expert_layout
     from tiered.formats import open_checkpoint
     from tiered.measuring.measure import measure_machine
+    from tiered.measuring.this_machine import described_gpu, known_gpu
     from tiered.store import ExpertStore
 
     file: Path | None = None
@@ -135,10 +138,15 @@ def measured(path: Path, model: ModelSizes, quant: str, threads: int | None) -> 
             format = "q4_0"
         layout = expert_layout(hidden, size, format, format, format)
     with notes.status("measuring this machine") as status:
-        return measure_machine(
+        machine = measure_machine(
             layout, hidden, size, model.top_k, file, threads,
             progress=lambda part: status.update(f"measuring this machine: {part}"),
         )  # fmt: skip
+    card = known_gpu()
+    if card is None:
+        return machine
+    label = f"{machine.label}, {card['device']}"
+    return replace(machine, label=label, gpu=described_gpu(card))
 
 
 def _size(path: Path) -> int:

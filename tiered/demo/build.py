@@ -23,6 +23,7 @@ from tiered.demo.download import download, extract
 from tiered.demo.texts import calibration_texts
 from tiered.demo.upcycle import SparseLayer, upcycle
 from tiered.text.tokenizer import load_tokenizer
+from tiered.user_cache import user_cache
 from tiered.weights.convert import convert
 
 NUM_EXPERTS, TOP_K, EXPERT_SIZE = 8, 2, 1152
@@ -38,14 +39,8 @@ def silent(doing: str, done: int, total: int) -> None:
     """No progress shown."""
 
 
-def cache_folder() -> Path:
-    """The user's cache folder for this package (see the XDG Base Directory Specification)."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tiered"
-
-
 def is_built(cache: Path | None = None) -> bool:
-    return ((cache or cache_folder()) / NAME).is_dir()
+    return ((cache or user_cache()) / NAME).is_dir()
 
 
 def demo_model(progress: Progress = silent, cache: Path | None = None) -> Path:
@@ -57,7 +52,7 @@ def demo_model(progress: Progress = silent, cache: Path | None = None) -> Path:
     Raises DownloadError if the dense model cannot be had. Nothing half-built is ever left under
     the final name.
     """
-    cache = cache or cache_folder()
+    cache = cache or user_cache()
     folder = cache / NAME
     if folder.is_dir():
         return folder / "store"

@@ -26,6 +26,7 @@ from tiered.experts import ExpertJobs, ExpertLayout, Routing, group_by_expert
 from tiered.memory import default_limit
 from tiered.planning.hardware import GB, Disk, Hardware, Host
 from tiered.reader import BLOCK, FileReader
+from tiered.user_cache import user_cache
 
 SECONDS = 1.5  # for each measurement
 LARGER_THAN_CACHES = 256 << 20  # bytes
@@ -136,17 +137,31 @@ def expert_bench(
 
 
 def measure_disk(path: Path | None, nbytes: int, readers: int = 4) -> Disk:
-    """Random reads of `nbytes` past the page cache, by several threads, for a moment."""
-    with suppress(OSError):
-        if path is not None and path.is_file() and path.stat().st_size > 8 * nbytes:
-            return _read_disk(path, nbytes, readers)
-    with tempfile.NamedTemporaryFile(prefix="tiered-", suffix=".bin") as scratch:
+    """Random reads of `nbytes` past the page cache, by several threads, for a moment.
+
+    `path`: a file, of the disk that is measured, or a folder there, in which one is written and
+    removed; default: the user's cache folder (the one for temporary files is often in memory).
+    """
+    if path is not None and path.is_file():
+        with suppress(OSError):
+            if path.stat().st_size > 8 * nbytes:
+                return _read_disk(path, nbytes, readers)
+        path = None
+    with scratch_file(path or user_cache(), min(512, max(64, 16 * nbytes >> 20))) as scratch:
+        return _read_disk(scratch, nbytes, readers)
+
+
+@contextmanager
+def scratch_file(folder: Path, num_mib: int) -> Iterator[Path]:
+    """A file of random bytes that lies on the disk, and is gone after the block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="tiered-", suffix=".bin") as scratch:
         piece = os.urandom(1 << 20)
-        for _ in range(min(512, max(64, 16 * nbytes >> 20))):
+        for _ in range(num_mib):
             scratch.write(piece)
         scratch.flush()
         os.fsync(scratch.fileno())
-        return _read_disk(Path(scratch.name), nbytes, readers)
+        yield Path(scratch.name)
 
 
 def _read_disk(path: Path, nbytes: int, readers: int) -> Disk:

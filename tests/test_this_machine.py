@@ -1,0 +1,118 @@
+"""`tiered calibrate`: this machine, measured and kept, and what `info` and `plan` make of that."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+import cpu_kernels.cache  # noqa: F401  kernels stay where they are, when the user's cache moves
+from gpu_backend.calibrate import Calibration
+from gpu_backend.tuning import Tuning, find_tuning
+from tiered.demo import random_tiny_model
+from tiered.measuring import this_machine
+from tiered.measuring.this_machine import HostSpeed, described_gpu, known_gpu, known_host, save_host
+from tiered.user_cache import gpu_file, machine_file, user_cache
+
+LINK = ((1 << 16, 2e-5), (1 << 26, 5e-3))
+CARD = Calibration("a card", 16 << 30, 280e9, 90e12, LINK, LINK, LINK, 3e-6, 1.1e-5, 1 << 33)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(this_machine, "SCRATCH_MIB", 8)
+    monkeypatch.setattr("tiered.measuring.measure.SECONDS", 0.05)
+
+
+def host(**changes):
+    speed = HostSpeed(
+        this_machine.platform.node(), this_machine.processor_name(), "avx2",
+        "2026-01-01T12:00:00+00:00", {1: 10.0, 2: 18.0}, {1: 100.0, 2: 190.0}, "/models",
+        {1 << 20: 2.5}, 80.0,
+    )  # fmt: skip
+    return HostSpeed(**asdict(speed) | changes)
+
+
+def keep_card(**changes):
+    gpu_file().parent.mkdir(parents=True, exist_ok=True)
+    gpu_file().write_text(json.dumps(asdict(CARD) | changes))
+
+
+def test_calibrate_measures_keeps_and_leaves_no_file_behind(tiered, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    status, out, err = tiered("calibrate", "--device", "cpu", "--disk", disk, "--json")
+    assert status == 0, err
+    got = json.loads(out)
+    assert min(got["memory_gb_s"].values()) > 0 and got["disk_folder"] == str(disk)
+    assert all(rate > 0 for rate in got["disk_gb_s"].values()) and len(got["disk_gb_s"]) == 3
+    assert not list(disk.iterdir()) and [f.name for f in user_cache().iterdir()] == ["machine.json"]
+    status, out, _ = tiered("info", "--json")
+    assert status == 0 and json.loads(out)["measured"] == known_host().measured
+
+
+def test_info_says_what_to_do_and_then_what_was_measured(tiered):
+    assert "tiered calibrate" in tiered("info")[1]
+    save_host(host())
+    keep_card()
+    _, out, _ = tiered("info")
+    assert "18 GB/s with 2 threads" in out and "/models" in out
+    assert "a card" in out and "280 GB/s" in out and "16.0 GiB" in out and "90 TFLOP/s" in out
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"node": 1}', '{"bandwidth_gb_s": {"x": 1}}'])
+def test_what_cannot_be_read_was_not_measured(tiered, text):
+    machine_file().parent.mkdir(parents=True)
+    machine_file().write_text(text)
+    gpu_file().write_text(text)
+    assert known_host() is None and known_gpu() is None
+    assert tiered("info")[0] == 0
+
+
+def test_another_machine_with_the_same_home_is_not_this_one():
+    save_host(host(node="elsewhere"))
+    keep_card()
+    assert known_host() is None and known_gpu() is None
+    save_host(host())
+    assert known_host() == host() and known_gpu()["device"] == "a card"
+
+
+def test_a_card_as_a_forecast_wants_it():
+    gpu = described_gpu(asdict(CARD))
+    assert (gpu.vram, gpu.bandwidth, gpu.compute) == (16 << 30, 280.0, 90.0)
+    assert gpu.link == pytest.approx(13.42, rel=1e-3) and gpu.copy_latency == pytest.approx(20)
+    assert (gpu.launch, gpu.sync) == (pytest.approx(3), pytest.approx(11))
+
+
+def test_plan_of_this_machine_has_the_card(tiered, tmp_path):
+    pytest.importorskip("numba")
+    arguments = "plan", random_tiny_model(tmp_path), "--threads", "1", "--context", "64"
+    status, _, err = tiered(*arguments, "--vram", "4G")
+    assert status == 2 and "tiered calibrate" in err
+    save_host(host())
+    keep_card()
+    status, out, _ = tiered(*arguments, "--vram", "4G", "--json")
+    got = json.loads(out)["hardware"]
+    assert status == 0 and "a card" in got["label"] and got["gpu"]["vram"] == 4 << 30
+
+
+def test_calibrate_refuses_what_it_does_not_know(tiered):
+    status, _, err = tiered("calibrate", "--device", "tpu")
+    assert status == 2 and "cpu, cuda" in err
+
+
+def test_the_quickest_tuning_is_found_and_what_a_card_cannot_run_left_out():
+    def decode(tuning):
+        if tuning.rows == 64:
+            raise RuntimeError("out of resources")
+        return abs(tuning.rows - 40) + abs(tuning.warps - 8)
+
+    def prefill(tuning):
+        assert tuning.rows == 32 and tuning.warps == 8  # decode was decided first
+        return abs(tuning.tile_tokens - 64) + abs(tuning.tile_rows - 16)
+
+    assert find_tuning(decode, prefill, Tuning()) == Tuning(
+        rows=32, warps=8, tile_tokens=64, tile_rows=16
+    )
+    same = find_tuning(lambda tuning: 1.0, lambda tuning: 1.0, Tuning(rows=8))
+    assert same == Tuning(rows=8)

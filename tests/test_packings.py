@@ -44,10 +44,10 @@ class Integers:
         return np.moveaxis(out.astype(np.uint32).view(np.int32), -1, axis)
 
 
-def gptq(values, bits=4, symmetric=True, any_order=False, version="gptq"):
+def gptq(values, bits=4, symmetric=True, any_order=False, version="gptq", group=GROUP):
     columns = values.shape[1]
     order = np.random.default_rng(3).permutation(columns) // GROUP if any_order else None
-    w = Integers(values, bits, symmetric, order=order)
+    w = Integers(values, bits, symmetric, group, order)
     stored_zeros = w.zeros - (version == "gptq")
     return w.values, {
         "qweight": w.words(w.codes.T, 0),
@@ -57,8 +57,8 @@ def gptq(values, bits=4, symmetric=True, any_order=False, version="gptq"):
     }
 
 
-def awq(values):
-    w = Integers(values, symmetric=False)
+def awq(values, group=GROUP):
+    w = Integers(values, symmetric=False, group=group)
     order = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 
     def words(codes):  # [columns, rows]
@@ -131,9 +131,18 @@ FORMS = {
         _gptq_settings(sym=False, checkpoint_format="gptq_v2"),
     ),
     "gptq-order": (gptq, dict(any_order=True), _gptq_settings(desc_act=True)),
+    "gptq-128": (gptq, dict(group=128), _gptq_settings(group_size=128)),
+    "gptq-zeros-128": (
+        gptq, dict(symmetric=False, group=128), _gptq_settings(sym=False, group_size=128)
+    ),
     "gptq-8": (gptq, dict(bits=8), _gptq_settings(bits=8)),
     "awq": (awq, {}, {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True}),
+    "awq-128": (awq, dict(group=128), {"quant_method": "awq", "bits": 4, "version": "gemm"}),
     "int4": (compressed, {}, _compressed_settings()),
+    "int4-256": (compressed, dict(group=256), _compressed_settings()),
+    "int4-zeros-128": (
+        compressed, dict(symmetric=False, group=128), _compressed_settings(symmetric=False)
+    ),
     "int4-rows": (compressed, dict(group=None), _compressed_settings()),
     "int4-zeros": (compressed, dict(symmetric=False), _compressed_settings(symmetric=False)),
     "int4-order": (
@@ -150,13 +159,22 @@ FORMS = {
 # How far a weight may be off: of the largest in its matrix. Blocks with a minimum round it to a
 # float16, and FP8's products are rounded to BF16.
 TOLERANCE = {"q4_1": 2**-10, "bf16": 2**-8, "f16": 2**-11, "q4_0": 1e-7, "q8_0": 1e-7}
+TOLERANCE["int4_g128"] = 0  # products of a float16 with a small integer are exact
+# Rows of 384 values are three blocks of 128: the last is half a chunk of the kernels.
+WIDE = dict(hidden=384, head_dim=64, heads=4, expert_size=128, ffn_size=256)
+WIDE_GROUPS = {"int4-256": dict(WIDE, hidden=512, expert_size=256)}
+
+
+def sizes_of(form):
+    return WIDE_GROUPS.get(form, WIDE if form.endswith("128") else {})
 
 
 def checkpoint(folder, form, change=None, model_type="qwen3_moe"):
     """(quantized folder, folder with the same weights as float32)."""
     quantize, options, settings = FORMS[form]
-    config = tiny.hf_config(model_type)
-    weights = {w.hf: w.values for w in tiny.weights(model_type, 0, False) if w.hf}
+    sizes = sizes_of(form)
+    config = tiny.hf_config(model_type, **sizes)
+    weights = {w.hf: w.values for w in tiny.weights(model_type, 0, False, **sizes) if w.hf}
     plain, stored = dict(weights), {}
     for name, values in weights.items():
         module, _, last = name.rpartition(".")
@@ -189,6 +207,7 @@ def test_weights_are_what_the_formula_says(form, tmp_path):
             formats.add(format)
             assert np.abs(a - b).max() <= TOLERANCE.get(format, 0) * np.abs(b).max(), name
         assert len(formats) == 2 and "f32" in formats
+        assert ("int4_g128" in formats) == bool(sizes_of(form))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -87,6 +87,36 @@ def compressed(values, bits=4, symmetric=True, any_order=False, group=GROUP):
     return w.values, parts
 
 
+# bitsandbytes' create_normal_map.
+NF4 = np.array([-1, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0,
+                0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684,
+                1])  # fmt: skip
+
+
+def nf4(values, nested=False):
+    blocks = values.reshape(-1, 64)
+    absmax = np.abs(blocks).max(axis=1)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": values.shape}
+    parts = {"weight.quant_map": NF4.astype(np.float32)}
+    if nested:  # 8 bits in blocks of 8, though bitsandbytes makes blocks of 256
+        offset = absmax.mean()
+        table = np.linspace(-1, 1, 256).astype(np.float32)
+        less = np.pad(absmax - offset, (0, -len(absmax) % 8)).reshape(-1, 8)
+        scales = np.abs(less).max(axis=1)
+        codes = np.abs((less / scales[:, None])[:, :, None] - table).argmin(axis=2)
+        codes = codes.reshape(-1)[: len(absmax)].astype(np.uint8)
+        absmax = table[codes] * np.repeat(scales, 8)[: len(absmax)] + offset
+        parts |= {"weight.nested_absmax": scales, "weight.nested_quant_map": table}
+        state |= {"nested_blocksize": 8, "nested_dtype": "float32", "nested_offset": float(offset)}
+    parts["weight.absmax"] = codes if nested else absmax
+    found = np.abs((blocks / absmax[:, None])[:, :, None] - NF4).argmin(axis=2).reshape(-1)
+    parts["weight"] = (found[0::2] << 4 | found[1::2]).astype(np.uint8).reshape(-1, 1)
+    parts["weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(
+        json.dumps(state).encode(), np.uint8
+    )
+    return (NF4[found].reshape(-1, 64) * absmax[:, None]).reshape(values.shape), parts
+
+
 def int8(values):
     scale = (np.abs(values).max(axis=1, keepdims=True) / 127).astype(np.float16)
     codes = np.rint(values / scale).astype(np.int8)
@@ -110,6 +140,12 @@ def float8(values, size=None, part="weight_scale_inv"):
     table = np.where(np.isnan(E4M3), np.inf, E4M3)
     codes = np.abs((values / spread)[:, :, None] - table).argmin(axis=2).astype(np.uint8)
     return E4M3[codes] * spread, {"weight as F8_E4M3": codes, part: scale}
+
+
+def _nf4_settings(**more):
+    return {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **more
+    }  # fmt: skip
 
 
 def _gptq_settings(**more):
@@ -148,6 +184,8 @@ FORMS = {
     "int4-order": (
         compressed, dict(symmetric=False, any_order=True), _compressed_settings(symmetric=False)
     ),
+    "nf4": (nf4, {}, _nf4_settings()),
+    "nf4-nested": (nf4, dict(nested=True), _nf4_settings(bnb_4bit_use_double_quant=True)),
     "int8-packed": (compressed, dict(bits=8), _compressed_settings(bits=8)),
     "int8": (int8, {}, _compressed_settings(bits=8)),
     "float8-rows": (float8, dict(part="weight_scale"), _compressed_settings("float", 8)),
@@ -160,6 +198,7 @@ FORMS = {
 # float16, and FP8's products are rounded to BF16.
 TOLERANCE = {"q4_1": 2**-10, "bf16": 2**-8, "f16": 2**-11, "q4_0": 1e-7, "q8_0": 1e-7}
 TOLERANCE["int4_g128"] = 0  # products of a float16 with a small integer are exact
+TOLERANCE["nf4"] = 0.0039 + 2**-11  # NF4 as integers, and their scale as a float16
 # Rows of 384 values are three blocks of 128: the last is half a chunk of the kernels.
 WIDE = dict(hidden=384, head_dim=64, heads=4, expert_size=128, ffn_size=256)
 WIDE_GROUPS = {"int4-256": dict(WIDE, hidden=512, expert_size=256)}
@@ -240,6 +279,11 @@ def replaced(part, new):
     return change
 
 
+def _state(stored, **changes):
+    text = json.dumps(json.loads(stored.tobytes()) | changes)
+    return np.frombuffer(text.encode(), np.uint8)
+
+
 BROKEN = {
     "no scales": ("gptq", without(".scales"), "'.*qweight' has no 'scales' beside it"),
     "no zeros": ("int4-zeros", without(".weight_zero_point"), "has no 'weight_zero_point'"),
@@ -249,6 +293,14 @@ BROKEN = {
         "awq", lambda s: [s.update({n: np.repeat(s[n], 2, axis=0)}) for n in list(s)
                           if n.endswith(("scales", "qzeros"))], "multiples of 32"),
     "squares": ("fp8", replaced(".weight_scale_inv", lambda s: s[:, :1]), "is F32|is f32"),
+    "no absmax": ("nf4", without(".absmax"), "has no 'absmax' beside it"),
+    "other blocks": ("nf4", replaced("__nf4", lambda s: _state(s, blocksize=128)), "'blocksize'"),
+    "other shape": ("nf4", replaced("__nf4", lambda s: _state(s, shape=[2, 3])), "'shape' is"),
+    "other sizes": ("nf4", replaced("__nf4", lambda s: _state(s, shape=[2, 64])), "must be U8"),
+    "no offset": (
+        "nf4-nested", replaced("__nf4", lambda s: _state(s, nested_offset="x")), "a number"
+    ),
+    "holes": ("nf4", replaced("__nf4", np.zeros_like), "the weights are not all there"),
     "flat": ("fp8", replaced(".weight as F8_E4M3", lambda w: w.reshape(-1)), "must be F8_E4M3"),
 }  # fmt: skip
 
@@ -283,7 +335,9 @@ def test_what_only_the_values_tell_is_named_when_they_are_read(form, change, mes
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "two whole numbers"),
         ({"quant_method": "compressed-tensors", "config_groups": {"a": 1}}, "an object with"),
         ({"quant_method": "compressed-tensors", "config_groups": {}}, "several kinds"),
-        ({"quant_method": "bitsandbytes"}, "supported: awq, compressed_tensors, fp8, gptq, mxfp4"),
+        (_nf4_settings(load_in_4bit=False, load_in_8bit=True), "NF4 is what is read"),
+        (_nf4_settings(bnb_4bit_quant_type="fp4"), "'bnb_4bit_quant_type' is 'fp4'"),
+        ({"quant_method": "quanto"}, "supported: awq, bitsandbytes, compressed_tensors, fp8, gptq"),
     ],
 )
 def test_settings_that_are_not_supported(settings, message, tmp_path):

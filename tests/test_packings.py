@@ -9,6 +9,7 @@ from naive_formats import E4M3
 
 from tiered import Engine
 from tiered.formats import CheckpointError, open_checkpoint
+from tiered.quantizing.quantize import Recipe, quantize
 
 GROUP = 32
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")  # _proj.weight
@@ -261,6 +262,17 @@ def test_the_engine_computes_with_them(form, tmp_path):
             results.append(engine.logits(ids))
     assert (results[0] == results[1]).all()
     assert np.abs(results[0] - expected).max() <= 0.02 * np.ptp(expected)
+
+
+def test_gguf_gets_dense_weights_in_8_bits_where_it_lacks_their_format(tmp_path):
+    quantized, _ = checkpoint(tmp_path, "gptq-128")
+    tiny.write_tokenizer(quantized, tiny.SIZES["vocab"])
+    quantize(quantized, tmp_path / "after.gguf", Recipe(method="rtn"))
+    with open_checkpoint(quantized) as before, open_checkpoint(tmp_path / "after.gguf") as after:
+        assert before.tensors["layers.1.o"].format == "int4_g128"
+        assert after.tensors["layers.1.o"].format == "q8_0"
+        a, b = before.float32("layers.1.o"), after.float32("layers.1.o")
+    assert np.abs(a - b).max() <= np.abs(a).max() / 127
 
 
 def _first(stored, part):

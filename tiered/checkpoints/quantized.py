@@ -130,7 +130,8 @@ def blocks(codes: np.ndarray, format: str, scales: np.ndarray, zeros: np.ndarray
     elif format == "int4_g128":
         halves.append(zeros)
     parts = [half.astype(np.float16).reshape(-1, 1).view(np.uint8) for half in halves]
-    parts.append((codes ^ 128 if format == "q8_0" else nibbles(codes)).reshape(len(parts[0]), -1))
+    integers = codes ^ np.uint8(128) if format == "q8_0" else nibbles(codes)
+    parts.append(integers.reshape(len(parts[0]), -1))
     return np.concatenate(parts, axis=1).reshape(-1)
 
 

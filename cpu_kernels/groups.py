@@ -1,9 +1,9 @@
 """How groups of 32 weights lie in the blocks of each number format, as data, and their decoding.
 
-Kernels work on a chunk of 256 weights: one block of a format with blocks of 256, eight blocks of
+Kernels work on a chunk of 256 weights: one block of a format with blocks of 256, two to eight of
 the others. Inside a chunk, each half of a group (16 weights, `Piece`) has its low bits in 16
 consecutive bytes, shifted, and perhaps high bits in 16 other bytes: that is all there is to know.
-Layouts are ggml's (ggml-common.h, ggml-quants.c).
+Layouts are ggml's (ggml-common.h, ggml-quants.c), and those that formats.py describes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from cpu_kernels.formats import FORMATS
+from cpu_kernels.formats import FORMATS, NF4
 from cpu_kernels.scales import GROUPS, scales_and_offsets
 from cpu_kernels.simd import Emitter, Value, i8, i16, i32
 
@@ -40,9 +40,14 @@ class Layout(NamedTuple):
     signed: bool = False  # the integers of the others are 0 or more
 
 
-def _blocks(nbytes: int, start: int) -> Callable[[int, int], Piece]:
-    """Blocks of one group: 16 bytes, whose upper halves are the second half."""
-    return lambda group, half: Piece(nbytes * group + start, 4 * half)
+def _blocks(nbytes: int, start: int, groups: int = 1) -> Callable[[int, int], Piece]:
+    """Blocks of so many groups: 16 bytes each, whose upper halves are the second half."""
+
+    def piece(group: int, half: int) -> Piece:
+        block, member = divmod(group, groups)
+        return Piece(nbytes * block + start + 16 * member, 4 * half)
+
+    return piece
 
 
 def _q5(nbytes: int, high: int) -> Callable[[int, int], Piece]:
@@ -87,6 +92,8 @@ LAYOUTS = {
     "iq4_nl": Layout(_blocks(18, 2), 128, -128.0, table=_IQ4, signed=True),
     "iq4_xs": Layout(_blocks(16, 8), 128, -128.0, table=_IQ4, signed=True),
     "mxfp4": Layout(_blocks(17, 1), 24, -12.0, table=_E2M1),
+    "int4_g128": Layout(_blocks(68, 4, groups=4), 15, -1.0),
+    "nf4": Layout(_blocks(34, 2, groups=2), 128, -128.0, table=NF4, signed=True),
     "q2_k": Layout(partial(_two_bits, 16), 3, -1.0, low_bits=2, num_scales=2),
     "q3_k": Layout(partial(_two_bits, 32), 7, -4.0, low_bits=2, high_bits=1, num_scales=2),
     "q4_k": Layout(_q4_k, 15, -1.0),
@@ -105,15 +112,16 @@ def is_whole(format: str) -> bool:
 
 
 def with_padded_chunk(k: Emitter, format: str, address: Value, num_groups: Value) -> Value:
-    """Address of a chunk of `num_groups` blocks from `address` and zeros after them."""
+    """Address of a chunk of `num_groups` groups, in whole blocks, from `address`, and zeros after
+    them."""
     nbytes = chunk_bytes(format)
     padded = k.stack(-(-nbytes // 16) * 16)
     for offset in range(0, nbytes, 16):
         k.store(padded + offset, k.constant(i8(16), 0))
-    block_bytes = nbytes // GROUPS
-    unit = i8(1) if block_bytes % 2 else i16(1)
-    size = 1 + (block_bytes % 2 == 0)
-    with k.loop(num_groups * (block_bytes // size)) as i:
+    group_bytes = nbytes // GROUPS
+    unit = i8(1) if group_bytes % 2 else i16(1)
+    size = 1 + (group_bytes % 2 == 0)
+    with k.loop(num_groups * (group_bytes // size)) as i:
         k.store(padded + i * size, k.load(address + i * size, unit))
     return padded
 

@@ -3,7 +3,7 @@
 Each function returns a chunk's `scales`: float32 vectors of the eight groups, in the order of
 POSITION; two of them where the halves of a group differ; and its `offsets`: such vectors, each with
 the kind of activation sums (see activations.py) that it belongs to.
-Layouts are ggml's (ggml-common.h, ggml-quants.c).
+Layouts are ggml's (ggml-common.h, ggml-quants.c), and those that formats.py describes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from cpu_kernels.activations import FIRST_SUMS, POSITION, SECOND_SUMS, SUMS
-from cpu_kernels.formats import FORMATS
+from cpu_kernels.activations import FIRST_SUMS, GROUP, POSITION, SECOND_SUMS, SUMS
+from cpu_kernels.formats import FORMATS, Format
 from cpu_kernels.simd import Emitter, Value, f16, f32, i8, i16, i32, i64
 
 GROUPS = 8  # in a chunk
@@ -25,25 +25,31 @@ def scales_and_offsets(k: Emitter, format: str, address: Value) -> Scales:
     return _SCALES[format](k, address)
 
 
-def _one_scale(block_bytes: int, k: Emitter, address: Value) -> Scales:
-    """Blocks of one group that begin with a float16."""
-    scale = _halves(k, address, block_bytes)
+def _one_scale(format: Format, k: Emitter, address: Value) -> Scales:
+    """Blocks that begin with a float16."""
+    scale = _halves(k, address, format)
     return [scale], [(scale, SUMS)]
 
 
-def _scale_and_minimum(block_bytes: int, k: Emitter, address: Value) -> Scales:
-    minimum = _halves(k, address + 2, block_bytes)
-    return [_halves(k, address, block_bytes)], [(minimum, SUMS)]
+def _scale_and_minimum(format: Format, k: Emitter, address: Value) -> Scales:
+    minimum = _halves(k, address + 2, format)
+    return [_halves(k, address, format)], [(minimum, SUMS)]
 
 
-def _halves(k: Emitter, address: Value, block_bytes: int) -> Value:
-    """The float16 at the same place in each of eight blocks, as float32."""
+def _scale_and_zero(format: Format, k: Emitter, address: Value) -> Scales:
+    scale = _halves(k, address, format)
+    return [scale], [(scale * _halves(k, address + 2, format), SUMS)]
+
+
+def _halves(k: Emitter, address: Value, format: Format) -> Value:
+    """The float16 at the same place in the block of each group, as float32."""
     halves = []
     # Put together in general registers: the vector units are what a GEMV waits for.
     for four in (ORDER[:4], ORDER[4:]):
         word = None
         for index, group in enumerate(four):
-            bits = k.load(address + block_bytes * group, i16(1))
+            block = GROUP * group // format.block_size
+            bits = k.load(address + format.block_bytes * block, i16(1))
             bits = bits.cast("zext", i64) << (16 * index)
             word = bits if word is None else word | bits
         halves.append(word)
@@ -134,12 +140,13 @@ def _q6_k(k: Emitter, address: Value) -> Scales:
 
 
 def _for_blocks(scales: Callable[..., Scales], format: str) -> Callable[[Emitter, Value], Scales]:
-    return partial(scales, FORMATS[format].block_bytes)
+    return partial(scales, FORMATS[format])
 
 
 _SCALES: dict[str, Callable[[Emitter, Value], Scales]] = {
-    **{f: _for_blocks(_one_scale, f) for f in ("q4_0", "q5_0", "q8_0", "iq4_nl")},
+    **{f: _for_blocks(_one_scale, f) for f in ("q4_0", "q5_0", "q8_0", "iq4_nl", "nf4")},
     **{f: _for_blocks(_scale_and_minimum, f) for f in ("q4_1", "q5_1")},
+    "int4_g128": _for_blocks(_scale_and_zero, "int4_g128"),
     "mxfp4": _mxfp4,
     "iq4_xs": _iq4_xs,
     "q2_k": _q2_k,

@@ -23,6 +23,8 @@ HALVES = {
     "q4_k": [0, 2],
     "q5_k": [0, 2],
     "q6_k": [208],
+    "int4_g128": [0],
+    "nf4": [0],
 }
 
 
@@ -45,6 +47,9 @@ def random_matrix(rng, format, shape, scale=0.01):
     if format == "mxfp4":
         exponents = np.floor(np.log2(scale)) + rng.integers(0, 2, (rows, blocks)) + 127
         data[:, :, 0] = np.clip(exponents, 0, 254)
+    elif format == "int4_g128":
+        zeros = rng.integers(0, 17, (rows, blocks)).astype(np.float16)
+        data[:, :, 2:4] = zeros.view(np.uint8).reshape(rows, blocks, 2)
     return data.reshape(rows, -1)
 
 
@@ -55,10 +60,42 @@ def to_float64(data, format, shape):
         values = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     elif FORMATS[format].is_float:
         values = data.view({"f32": np.float32, "f16": np.float16}[format])
+    elif format in _OURS:
+        blocks = data.reshape(-1, FORMATS[format].block_bytes)
+        values = np.array([_OURS[format](block) for block in blocks])
     else:
         with np.errstate(over="ignore", invalid="ignore"):
             values = dequantize(data, GGMLQuantizationType[format.upper()])
     return values.reshape(shape).astype(np.float64)
+
+
+def _codes(packed):
+    """Of each 16 bytes, the lower halves, then the upper ones."""
+    codes = []
+    for start in range(0, len(packed), 16):
+        codes += [byte & 15 for byte in packed[start : start + 16]]
+        codes += [byte >> 4 for byte in packed[start : start + 16]]
+    return np.array(codes)
+
+
+def _int4_g128(block):
+    scale, zero = block[:4].view(np.float16).astype(np.float64)
+    return scale * (_codes(block[4:]) - zero)
+
+
+# bitsandbytes' create_normal_map, to four digits: rounded to integers, they are the format's.
+_NF4 = [-1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0]
+_NF4 += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1]
+
+
+def _nf4(block):
+    return (
+        block[:2].view(np.float16).astype(np.float64)
+        * np.rint(112 * np.array(_NF4))[_codes(block[2:])]
+    )
+
+
+_OURS = {"int4_g128": _int4_g128, "nf4": _nf4}
 
 
 def quantized_activations(x):

@@ -19,6 +19,10 @@ def pack(values: np.ndarray, format: str) -> np.ndarray:
         data = bf16(values)
     elif format == "iq4_nl":
         data = _iq4_nl(values)
+    elif format == "nf4":
+        data = _nf4(values)
+    elif format == "int4_g128":
+        data = _int4_g128(values)
     elif format in _SUPER_BLOCKS:
         data = _SUPER_BLOCKS[format](values.reshape(-1, 256))
     else:
@@ -111,11 +115,28 @@ def _q6_k(values: np.ndarray) -> np.ndarray:
     return np.concatenate([low, high, scale, _half(d)], axis=1)
 
 
-def _nearest(scaled: np.ndarray) -> np.ndarray:
-    """uint8 [n, 16] of values [n, 32] in units of iq4's table."""
-    distances = np.abs(scaled[:, :, None] - np.array(LAYOUTS["iq4_nl"].table))
+def _nearest(scaled: np.ndarray, table: str = "iq4_nl") -> np.ndarray:
+    """uint8 [n, 16] of values [n, 32] in units of a format's table."""
+    distances = np.abs(scaled[:, :, None] - np.array(LAYOUTS[table].table))
     codes = distances.argmin(axis=2).astype(np.uint8)
     return codes[:, :16] | codes[:, 16:] << 4
+
+
+def _nf4(values: np.ndarray) -> np.ndarray:
+    blocks = values.reshape(-1, 64)
+    d = np.maximum(np.abs(blocks).max(axis=1, keepdims=True), 1e-8) / 112
+    codes = _nearest((blocks / d).reshape(-1, 32), "nf4")
+    return np.concatenate([_half(d), codes.reshape(-1, 32)], axis=1)
+
+
+def _int4_g128(values: np.ndarray) -> np.ndarray:
+    blocks = values.reshape(-1, 128)
+    low = np.minimum(blocks.min(axis=1, keepdims=True), 0)
+    d = np.maximum(blocks.max(axis=1, keepdims=True) - low, 1e-8) / 15
+    zero = np.rint(-low / d)
+    codes = np.clip(np.rint(blocks / d) + zero, 0, 15).astype(np.uint8).reshape(-1, 32)
+    codes = (codes[:, :16] | codes[:, 16:] << 4).reshape(-1, 64)
+    return np.concatenate([_half(d), _half(zero), codes], axis=1)
 
 
 def _iq4_nl(values: np.ndarray) -> np.ndarray:

@@ -414,7 +414,7 @@ def test_a_killed_one_goes_on(tiered, tmp_path, text, where, after_calls):
     before, after = source(tmp_path), tmp_path / "after"
     command = [
         "distill", before, after, "--text", text, "--threads", 1, "--epochs", 2, "--experts", 4,
-        "--resume", "--max-tokens", 640,
+        "--max-tokens", 640,
     ]  # fmt: skip
     arguments = [str(a) for a in (where, after_calls, *command)]
     root = Path(__file__).parent.parent
@@ -431,8 +431,6 @@ def test_a_killed_one_goes_on(tiered, tmp_path, text, where, after_calls):
     done = sorted((tmp_path / "after.distilling" / "layers").glob("*.safetensors"))
     assert len(done) == {"record": 0, "write_layer": after_calls, "write_tensors": 2}[where]
     times = [file.stat().st_mtime_ns for file in done]
-    status, _, err = tiered(*command[:-3], "--max-tokens", 640)
-    assert status == 1 and "--resume" in err
     status, _, err = tiered(*command, "--seed", 5)
     assert status == 1 and "another recipe" in err
     assert [file.stat().st_mtime_ns for file in done] == times
@@ -593,7 +591,7 @@ def test_training_by_logits_goes_on_where_it_was_stopped(tiered, tmp_path, text)
     before, after = source(tmp_path), tmp_path / "after"
     command = [
         "distill", before, after, "--text", text, "--threads", 1, "--epochs", 1, "--experts", 4,
-        "--context", 64, "--resume", "--logits-steps", 16, "--logits-learning-rate", 1e-3, "--json",
+        "--context", 64, "--logits-steps", 16, "--logits-learning-rate", 1e-3, "--json",
         tmp_path / "after.json",
     ]  # fmt: skip
     root = Path(__file__).parent.parent

@@ -83,7 +83,13 @@ def assert_close(got, want, exact):
 @settings(max_examples=40, deadline=None)
 @given(
     formats=st.sampled_from(
-        [("q4_0",) * 3, ("q4_k", "q4_k", "q6_k"), ("bf16",) * 3, ("q4_0", "q8_0", "f32")]
+        [
+            ("q4_0",) * 3,
+            ("q4_k", "q4_k", "q6_k"),
+            ("bf16",) * 3,
+            ("q4_0", "q8_0", "f32"),
+            ("int4_g128", "int4_g128", "nf4"),
+        ]
     ),
     num_tokens=st.integers(1, 40),
     num_experts=st.integers(1, 9),

@@ -137,7 +137,7 @@ def test_exact_product_uses_float_activations(format, teams):
 def test_any_shape(format, isa, rows, groups, n, exact, offset, scale, x_scale, seed):
     rng = np.random.default_rng(seed)
     block = FORMATS[format].block_size
-    columns = groups * 256 if block == 256 else groups * 32
+    columns = groups * max(block, 32)
     if block == 1:
         columns = max(1, columns - seed % 31)
     shape = rows, columns

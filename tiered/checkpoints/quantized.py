@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from cpu_kernels.formats import FORMATS
 from tiered.checkpoints.checkpoint import CheckpointError, Packed, Tensor
 from tiered.weights.dequantize import dequantize
 
-GROUP = 32  # weights of a block, which share a scale
+GROUP = 32  # weights of the smallest block, which share a scale
 Parts = dict[str, Tensor]
 
 
@@ -79,11 +80,13 @@ def floats(data: np.ndarray, format: str, shape: tuple[int, ...]) -> np.ndarray:
     return values
 
 
-def block_format(bits: int, symmetric: bool, any_order: bool) -> str:
-    """Whose blocks hold such integers; float16 where none do. `any_order`: neighbouring columns
-    may be of different groups."""
+def block_format(bits: int, symmetric: bool, any_order: bool, size: int) -> str:
+    """Whose blocks hold such integers in groups of `size`; float16 where none do. `any_order`:
+    neighbouring columns may be of different groups."""
     if any_order or (bits == 8 and not symmetric):
         return "f16"
+    if bits == 4 and size % FORMATS["int4_g128"].block_size == 0:
+        return "int4_g128"
     return {(4, True): "q4_0", (4, False): "q4_1", (8, True): "q8_0"}[bits, symmetric]
 
 
@@ -110,7 +113,8 @@ def blocks(codes: np.ndarray, format: str, scales: np.ndarray, zeros: np.ndarray
     """Rows of scale * (code - zero), uint8 [num_bytes] of `format`.
 
     Codes are uint8 [rows, columns], scales and zeros [rows, groups]. In q4_0 and q8_0 the zero is
-    8 and 128. q4_1 has scale * zero as float16: at most 1/256 of a scale off. In f16, nothing is.
+    8 and 128. q4_1 has scale * zero as float16: at most 1/256 of a scale off. In the others nothing
+    is, but for the rounding of f16 itself.
     """
     size = codes.shape[1] // scales.shape[1]
     if format == "f16":
@@ -118,12 +122,22 @@ def blocks(codes: np.ndarray, format: str, scales: np.ndarray, zeros: np.ndarray
         values = scales * (codes.astype(np.float32) - zeros)
         exact: np.ndarray = values.astype(np.float16).reshape(-1).view(np.uint8)
         return exact
-    scales, zeros = [np.repeat(x, size // GROUP, axis=1) for x in (scales, zeros)]
-    groups = codes.reshape(-1, GROUP)
-    halves = [scales] if format in ("q4_0", "q8_0") else [scales, -scales * zeros]
+    block = FORMATS[format].block_size
+    scales, zeros = [np.repeat(x, size // block, axis=1) for x in (scales, zeros)]
+    halves = [scales]
+    if format == "q4_1":
+        halves.append(-scales * zeros)
+    elif format == "int4_g128":
+        halves.append(zeros)
     parts = [half.astype(np.float16).reshape(-1, 1).view(np.uint8) for half in halves]
-    if format == "q8_0":
-        parts.append(groups ^ 128)
-    else:
-        parts.append(groups[:, : GROUP // 2] | groups[:, GROUP // 2 :] << 4)
+    integers = codes ^ np.uint8(128) if format == "q8_0" else nibbles(codes)
+    parts.append(integers.reshape(len(parts[0]), -1))
     return np.concatenate(parts, axis=1).reshape(-1)
+
+
+def nibbles(codes: np.ndarray) -> np.ndarray:
+    """Codes of 4 bits as blocks have them: of each 32, the first half in the lower bits of 16
+    bytes."""
+    groups = codes.reshape(-1, 2, GROUP // 2)
+    packed: np.ndarray = groups[:, 0] | groups[:, 1] << 4
+    return packed

@@ -42,8 +42,6 @@ from tiered.memory import format_bytes
 @opt.option("--seed", type=click.IntRange(0), default=0, help="For the order of tokens.")
 @opt.option("--train-on", default="cpu", metavar="NAME",
             help="torch's device: cpu, or cuda (experimental: not yet run on one).")  # fmt: skip
-@opt.option("--resume", is_flag=True, help="Go on with what an earlier run of the same command has "
-            "done, if there is any.")  # fmt: skip
 @opt.option("--plot", type=click.Path(path_type=Path), help="Picture of the errors: .png, .svg or "
             ".pdf.")  # fmt: skip
 @opt.json_file_option
@@ -57,7 +55,6 @@ def command(
     ffn_size: int | None,
     max_tokens: int,
     plot: Path | None,
-    resume: bool,
     json_file: str | None,
     epochs: int,
     batch: int,
@@ -75,7 +72,8 @@ def command(
     experts on, to give the same output for the same input; an eighth of the text is held out, and
     a layer that training makes no better there stays what it began as. With --logits-steps, all
     layers are then trained together by what the whole model says. A run that was stopped goes on
-    with --resume. What was lost: `tiered compare SOURCE DESTINATION --text FILE`, on another text.
+    when it is given again. What was lost: `tiered compare SOURCE DESTINATION --text FILE`, on
+    another text.
 
     Needs torch: pip install 'tiered[distill]'.
     """
@@ -104,7 +102,7 @@ def command(
     recipe = distilling.Recipe(
         epochs, batch, learning_rate, seed, train_on, logits_steps, logits_learning_rate
     )
-    order = distilling.Order(source, destination, target, ids, recipe, choices, resume)
+    order = distilling.Order(source, destination, target, ids, recipe, choices)
     with steps_progress() as bar:
         report = distilling.distill(order, show_steps(bar))
     size = sum(file.stat().st_size for file in destination.iterdir())

@@ -15,7 +15,7 @@ from tiered.memory import format_bytes
 if TYPE_CHECKING:
     from tiered.quantizing.quantize import Recipe, Result
 
-METHODS = "gptq", "awq", "weighted", "rtn"
+METHODS = "gptq", "awq", "awq+gptq", "weighted", "rtn"
 
 
 def names(_context: Any, _parameter: Any, value: str | None) -> tuple[str, ...]:
@@ -31,11 +31,12 @@ def lower(_context: Any, _parameter: Any, value: str) -> str:
 @click.argument("destination", type=click.Path(path_type=Path))
 @opt.option("--method", type=click.Choice(METHODS), default="gptq",
             help="gptq: later columns make good for what earlier ones lost; awq: columns with "
-            "large inputs are stored larger; weighted: scales of least error, weighed by inputs; "
-            "rtn: the same without a text.")  # fmt: skip
+            "large inputs are stored larger; awq+gptq: both, one after the other; weighted: "
+            "scales of least error, weighed by inputs; rtn: the same without a text.")  # fmt: skip
 @opt.option("--format", metavar="NAME", default="q4_0", callback=lower,
-            help="What experts become: mxfp4, q4_0, iq4_nl, q4_1, q5_0, q5_1, q8_0; or, with rows "
-            "of whole 256 values, q2_k, q3_k, q4_k, q5_k, q6_k.")  # fmt: skip
+            help="What experts become: mxfp4, nf4, q4_0, iq4_nl, q4_1, q5_0, q5_1, q8_0; with rows "
+            "of whole 128 values, int4_g128; of whole 256, q2_k, q3_k, q4_k, q5_k, q6_k. GGUF has "
+            "neither nf4 nor int4_g128.")  # fmt: skip
 @opt.option("--bits", type=click.FloatRange(1, 16), metavar="X",
             help="Instead: a format for each layer's gate and up, and for its down, chosen by "
             "measured sensitivity, so that an expert's weight has X bits on average.")  # fmt: skip

@@ -57,14 +57,13 @@ class Order(NamedTuple):
     ids: Sequence[int]  # tokens of the calibration text
     recipe: Recipe
     choices: Mapping[str, Any]  # EngineConfig's, for the teacher
-    resume: bool
 
 
 def distill(order: Order, progress: Progress) -> dict[str, Any]:
     """Write the student to the order's destination; returns the report.
 
-    Raises ValueError if the text is too short, OSError if the disk is. What is stopped goes on with
-    `resume`, after the last layer that was done.
+    Raises ValueError if the text is too short, OSError if the disk is. After what was interrupted,
+    the same call goes on from the last layer that was done.
     """
     target, source = order.target, order.source
     ids = windowed(order)
@@ -81,7 +80,7 @@ def distill(order: Order, progress: Progress) -> dict[str, Any]:
     with open_checkpoint(source) as checkpoint:
         if not work_path(order.destination).exists():
             _check_space(order, checkpoint, len(ids))
-        work = WorkFolder(order.destination, settings, order.resume)
+        work = WorkFolder(order.destination, settings)
         scores = work.scores
         if scores is None:
             scores = _record(order, ids, work, progress)

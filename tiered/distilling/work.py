@@ -27,34 +27,22 @@ def work_path(destination: Path) -> Path:
 class WorkFolder:
     """Opens DESTINATION.distilling, or goes on with it.
 
-    `settings` are all that the result depends on. Raises FileExistsError if there is one and
-    `resume` was not asked for, ValueError if it was begun with other settings.
+    `settings` are all that the result depends on; ValueError if it was begun with others.
     """
 
-    def __init__(self, destination: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    def __init__(self, destination: Path, settings: Mapping[str, Any]) -> None:
         self.path = work_path(destination)
         self.samples = self.path / "samples"
         self.layers = self.path / "layers"
         self.logits = self.path / "logits"
-        plain = as_json(settings)
-        if self.path.exists():
-            self._check(plain, resume)
+        plain, file = as_json(settings), self.path / SETTINGS
+        if file.exists():
+            check_same(self.path, read_json(file), plain)
         else:
-            self.path.mkdir(parents=True)
-            write_whole(self.path / SETTINGS, json.dumps(plain, indent=2).encode())
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(plain, indent=2).encode())
         for folder in (self.samples, self.layers, self.logits):
             folder.mkdir(exist_ok=True)
-
-    def _check(self, settings: dict[str, Any], resume: bool) -> None:
-        if not resume:
-            raise FileExistsError(
-                f"{self.path} has a distillation that was not finished: --resume goes on with it; "
-                "or delete it"
-            )
-        if not (self.path / SETTINGS).exists():  # stopped before it did anything
-            write_whole(self.path / SETTINGS, json.dumps(settings, indent=2).encode())
-            return
-        check_same(self.path, read_json(self.path / SETTINGS), settings)
 
     def layer_file(self, layer: int) -> Path:
         return self.layers / f"{layer:03}.safetensors"

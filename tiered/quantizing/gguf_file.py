@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
+from cpu_kernels.formats import FORMATS
 from tiered import models
 from tiered.checkpoints.checkpoint import Checkpoint, Tensor
 from tiered.checkpoints.gguf_header import read_header
@@ -22,6 +23,7 @@ from tiered.quantizing.rewritten import Rewritten
 from tiered.store import PROJECTIONS
 from tiered.text.tokenizer_to_gguf import gguf_vocabulary
 from tiered.weights.dense import dense_format
+from tiered.weights.dequantize import dequantize
 from tiered.weights.quantize import quantize_rows
 
 # Of Hugging Face's architectures, those of which GGUF has the same tensors: how it pairs the values
@@ -161,12 +163,17 @@ def _hf_entries(checkpoint: Rewritten) -> Iterator[Entry]:
 
 
 def _entry(checkpoint: Rewritten, name: str, tensor: Tensor, canonical: str) -> Entry:
-    """A dense tensor, in 8 bits where a store would have it so."""
+    """A dense tensor, in 8 bits where a store would have it so, or where GGUF lacks its format."""
     format = dense_format(tensor._replace(name=canonical), "int4")
+    stored = tensor
+    if not FORMATS[format].is_ggmls:
+        format, stored = "q8_0", tensor._replace(format="f32")
 
     def data() -> np.ndarray:
         values = checkpoint.view(tensor)
-        return values if format == tensor.format else quantize_rows(values, tensor, format)
+        if stored.format != tensor.format:
+            values = dequantize(values, tensor.format, tensor.shape)
+        return values if format == tensor.format else quantize_rows(values, stored, format)
 
     return Entry(name, tensor.shape, format, data)
 

@@ -1,5 +1,5 @@
 """The number formats that weights can be rounded to: what their codes stand for, how their scales
-are stored, and how both are packed into ggml's blocks (the inverse of tiered.weights.dequantize).
+are stored, and how both are packed into blocks (the inverse of tiered.weights.dequantize).
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cpu_kernels.formats import FORMATS, Format
+from cpu_kernels.formats import FORMATS, NF4, Format
 from tiered.weights.dequantize import E2M1, IQ4_NL
 
 NO_FACTOR = np.zeros((0, 0), np.float32)
+FARTHEST_ZERO = 2048  # beyond it, float16 has no whole numbers any more, one by one
 
 Pack = Callable[["Scales", np.ndarray], np.ndarray]
 
@@ -22,15 +23,17 @@ class Grid(NamedTuple):
     """What a format can say. A group of `group` values has a scale, and perhaps a minimum:
     a code stands for levels[code] * scale + minimum; `levels` ascend.
 
-    With `integers`, the scales of a block are themselves integers in that range times one float16;
-    with `powers`, they are powers of two. `pack` makes bytes of codes (uint8 [blocks, block_size])
-    and the scales as they are stored.
+    With `has_zero`, what is stored of a minimum is -minimum / scale. With `integers`, the scales of
+    a block are themselves integers in that range times one float16; with `powers`, they are powers
+    of two. `pack` makes bytes of codes (uint8 [blocks, block_size]) and the scales as they are
+    stored.
     """
 
     levels: tuple[float, ...]
     pack: Pack
     group: int = 32
     has_minimum: bool = False
+    has_zero: bool = False
     integers: tuple[int, int] | None = None
     powers: bool = False
 
@@ -41,7 +44,7 @@ class Scales(NamedTuple):
     scale: np.ndarray  # float32 [rows, groups]
     minimum: np.ndarray  # float32 [rows, groups]; 0 where the format has none
     d: np.ndarray  # float16 [blocks, 1]; uint8, the exponents, where scales are powers of two
-    d_min: np.ndarray  # float16 [blocks, 1]
+    d_min: np.ndarray  # float16 [blocks, 1]; the zero, where that is stored
     integers: np.ndarray  # int16 [blocks, groups of a block]: of the scales
     minimums: np.ndarray  # int16 [blocks, groups of a block]: of the minimums, with the other sign
 
@@ -73,6 +76,10 @@ def fit(format: str, values: np.ndarray, importance: np.ndarray) -> Scales:
         fit_scales(groups, weights, *_levels(grid.levels), scale)
     num_blocks = rows * columns // block
     by_block, minimum_by_block = scale.reshape(num_blocks, -1), minimum.reshape(num_blocks, -1)
+    if grid.has_zero:
+        d, zero = _with_zeros(by_block, minimum_by_block)
+        below = -d.astype(np.float32) * zero
+        return Scales(_rows(d, rows), _rows(below, rows), d, zero, by_block, minimum_by_block)
     if grid.integers is None:
         d, d_min = by_block.astype(np.float16), minimum_by_block.astype(np.float16)
         return Scales(_rows(d, rows), _rows(d_min, rows), d, d_min, by_block, minimum_by_block)
@@ -124,6 +131,16 @@ def _rows(scales: np.ndarray, rows: int) -> np.ndarray:
     return np.ascontiguousarray(scales.reshape(rows, -1), np.float32)
 
 
+def _with_zeros(scale: np.ndarray, minimum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, zero), float16 [blocks, 1]. Where the values of a block lie together so far from 0
+    that no float16 is a zero to the half, code 0 is all of them."""
+    d = scale.astype(np.float16).astype(np.float32)
+    far = np.abs(minimum) > FARTHEST_ZERO * np.abs(d)
+    d = np.where(far, -minimum, d).astype(np.float16)
+    zero = np.divide(-minimum, d, out=np.zeros(d.shape, np.float32), where=d != 0, dtype=np.float32)
+    return d, np.where(far, 1, zero).astype(np.float16)
+
+
 def _in_integers(scale: np.ndarray, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
     """(d float16 [blocks, 1], int16 [blocks, groups]): scales as integers times d."""
     d = (np.abs(scale).max(axis=1, keepdims=True) / high).astype(np.float16)
@@ -144,6 +161,11 @@ def _halves(codes: np.ndarray) -> np.ndarray:
     half = codes.shape[-1] // 2
     packed: np.ndarray = codes[..., :half] | codes[..., half:] << 4
     return packed
+
+
+def _groups(codes: np.ndarray) -> np.ndarray:
+    """The same of each group of 32 in a block."""
+    return _halves(codes.reshape(len(codes), -1, 32)).reshape(len(codes), -1)
 
 
 def _fifth_bits(codes: np.ndarray) -> np.ndarray:
@@ -169,11 +191,11 @@ def _pack_q8_0(scales: Scales, codes: np.ndarray) -> np.ndarray:
 
 
 def _pack_4_bits(scales: Scales, codes: np.ndarray) -> np.ndarray:
-    return np.concatenate([_bytes(scales.d), _halves(codes)], axis=1)
+    return np.concatenate([_bytes(scales.d), _groups(codes)], axis=1)
 
 
 def _pack_q4_1(scales: Scales, codes: np.ndarray) -> np.ndarray:
-    return np.concatenate([_bytes(scales.d), _bytes(scales.d_min), _halves(codes)], axis=1)
+    return np.concatenate([_bytes(scales.d), _bytes(scales.d_min), _groups(codes)], axis=1)
 
 
 def _pack_q5_0(scales: Scales, codes: np.ndarray) -> np.ndarray:
@@ -240,6 +262,8 @@ GRIDS: dict[str, Grid] = {
     "q2_k": Grid(_integers(0, 3), _pack_q2_k, 16, has_minimum=True, integers=(0, 15)),
     "q3_k": Grid(_integers(-4, 3), _pack_q3_k, 16, integers=(-32, 31)),
     "mxfp4": Grid(tuple(_E2M1.tolist()), _pack_mxfp4, powers=True),
+    "int4_g128": Grid(_integers(0, 15), _pack_q4_1, 128, has_minimum=True, has_zero=True),
+    "nf4": Grid(tuple(map(float, NF4)), _pack_4_bits, 64),
     "q4_0": Grid(_integers(-8, 7), _pack_4_bits),
     "iq4_nl": Grid(tuple(IQ4_NL.tolist()), _pack_4_bits),
     "q4_k": Grid(_integers(0, 15), _pack_q4_k, has_minimum=True, integers=(0, 63)),

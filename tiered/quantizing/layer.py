@@ -41,9 +41,14 @@ def _weighted(values: np.ndarray, format: str, inputs: Inputs) -> np.ndarray:
     return round_nearest(values, format, inputs.importance)
 
 
+def _gptq(values: np.ndarray, format: str, inputs: Inputs) -> np.ndarray:
+    return round_gptq(values, format, inputs.hessian)
+
+
 METHODS: Mapping[str, Method] = {
-    "gptq": Method(lambda values, format, inputs: round_gptq(values, format, inputs.hessian)),
+    "gptq": Method(_gptq),
     "awq": Method(_weighted, scaled=True),
+    "awq+gptq": Method(_gptq, scaled=True),
     "weighted": Method(_weighted),
 }
 

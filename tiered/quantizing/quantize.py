@@ -97,13 +97,15 @@ def quantize(
         as_gguf = destination.suffix == ".gguf"
         if as_gguf:
             check_gguf(original)
+            check_formats_of_gguf(recipe)
+        candidates = candidate_formats(original, recipe, as_gguf)
         size = min(recipe.window, config.context_length)
         windows = [ids[i : i + size] for i in range(0, len(ids), size)]
         # The experts are written twice: next to the result, and into it.
         check_space(destination, 2 * most_bytes(config, recipe))
         unfinished = Unfinished(destination, facts(original, recipe, ids))
         with Rewritten(original, unfinished.folder) as checkpoint:
-            result = choose_formats(original, recipe, windows, unfinished, report)
+            result = choose_formats(original, recipe, candidates, windows, unfinished, report)
             round_all(checkpoint, recipe, windows, result, unfinished, report)
 
             def written(done: int, total: int) -> None:
@@ -132,8 +134,6 @@ def check_quantizable(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -
                 f"{path}: rows of {' and '.join(map(str, sizes))} values are no whole number of "
                 f"{name} blocks ({FORMATS[name].block_size} values each)"
             )
-    if recipe.bits is not None:
-        candidate_formats(checkpoint, recipe)
     if not recipe.uses_text:
         return
     needed = FEWEST_PER_EXPERT * config.num_experts // config.top_k
@@ -144,9 +144,20 @@ def check_quantizable(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -
         )
 
 
+def check_formats_of_gguf(recipe: Recipe) -> None:
+    """ValueError for a format that is not ggml's."""
+    for name in (recipe.format,) if recipe.bits is None else recipe.formats:
+        if not FORMATS[name].is_ggmls:
+            raise ValueError(
+                f"GGUF has no {name}; write a store instead (a destination without .gguf), or "
+                "choose another format"
+            )
+
+
 def choose_formats(
     checkpoint: Checkpoint,
     recipe: Recipe,
+    candidates: Sequence[str],
     windows: Sequence[Sequence[int]],
     unfinished: Unfinished,
     report: Progress,
@@ -160,7 +171,6 @@ def choose_formats(
     if recipe.bits is None:
         chosen = {layer: (recipe.format,) * 3 for layer in config.sparse_layers}
     else:
-        candidates = candidate_formats(checkpoint, recipe)
         reference = min(candidates, key=lambda name: abs(FORMATS[name].bits - recipe.bits))
         few = windows[: max(1, recipe.sensitivity_tokens // recipe.window)]
         if not options:
@@ -178,15 +188,17 @@ def choose_formats(
     return Result(chosen, bits, options=options)
 
 
-def candidate_formats(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
-    """The formats to choose from. ValueError if the bits cannot be reached with them."""
+def candidate_formats(checkpoint: Checkpoint, recipe: Recipe, as_gguf: bool) -> list[str]:
+    """The formats to choose from, if bits are given. ValueError if they cannot be reached."""
     config = checkpoint.config
-    assert recipe.bits is not None
+    if recipe.bits is None:
+        return []
     both = [
         {format.name for format in fitting_formats(size)}
         for size in (config.hidden_size, config.expert_size)
     ]
-    names = [name for name in recipe.formats or GRIDS if name in both[0] & both[1]]
+    usable = [name for name in GRIDS if FORMATS[name].is_ggmls or not as_gguf]
+    names = [name for name in recipe.formats or usable if name in both[0] & both[1]]
     least = min(FORMATS[name].bits for name in names)
     most = max(FORMATS[name].bits for name in names)
     if not least <= recipe.bits <= most:

@@ -1,13 +1,14 @@
 """Weights of every number format as float32, in NumPy: for small tensors and for checks.
 
-The blocks are ggml's (ggml-quants.c); cpu_kernels computes with them directly.
+The blocks are ggml's (ggml-quants.c), and those that cpu_kernels.formats describes; cpu_kernels
+computes with them directly.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from cpu_kernels.formats import FORMATS
+from cpu_kernels.formats import FORMATS, NF4
 
 
 def dequantize(data: np.ndarray, format: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -34,8 +35,8 @@ def float32_to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def scales(data: np.ndarray, format: str) -> np.ndarray:
-    """The scales of all blocks, float16 [num_blocks, 1 or 2]; of floats, the values. (mxfp4's are
-    powers of two, as float32.)"""
+    """The scales of all blocks, float16 [num_blocks, 1 or 2], their zeros with them; of floats, the
+    values. (mxfp4's are powers of two, as float32.)"""
     if FORMATS[format].is_float:
         return dequantize(data, format, (-1, 1))
     blocks = data.reshape(-1, FORMATS[format].block_bytes)
@@ -117,6 +118,21 @@ def _mxfp4_scales(exponents: np.ndarray) -> np.ndarray:
 
 def _mxfp4(blocks: np.ndarray) -> np.ndarray:
     values: np.ndarray = _mxfp4_scales(blocks[:, :1]) * E2M1[_nibbles(blocks[:, 1:])]
+    return values
+
+
+def _groups(packed: np.ndarray) -> np.ndarray:
+    """Codes [num_blocks, block_size] of blocks of several groups, 16 bytes each."""
+    return _nibbles(packed.reshape(len(packed), -1, 16)).reshape(len(packed), -1)
+
+
+def _int4_g128(blocks: np.ndarray) -> np.ndarray:
+    values: np.ndarray = _half(blocks, 0) * (_groups(blocks[:, 4:]) - _half(blocks, 2))
+    return values
+
+
+def _nf4(blocks: np.ndarray) -> np.ndarray:
+    values: np.ndarray = _half(blocks, 0) * np.array(NF4, np.float32)[_groups(blocks[:, 2:])]
     return values
 
 
@@ -203,6 +219,8 @@ _BLOCKS = {
     "q4_k": _q4_k,
     "q5_k": _q5_k,
     "q6_k": _q6_k,
+    "int4_g128": _int4_g128,
+    "nf4": _nf4,
 }
 
 # Bytes [start, stop) of a block that hold its float16 scales.
@@ -219,4 +237,6 @@ _SCALES = {
     "q4_k": (0, 4),
     "q5_k": (0, 4),
     "q6_k": (208, 210),
+    "int4_g128": (0, 4),
+    "nf4": (0, 2),
 }

@@ -15,6 +15,7 @@ from tiered.checkpoints.checkpoint import Tensor
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.quantized import (
     Parts,
+    block_format,
     blocks,
     check,
     check_groups,
@@ -47,16 +48,17 @@ def _weight(name: str, parts: Parts) -> Tensor:
     check(qzeros, ("I32",), [(groups, rows // 8)])
     check(scales, ("f16", "bf16", "f32"), [(groups, rows)])
     check_groups(name, scales, groups, columns)
-    unpack = partial(_unpack, scales)
-    return packed(name, "q4_1", (rows, columns), (qweight, qzeros, scales), unpack)
+    format = block_format(4, False, False, columns // groups)
+    unpack = partial(_unpack, format, scales)
+    return packed(name, format, (rows, columns), (qweight, qzeros, scales), unpack)
 
 
 def _unpack(
-    scales: Tensor, qweight: np.ndarray, qzeros: np.ndarray, scale_data: np.ndarray
+    format: str, scales: Tensor, qweight: np.ndarray, qzeros: np.ndarray, scale_data: np.ndarray
 ) -> np.ndarray:
     codes, zeros = [_in_order(data, scales.shape[1]) for data in (qweight, qzeros)]
     values = floats(scale_data, scales.format, scales.shape).T
-    return blocks(np.ascontiguousarray(codes), "q4_1", values, zeros)
+    return blocks(np.ascontiguousarray(codes), format, values, zeros)
 
 
 def _in_order(data: np.ndarray, rows: int) -> np.ndarray:

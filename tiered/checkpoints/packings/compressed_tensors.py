@@ -102,7 +102,8 @@ class Integers:
         if order is not None:
             check(order, ("I32",), [(columns,)])
             pieces.append(order)
-        format = block_format(self.bits, self.symmetric, any_order=order is not None)
+        size = columns // groups
+        format = block_format(self.bits, self.symmetric, order is not None, size)
         unpack = partial(self._unpack, name, format, scales, columns)
         return packed(name, format, (rows, columns), tuple(pieces), unpack)
 

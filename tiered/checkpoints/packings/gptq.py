@@ -8,6 +8,7 @@ https://github.com/ModelCloud/GPTQModel (nn_modules/qlinear), AutoGPTQ before it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -56,10 +57,6 @@ class Form:
     def middle(self) -> int:
         return 1 << (self.bits - 1)
 
-    @property
-    def format(self) -> str:
-        return block_format(self.bits, self.symmetric, self.any_order)
-
     def weight(self, name: str, parts: Parts) -> Tensor:
         qweight, qzeros, scales = take(parts, "qweight", "qweight", "qzeros", "scales")
         order = parts.get("g_idx") if self.any_order else None
@@ -76,14 +73,14 @@ class Form:
             check(order, ("I32",), [(columns,)])
             pieces.append(order)
 
-        def unpack(*data: np.ndarray) -> np.ndarray:
-            return self._unpack(name, scales, columns, *data)
-
-        return packed(name, self.format, (rows, columns), tuple(pieces), unpack)
+        format = block_format(self.bits, self.symmetric, self.any_order, columns // groups)
+        unpack = partial(self._unpack, name, format, scales, columns)
+        return packed(name, format, (rows, columns), tuple(pieces), unpack)
 
     def _unpack(
         self,
         name: str,
+        format: str,
         scales: Tensor,
         columns: int,
         qweight: np.ndarray,
@@ -99,11 +96,11 @@ class Form:
         if self.bits == 4:
             zeros &= 15
         values = floats(scale_data, scales.format, scales.shape).T
-        if self.format in ("q4_0", "q8_0") and (zeros != self.middle).any():
+        if format in ("q4_0", "q8_0") and (zeros != self.middle).any():
             raise CheckpointError(
                 f"{scales.file}: config.json says that weights are symmetric, but the zeros of "
                 f"{name!r} are not {self.middle}"
             )
         if order is not None:
             values, zeros = by_column(name, scales, order, values, zeros)
-        return blocks(codes, self.format, values, zeros)
+        return blocks(codes, format, values, zeros)

@@ -2,7 +2,7 @@
 
 Prepared memory starts with a header of int64 (address of the float32 rows, bytes between them,
 their number, their length, bytes of a prepared row) and continues with the rows. A row is a run
-of chunks of 256 values, padded with zeros:
+of chunks of 256 values; before a last one that has fewer, zeros fill the chunk:
 
     2 x 128 bytes   four groups each: their four first halves, then their four second halves
     8 x float32     scales of the groups, in the order of POSITION
@@ -86,12 +86,13 @@ def _quantize_whole(k, x, target):
 
 @emitted("void", "i64 i64 i64")
 def _quantize_last(k, x, count, target):
-    """The same for a last chunk of `count` values, which nothing may be read after."""
+    """The same for a last chunk of `count` values: after zeros, where weights have them, whose last
+    chunk begins earlier (see groups.Row)."""
     padded = k.stack(4 * CHUNK)
     for part in range(CHUNK // 16):
         k.store(padded + 64 * part, k.constant(f32(16), 0.0))
     with k.loop(count) as i:
-        k.store(padded + i * 4, k.load(x + i * 4, f32(1)))
+        k.store(padded + (i - count + CHUNK) * 4, k.load(x + i * 4, f32(1)))
     quantize_chunk(k, padded, target)
 
 

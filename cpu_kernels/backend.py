@@ -19,7 +19,7 @@ from cpu_kernels.head import Head, OutputLayer
 from cpu_kernels.isa import choose
 from cpu_kernels.kv import KVPages
 from cpu_kernels.latent import LatentAttentionLayer
-from cpu_kernels.linear import Matrix
+from cpu_kernels.linear import FEW_ROWS, Matrix
 from cpu_kernels.mamba2 import Mamba2, Mamba2Layer
 from cpu_kernels.merge import Merge, MergeLayer
 from cpu_kernels.record import Scratch
@@ -38,6 +38,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    few_rows = FEW_ROWS
 
     def __init__(self, threads: int, isa: str = "auto", exact: bool = False) -> None:
         self._isa = choose(isa)

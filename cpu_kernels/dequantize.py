@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cpu_kernels.activations import FIRST_SUMS, GROUP, POSITION, SECOND_SUMS, SUMS
+from cpu_kernels.activations import CHUNK, FIRST_SUMS, GROUP, POSITION, SECOND_SUMS, SUMS
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.gemv import load_floats
-from cpu_kernels.groups import GROUPS, Chunk, is_whole, with_padded_chunk
+from cpu_kernels.groups import GROUPS, Chunk, row_of_chunks
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i32
 
 
@@ -32,21 +32,22 @@ def _dequantize_chunk(k: Emitter, format: str, weights: Value, target: Value) ->
             k.store(target + 4 * (GROUP * group + 16 * half), values)
 
 
-@emitted("void", "i64 i64")
-def dequantize_chunk(k, format, weights, target):
-    """256 quantized weights at `weights` to float32 at `target`."""
-    _dequantize_chunk(k, format, weights, target)
-
-
-@emitted("void", "i64 i64 i64")
-def dequantize_last(k, format, weights, num_groups, target):
-    """The same for fewer than 8 groups: only they are read and written."""
-    if is_whole(format):
+@emitted("void", "i64 i64 i64 i64 i64")
+def dequantize_floats(k, format, weights, length, start, count, target):
+    """Weights `start` to `start + count` of the row of `length` weights at `weights`: float32 at
+    `target`. `start` is a multiple of 256, and so is `count`, or it is all that is left."""
+    row = row_of_chunks(k, format, weights, length >> 5)
+    first, whole, rest = start >> 8, count >> 8, count & (CHUNK - 1)
+    with k.loop(whole) as i:
+        _dequantize_chunk(k, format, row.chunk(first + i), target + i * (4 * CHUNK))
+    if FORMATS[format].block_size == CHUNK:
         return
-    values = k.stack(4 * GROUP * GROUPS)
-    _dequantize_chunk(k, format, with_padded_chunk(k, format, weights, num_groups), values)
-    with k.loop(num_groups * GROUP) as i:
-        k.store(target + i * 4, k.load(values + i * 4, f32(1)))
+    with k.when(rest.compare(">", 0)):  # the end of a chunk that begins before
+        values = k.stack(4 * CHUNK)
+        _dequantize_chunk(k, format, row.chunk(first + whole), values)
+        source, target = values + (rest * -4 + 4 * CHUNK), target + whole * (4 * CHUNK)
+        with k.loop(rest) as i:
+            k.store(target + i * 4, k.load(source + i * 4, f32(1)))
 
 
 @emitted("void", "i64 i64 i64")

@@ -12,14 +12,7 @@ from __future__ import annotations
 from cpu_kernels.activations import CHUNK_BYTES, FIRST_SUMS, SCALES, SUMS
 from cpu_kernels.dequantize import scale_and_offset
 from cpu_kernels.dot import multiply_bytes, wants_unsigned
-from cpu_kernels.groups import (
-    GROUPS,
-    LAYOUTS,
-    Chunk,
-    chunk_bytes,
-    is_whole,
-    with_padded_chunk,
-)
+from cpu_kernels.groups import GROUPS, LAYOUTS, Chunk, row_of_chunks
 from cpu_kernels.isa import ISAS
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32, i64
 
@@ -36,18 +29,14 @@ def group_bytes(isa: str, format: str) -> int:
     return ISAS[isa].panel_rows * (4 * STEPS + 8 * num_scales(format))
 
 
-@emitted("void", "i64 i64 i64 i64")
-def pack_row(k, isa, format, weights, num_groups, panel, row):
-    """Decode a row of `num_groups` groups into row number `row` of a panel."""
-    nbytes, panel_bytes = chunk_bytes(format), GROUPS * group_bytes(isa, format)
-    target = panel + row * 4
-    with k.loop(num_groups >> 3) as i:
-        _pack_chunk(k, isa, format, weights + i * nbytes, target + i * panel_bytes)
-    if not is_whole(format):
-        rest, whole = num_groups & (GROUPS - 1), num_groups >> 3
-        with k.when(rest.compare(">", 0)):
-            padded = with_padded_chunk(k, format, weights + whole * nbytes, rest)
-            _pack_chunk(k, isa, format, padded, target + whole * panel_bytes)
+@emitted("void", "i64 i64 i64 i64 i64 i64")
+def pack_row(k, isa, format, weights, num_groups, first, num_chunks, panel, row):
+    """Decode `num_chunks` chunks, from number `first`, of the row of `num_groups` groups at
+    `weights` into row number `row` of a panel."""
+    panel_bytes = GROUPS * group_bytes(isa, format)
+    source, target = row_of_chunks(k, format, weights, num_groups), panel + row * 4
+    with k.loop(num_chunks) as i:
+        _pack_chunk(k, isa, format, source.chunk(first + i), target + i * panel_bytes)
 
 
 def _pack_chunk(k: Emitter, isa: str, format: str, weights: Value, target: Value) -> None:

@@ -12,14 +12,7 @@ from __future__ import annotations
 
 from cpu_kernels.activations import CHUNK_BYTES, SCALES, byte_offset
 from cpu_kernels.dot import group_dots, wants_unsigned
-from cpu_kernels.groups import (
-    GROUPS,
-    LAYOUTS,
-    Chunk,
-    chunk_bytes,
-    is_whole,
-    with_padded_chunk,
-)
+from cpu_kernels.groups import GROUPS, LAYOUTS, Chunk, row_of_chunks
 from cpu_kernels.isa import ISAS
 from cpu_kernels.simd import Emitter, Value, Variable, emitted, f16, f32, i16, i32
 
@@ -74,17 +67,12 @@ def _multiply_chunk(
 def dot(k: Emitter, isa: str, format: str, weights: Value, num_groups: Value, xs: list[Value]):
     """The row at `weights` times each of the prepared rows `xs`: float32 scalars."""
     rows = [_Sums(k, x) for x in xs]
-    nbytes = chunk_bytes(format)
-    with k.loop(num_groups >> 3) as i:
-        at = weights + i * nbytes
-        for line in range(-(-nbytes // LINE)):
+    row = row_of_chunks(k, format, weights, num_groups)
+    with k.loop(row.num_chunks) as i:
+        at = row.chunk(i)
+        for line in range(-(-row.nbytes // LINE)):
             k.prefetch(at + (PREFETCH_BYTES + line * LINE), keep=False)
         _multiply_chunk(k, isa, format, at, i * CHUNK_BYTES, rows)
-    if not is_whole(format):
-        rest, whole = num_groups & (GROUPS - 1), num_groups >> 3
-        with k.when(rest.compare(">", 0)):
-            padded = with_padded_chunk(k, format, weights + whole * nbytes, rest)
-            _multiply_chunk(k, isa, format, padded, whole * CHUNK_BYTES, rows)
     return [row.total(k, LAYOUTS[format].offset_factor) for row in rows]
 
 
@@ -94,11 +82,17 @@ def dot_1(k, isa, format, weights, num_groups, x):
     return dot(k, isa, format, weights, num_groups, [x])[0]
 
 
+@emitted("void", "i64 i64 i64 i64 i64")
+def dot_2(k, isa, format, weights, num_groups, x0, x1, results):
+    """The same with two prepared rows; the two float32 go to `results`."""
+    for index, total in enumerate(dot(k, isa, format, weights, num_groups, [x0, x1])):
+        k.store(results + 4 * index, total)
+
+
 @emitted("void", "i64 i64 i64 i64 i64 i64 i64")
 def dot_4(k, isa, format, weights, num_groups, x0, x1, x2, x3, results):
-    """The same with four prepared rows; the four float32 go to `results`."""
-    totals = dot(k, isa, format, weights, num_groups, [x0, x1, x2, x3])
-    for index, total in enumerate(totals):
+    """The same with four."""
+    for index, total in enumerate(dot(k, isa, format, weights, num_groups, [x0, x1, x2, x3])):
         k.store(results + 4 * index, total)
 
 

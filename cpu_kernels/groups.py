@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from cpu_kernels.activations import GROUP
 from cpu_kernels.formats import FORMATS, NF4
 from cpu_kernels.scales import GROUPS, scales_and_offsets
 from cpu_kernels.simd import Emitter, Value, i8, i16, i32
@@ -106,24 +107,42 @@ def chunk_bytes(format: str) -> int:
     return 256 // FORMATS[format].block_size * FORMATS[format].block_bytes
 
 
-def is_whole(format: str) -> bool:
-    """A block is a chunk, so that no row ends within one."""
-    return FORMATS[format].block_size == 256
+class Row(NamedTuple):
+    """A row of weights as a run of chunks. Where it is no whole number of them, the last one begins
+    earlier, so that it ends with the row: nothing has to be copied, and what is in two chunks meets
+    zeros in the last one (see activations.py)."""
+
+    start: Value  # address
+    num_chunks: Value
+    last: Value  # bytes from the start to the last chunk
+    nbytes: int  # of a chunk
+
+    def chunk(self, index: Value) -> Value:
+        """Address of a chunk."""
+        return self.start + index.k.minimum(index * self.nbytes, self.last)
 
 
-def with_padded_chunk(k: Emitter, format: str, address: Value, num_groups: Value) -> Value:
-    """Address of a chunk of `num_groups` groups, in whole blocks, from `address`, and zeros after
-    them."""
+def row_of_chunks(k: Emitter, format: str, weights: Value, num_groups: Value) -> Row:
+    """The row at `weights`. One that is shorter than a chunk is copied, with zeros before it."""
     nbytes = chunk_bytes(format)
-    padded = k.stack(-(-nbytes // 16) * 16)
+    length = (num_groups * nbytes) >> 3
+    start = k.variable(weights)
+    if FORMATS[format].block_size < GROUPS * GROUP:
+        with k.when(length.compare("<", nbytes)):
+            start.set(_behind_zeros(k, weights, length, nbytes))
+    last = k.maximum(length - nbytes, k.integer(0))
+    return Row(start.get(), (num_groups + (GROUPS - 1)) >> 3, last, nbytes)
+
+
+def _behind_zeros(k: Emitter, address: Value, length: Value, nbytes: int) -> Value:
+    """Address of a copy of `length` bytes that ends where `nbytes` of room do."""
+    copy = k.stack(-(-nbytes // 16) * 16)
     for offset in range(0, nbytes, 16):
-        k.store(padded + offset, k.constant(i8(16), 0))
-    group_bytes = nbytes // GROUPS
-    unit = i8(1) if group_bytes % 2 else i16(1)
-    size = 1 + (group_bytes % 2 == 0)
-    with k.loop(num_groups * (group_bytes // size)) as i:
-        k.store(padded + i * size, k.load(address + i * size, unit))
-    return padded
+        k.store(copy + offset, k.constant(i8(16), 0))
+    target = copy - (length - nbytes)
+    with k.loop(length) as i:
+        k.store(target + i, k.load(address + i, i8(1)))
+    return copy
 
 
 _BYTE_SHUFFLES = {

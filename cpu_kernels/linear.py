@@ -27,7 +27,7 @@ from cpu_kernels.products import (
 )
 from cpu_kernels.team import share
 
-FEW_ROWS = 8
+FEW_ROWS = 16
 ROW_BLOCK = 16  # threads share the rows of a matrix in blocks of this many
 
 # Words of a matrix's record.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from numba import njit
 
 from cpu_kernels.activations import CHUNK, CHUNK_BYTES, GROUP, HEADER_BYTES
-from cpu_kernels.dequantize import dequantize_chunk, dequantize_last, floats_to_float32
+from cpu_kernels.dequantize import dequantize_floats, floats_to_float32
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.gemm import (
     group_bytes,
@@ -16,7 +16,7 @@ from cpu_kernels.gemm import (
     pack_floats,
     pack_row,
 )
-from cpu_kernels.groups import GROUPS, chunk_bytes
+from cpu_kernels.groups import GROUPS
 from cpu_kernels.isa import ISAS
 from cpu_kernels.memory import load_f32, stack, store_f32, store_word, word
 from cpu_kernels.products import source_row, target_row
@@ -51,13 +51,13 @@ def _find_sources(sources, x, x_bytes, x_rows, divisor, first, num_tokens, n):
 def make_gemm(isa: str, format: str) -> Callable:
     """Quantized weights and activations."""
     block, block_bytes = FORMATS[format].block_size, FORMATS[format].block_bytes
-    nbytes = chunk_bytes(format)
     width, tokens = ISAS[isa].panel_rows, ISAS[isa].panel_tokens
     panel_bytes = CHUNKS_AT_ONCE * GROUPS * group_bytes(isa, format)
     room = str(panel_bytes * ROWS_AT_ONCE // width)
 
     def gemm(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         row_bytes = k // block * block_bytes
+        num_groups = k // GROUP
         num_chunks = (k + CHUNK - 1) // CHUNK
         x_bytes = word(prepared, 4)
         x = prepared + HEADER_BYTES
@@ -69,12 +69,11 @@ def make_gemm(isa: str, format: str) -> Callable:
             num_panels = (num_rows + width - 1) // width
             for start in range(0, num_chunks, CHUNKS_AT_ONCE):
                 chunks = min(CHUNKS_AT_ONCE, num_chunks - start)
-                groups = min(chunks * GROUPS, k // GROUP - start * GROUPS)
                 for r in range(num_panels * width):
                     # the last row again, where there are none left
-                    at = weights + min(row + r, last - 1) * row_bytes + start * nbytes
+                    at = weights + min(row + r, last - 1) * row_bytes
                     panel = panels + r // width * panel_bytes
-                    pack_row(isa, format, at, groups, panel, r % width)
+                    pack_row(isa, format, at, num_groups, start, chunks, panel, r % width)
                 for token in range(0, n, tokens):
                     _find_sources(sources, x, x_bytes, x_rows, divisor, token, tokens, n)
                     for p in range(num_panels):
@@ -93,7 +92,6 @@ def make_float_gemm(isa: str, format: str) -> Callable:
     """Weights of any format, as float32, with float32 activations."""
     block, block_bytes = FORMATS[format].block_size, FORMATS[format].block_bytes
     is_float = FORMATS[format].is_float
-    nbytes = 0 if is_float else chunk_bytes(format)
     width, tokens = ISAS[isa].panel_rows, ISAS[isa].panel_tokens
     panel_bytes = FLOATS_AT_ONCE * 4 * width
     room = str(panel_bytes * ROWS_AT_ONCE // width)
@@ -116,14 +114,7 @@ def make_float_gemm(isa: str, format: str) -> Callable:
                     if is_float:
                         floats_to_float32(format, at + start * block_bytes, count, values)
                     else:
-                        at += start // CHUNK * nbytes
-                        for c in range(count // CHUNK):
-                            dequantize_chunk(format, at + c * nbytes, values + 4 * CHUNK * c)
-                        if count % CHUNK > 0:
-                            done = count // CHUNK
-                            rest = count % CHUNK // GROUP
-                            target = values + 4 * CHUNK * done
-                            dequantize_last(format, at + done * nbytes, rest, target)
+                        dequantize_floats(format, at, k, start, count, values)
                     pack_floats(isa, values, count, panels + r // width * panel_bytes, r % width)
                 for token in range(0, n, tokens):
                     _find_sources(sources, x, x_bytes, x_rows, divisor, token, tokens, n)

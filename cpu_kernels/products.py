@@ -25,10 +25,9 @@ from numba import cfunc, njit, types
 
 from cpu_kernels.activations import CHUNK, HEADER_BYTES
 from cpu_kernels.cache import compiling
-from cpu_kernels.dequantize import dequantize_chunk, dequantize_last, floats_to_float32
+from cpu_kernels.dequantize import dequantize_floats, floats_to_float32
 from cpu_kernels.formats import FORMATS
-from cpu_kernels.gemv import dot_1, dot_4, dot_floats
-from cpu_kernels.groups import chunk_bytes
+from cpu_kernels.gemv import dot_1, dot_2, dot_4, dot_floats
 from cpu_kernels.memory import (
     NUM_KERNEL_ARGUMENTS,
     load_f32,
@@ -66,19 +65,20 @@ def make_gemv(isa: str, format: str) -> Callable:
             i = 0
             while i < n:
                 x0 = x + x_bytes * source_row(x_rows, divisor, i)
-                if n - i < 3:
-                    total = dot_1(isa, format, at, num_groups, x0)
-                    store_f32(target_row(y, y_rows, ldy, i), row, total + added)
-                    i += 1
-                else:  # three rows are computed as four, one of them twice
+                if n - i == 1:
+                    store_f32(results, 0, dot_1(isa, format, at, num_groups, x0))
+                else:
                     x1 = x + x_bytes * source_row(x_rows, divisor, i + 1)
-                    x2 = x + x_bytes * source_row(x_rows, divisor, i + 2)
-                    x3 = x + x_bytes * source_row(x_rows, divisor, min(i + 3, n - 1))
-                    dot_4(isa, format, at, num_groups, x0, x1, x2, x3, results)
-                    for j in range(min(4, n - i)):
-                        total = load_f32(results, j) + added
-                        store_f32(target_row(y, y_rows, ldy, i + j), row, total)
-                    i += 4
+                    if n - i == 2:
+                        dot_2(isa, format, at, num_groups, x0, x1, results)
+                    else:  # three rows are computed as four, one of them twice
+                        x2 = x + x_bytes * source_row(x_rows, divisor, i + 2)
+                        x3 = x + x_bytes * source_row(x_rows, divisor, min(i + 3, n - 1))
+                        dot_4(isa, format, at, num_groups, x0, x1, x2, x3, results)
+                for j in range(min(4, n - i)):
+                    total = load_f32(results, j) + added
+                    store_f32(target_row(y, y_rows, ldy, i + j), row, total)
+                i += 4
 
     return gemv
 
@@ -103,7 +103,6 @@ def make_float_gemv(isa: str, format: str) -> Callable:
 def make_exact_gemv(isa: str, format: str) -> Callable:
     """Quantized weights with float32 activations: a row is dequantized, then multiplied."""
     block, block_bytes = FORMATS[format].block_size, FORMATS[format].block_bytes
-    nbytes = chunk_bytes(format)
 
     def exact_gemv(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         x = word(prepared, 0)
@@ -117,10 +116,7 @@ def make_exact_gemv(isa: str, format: str) -> Callable:
                 store_f32(target, row, load_f32(bias, row) if bias != 0 else 0.0)
             for start in range(0, k, CHUNK):
                 count = min(CHUNK, k - start)
-                if count == CHUNK:
-                    dequantize_chunk(format, at + start // CHUNK * nbytes, values)
-                else:
-                    dequantize_last(format, at + start // CHUNK * nbytes, count // 32, values)
+                dequantize_floats(format, at, k, start, count, values)
                 for i in range(n):
                     source = x + x_bytes * source_row(x_rows, divisor, i) + 4 * start
                     target = target_row(y, y_rows, ldy, i)
@@ -134,19 +130,13 @@ def make_dequantize(isa: str, format: str) -> Callable:
     """One row (`first`) of any format, as float32 at `y`; the other arguments do not matter."""
     block, block_bytes = FORMATS[format].block_size, FORMATS[format].block_bytes
     is_float = FORMATS[format].is_float
-    nbytes = 0 if is_float else chunk_bytes(format)
 
     def dequantize(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         at = weights + first * (k // block * block_bytes)
         if is_float:
             floats_to_float32(format, at, k, y)
         else:
-            for chunk in range(k // CHUNK):
-                dequantize_chunk(format, at + chunk * nbytes, y + 4 * CHUNK * chunk)
-            if k % CHUNK > 0:
-                done = k // CHUNK
-                source, target = at + done * nbytes, y + 4 * CHUNK * done
-                dequantize_last(format, source, k % CHUNK // 32, target)
+            dequantize_floats(format, at, k, 0, k, y)
 
     return dequantize
 

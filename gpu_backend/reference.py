@@ -13,7 +13,7 @@ The contract, for a row of weights times a row of activations:
    rounded once, and nothing else is fused.
 
 It needs nothing that a processor's vectors of eight floats do not have: cpu_kernels.gemv, which
-computes up to eight rows of activations, follows it too, and gives the same bits.
+computes up to sixteen rows of activations, follows it too, and gives the same bits.
 """
 
 from __future__ import annotations

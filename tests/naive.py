@@ -125,6 +125,7 @@ class NaiveBackend:
     name = "naive"
     isa = "numpy"
     num_threads = 1
+    few_rows = 8
     seconds = 0.0
 
     def matrix(self, data, format, shape, bias=None):

@@ -139,6 +139,9 @@ class Batch(NamedTuple):
 class Backend(Protocol):
     """See cpu_kernels.backend.CpuBackend for the meaning of each call in code."""
 
+    few_rows: int
+    """Tokens of a forward pass up to which each gets the bits that it would have alone."""
+
     name: str
     isa: str  # the instructions its kernels use
     num_threads: int

@@ -25,7 +25,7 @@ Additions = list[tuple[Job, list[int]]]  # tokens to append, by request
 class Batcher:
     """Owns an engine: belongs to one thread. `running` are the requests that hold pages or may.
 
-    What a request gets does not depend on the others: products of up to 8 rows give each row the
+    What a request gets does not depend on the others: products of few rows give each row the
     bits that it would have alone, so no more than `decode_rows` are decoded at once; a prompt is
     computed alone, in the chunks that `Engine.generate_tokens` would choose. Starting from another
     text's pages moves the chunks, as it does in the engine, and so may change last bits.

@@ -33,7 +33,7 @@ class Scheduler:
     """Answers requests with one engine. Close it (or use `with`) to end its thread.
 
     At most `max_running` requests are computed at once, and `max_waiting` wait; a forward pass
-    decodes at most `decode_rows` of them (see Batcher).
+    decodes at most `decode_rows` of them (see Batcher), default: the backend's `few_rows`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Scheduler:
         *,
         max_running: int = 16,
         max_waiting: int = 256,
-        decode_rows: int = 8,
+        decode_rows: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
@@ -50,7 +50,7 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.clock = clock
         self.waiting: FairQueue[Job] = FairQueue()
-        self._batcher = Batcher(engine, decode_rows, clock)
+        self._batcher = Batcher(engine, decode_rows or engine.backend.few_rows, clock)
         self._owed = 0.0  # seconds that prompts took from those who decode
         self._arrived = 0
         self._draining = False

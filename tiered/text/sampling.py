@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LEAST_TEMPERATURE = 1e-38  # the next smaller ones are none in float32
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -68,7 +70,7 @@ class Sampler:
 
     def _draw(self, logits: np.ndarray) -> int:
         tokens, weights = candidates(logits, self.params)
-        cumulative = np.cumsum(weights)
+        cumulative = np.cumsum(weights.astype(np.float64))
         index = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
         return int(tokens[min(index, len(tokens) - 1)])
 
@@ -83,15 +85,15 @@ def penalize(logits: np.ndarray, seen: list[int], penalty: float) -> np.ndarray:
 
 def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that may follow (int64, likeliest first if any are left out) and their
-    probabilities (float64), up to a common factor."""
-    scaled = logits.astype(np.float64)
-    scaled -= scaled.max()  # before dividing: tiny temperatures must not overflow
+    probabilities (float32), up to a common factor."""
+    scaled = logits - logits.max()  # before dividing: tiny temperatures must not overflow
     with np.errstate(over="ignore"):  # to -inf: probability 0
-        scaled /= params.temperature
+        scaled /= np.float32(max(params.temperature, LEAST_TEMPERATURE))
     tokens = np.arange(len(scaled))
     if 0 < params.top_k < len(tokens):
-        tokens = _best(scaled, int(params.top_k))
-    weights = np.exp(scaled[tokens])
+        tokens = _best(logits, int(params.top_k))
+        scaled = scaled[tokens]
+    weights = np.exp(scaled)
     if params.top_p < 1:
         tokens, weights = _nucleus(tokens, weights, params.top_p)
     if params.min_p > 0:
@@ -107,11 +109,12 @@ def _nucleus(
 
     Few tokens do that in practice, so only as many as needed are sorted.
     """
-    wanted = top_p * weights.sum()
+    wanted = top_p * weights.sum(dtype=np.float64)
     count = min(256, len(weights))
     while True:
         order = _best(weights, count)
-        before = np.cumsum(weights[order]) - weights[order]
+        sorted_weights = weights[order].astype(np.float64)
+        before = np.cumsum(sorted_weights) - sorted_weights
         num_kept = int(np.count_nonzero(before < wanted))
         if num_kept < len(order) or count == len(weights):
             kept = order[: max(num_kept, 1)]

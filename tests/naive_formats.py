@@ -114,9 +114,16 @@ def quantized_activations(x):
 
 
 def quantize(values, format):
-    """uint8 [num_blocks, block_bytes] of float32 values, as ggml-quants.c does it."""
-    blocks = np.empty((values.size // 32, FORMATS[format].block_bytes), np.uint8)
-    for block, group in zip(blocks, values.reshape(-1, 32), strict=True):
+    """uint8 [num_blocks, block_bytes] of float32 values, as ggml-quants.c, QLoRA and GPTQ do it."""
+    size = FORMATS[format].block_size
+    blocks = np.empty((values.size // size, FORMATS[format].block_bytes), np.uint8)
+    for block, group in zip(blocks, values.reshape(-1, size), strict=True):
+        if format in _QUANTIZE:
+            scales, codes = _QUANTIZE[format](group)
+            halves = np.array(scales, np.float16).view(np.uint8)
+            codes = codes.astype(np.uint8).reshape(-1, 2, 16)
+            block[:] = np.concatenate([halves, (codes[:, 0] | codes[:, 1] << 4).reshape(-1)])
+            continue
         peak = group[np.abs(group).argmax()]
         scale = peak / np.float32(-8) if format == "q4_0" else np.abs(peak) / np.float32(127)
         inverse = np.float32(0) if abs(scale) <= 1e-30 else np.float32(1) / scale
@@ -129,6 +136,26 @@ def quantize(values, format):
             codes = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
             block[2:] = codes.view(np.uint8)
     return blocks
+
+
+def _inverse(scale):
+    return np.float32(0) if scale <= np.float32(1e-30) else np.float32(1) / scale
+
+
+def _quantize_nf4(group):
+    scale = np.abs(group).max() / np.float32(112)
+    table = np.rint(112 * np.array(_NF4)).astype(np.float32)
+    return [scale], np.searchsorted((table[1:] + table[:-1]) / 2, group * _inverse(scale))
+
+
+def _quantize_int4_g128(group):
+    above, below = max(np.float32(0), group.max()), max(np.float32(0), (-group).max())
+    scale = (above + below) / np.float32(15)
+    zero = np.rint(below * _inverse(scale))
+    return [scale, zero], np.minimum(group * _inverse(scale) + (zero + np.float32(0.5)), 15)
+
+
+_QUANTIZE = {"nf4": _quantize_nf4, "int4_g128": _quantize_int4_g128}
 
 
 def _e4m3(byte):

@@ -10,13 +10,13 @@ ROOT = Path(__file__).parent.parent
 COMPILE_TWO_VARIANTS = """
 import numpy as np
 from cpu_kernels import cache
-from cpu_kernels.quantize import quantize_groups
+from cpu_kernels.quantize import quantize_blocks
 values = np.arange(32, dtype=np.float32)
 for format in {formats}:
-    quantize_groups(values, "f32", format)
+    quantize_blocks(values, "f32", format)
 # Variants share a file name prefix: what was loaded must be what was asked for.
-assert quantize_groups(values, "f32", "q8_0")[0].shape == (1, 34)
-assert quantize_groups(values, "f32", "q4_0")[0][0, 2] & 15 == 8
+assert quantize_blocks(values, "f32", "q8_0")[0].shape == (1, 34)
+assert quantize_blocks(values, "f32", "q4_0")[0][0, 2] & 15 == 8
 print(cache.FOLDER)
 """
 

@@ -41,7 +41,25 @@ def store(original, tmp_path):
 @pytest.mark.parametrize("model_type", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("kind, quantize", [("gguf", "int4"), ("bf16", "int4"), ("f32", "none")])
 def test_the_same_bytes_reach_the_arithmetic(tmp_path, model_type, kind, quantize):
-    model = source(tmp_path, model_type, kind)
+    check_same_bytes(source(tmp_path, model_type, kind), tmp_path, quantize)
+
+
+@pytest.mark.parametrize("quantize", ["int4", "int4_g128", "nf4"])
+def test_experts_become_the_format_of_choice(tmp_path, quantize):
+    model = tiny.hf_checkpoint(tmp_path / "hf", "mixtral", hidden=384, head_dim=96, expert_size=128)
+    check_same_bytes(model, tmp_path, quantize)
+    with open_checkpoint(tmp_path / "store") as checkpoint, open_checkpoint(model) as original:
+        format = {"int4": "q4_0"}.get(quantize, quantize)
+        for part in ("gate", "up", "down"):
+            name = f"layers.1.experts.3.{part}"
+            assert checkpoint.tensors[name].format == format
+            values, lost = original.float32(name), checkpoint.float32(name)
+            # Half of the widest step between two codes, of what is largest in its block.
+            assert np.abs(lost - values).max() <= 0.16 * np.abs(values).max()
+        assert checkpoint.tensors["layers.1.q"].format == "q8_0"
+
+
+def check_same_bytes(model, tmp_path, quantize):
     calls = []
     path = convert(model, tmp_path / "store", quantize, lambda *call: calls.append(call))
     assert calls[-1][0] == calls[-1][1]

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from os import PathLike
 
+# What float experts become as they are read, by the name of the choice.
+EXPERT_FORMATS = {"int4": "q4_0", "int4_g128": "int4_g128", "nf4": "nf4"}
+QUANTIZATIONS = (*EXPERT_FORMATS, "none")
 DEFAULT_POLICY = "keep_last"
 NO_ROTATION = 1e30  # divisor of a frequency
 
@@ -269,13 +272,19 @@ class ModelConfig:
         return len(self.sparse_layers) * self.top_k
 
 
+def check_quantization(name: str) -> None:
+    """ValueError names those that there are."""
+    if name not in QUANTIZATIONS:
+        raise ValueError(f"quantize must be {', '.join(QUANTIZATIONS)}, not {name!r}")
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """The user's choices. Sizes are bytes or text such as "8G" (powers of 1024); None: decide.
 
-    `quantize` concerns float checkpoints, and says how weights are computed with: "int4" turns
-    experts into 4-bit as they are read and multiplies in integers; "none" keeps every weight as
-    stored and multiplies in float32.
+    `quantize` concerns float checkpoints, and says how weights are computed with: "int4" (q4_0),
+    "int4_g128" and "nf4" turn experts into 4-bit as they are read and multiply in integers; "none"
+    keeps every weight as stored and multiplies in float32.
     """
 
     ram: int | str | None = None  # everything the process holds
@@ -306,8 +315,7 @@ class EngineConfig:
     routing: str | PathLike[str] | None = None  # a trace, whose choices are used instead
 
     def __post_init__(self) -> None:
-        if self.quantize not in ("int4", "none"):
-            raise ValueError(f"quantize must be int4 or none, not {self.quantize!r}")
+        check_quantization(self.quantize)
         if self.speculate not in ("off", "lookup"):
             raise ValueError(f"speculate must be off or lookup, not {self.speculate!r}")
         if self.kv_dtype not in ("f32", "f16", "int8"):

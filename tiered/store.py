@@ -13,10 +13,11 @@ import numpy as np
 
 from cpu_kernels.formats import FORMATS
 from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
+from tiered.config import EXPERT_FORMATS, check_quantization
 from tiered.experts import ExpertKey, ExpertLayout, TensorLayout, aligned, expert_layout
 from tiered.reader import BLOCK, FileReader
 from tiered.weights.dense import is_usable
-from tiered.weights.quantize import GROUP_SIZE, quantize_rows
+from tiered.weights.quantize import quantize_rows
 
 PROJECTIONS = "gate", "up", "down"
 PIECE = 4 << 20  # bytes of a large expert that one thread reads at a time
@@ -27,15 +28,14 @@ Task = Callable[[], None]
 class ExpertStore:
     """Reads experts of a checkpoint, as blobs, quantizing float ones on the way if asked.
 
-    `quantize` is "int4" (float experts become q4_0) or "none". `readers` threads share the pieces
+    `quantize` is one of config.QUANTIZATIONS. `readers` threads share the pieces
     of one large expert; `read_into` itself may be called from any number of threads.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, quantize: str = "int4", readers: int = 4, direct: bool = True
     ) -> None:
-        if quantize not in ("int4", "none"):
-            raise ValueError(f"quantize must be int4 or none, not {quantize!r}")
+        check_quantization(quantize)
         self.checkpoint = checkpoint
         self.quantize = quantize
         self.bytes_read = 0
@@ -163,12 +163,13 @@ class ExpertStore:
         """The number format that a stored expert matrix is computed in."""
         if self.quantize == "none" or not FORMATS[stored].is_float:
             return stored
-        if in_features % GROUP_SIZE:
+        format = EXPERT_FORMATS[self.quantize]
+        if in_features % FORMATS[format].block_size:
             raise CheckpointError(
                 f"{self.checkpoint.path}: rows of {in_features} values cannot be quantized in "
-                f"groups of {GROUP_SIZE}; use --quantize none"
+                f"groups of {FORMATS[format].block_size}; use --quantize none"
             )
-        return "q4_0"
+        return format
 
     def _is_mappable(self, layer: int) -> bool:
         """Whether the file's own bytes can be computed with."""

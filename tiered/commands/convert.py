@@ -8,6 +8,7 @@ import click
 
 from tiered.commands import options as opt
 from tiered.commands.output import bytes_progress, notes, print_json
+from tiered.config import QUANTIZATIONS
 from tiered.memory import format_bytes
 
 
@@ -16,9 +17,9 @@ from tiered.memory import format_bytes
 @click.argument("destination", type=click.Path(path_type=Path))
 @opt.option(
     "--quantize",
-    type=click.Choice(["int4", "none"]),
+    type=click.Choice(QUANTIZATIONS),
     default="int4",
-    help="What becomes of float experts. Quantized ones stay as they are.",
+    help="What becomes of float experts (int4: Q4_0). Quantized ones stay as they are.",
 )
 @opt.json_option
 def command(source: Path, destination: Path, quantize: str, as_json: bool) -> None:

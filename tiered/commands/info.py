@@ -10,6 +10,7 @@ from rich.table import Table
 
 from tiered.commands import options as opt
 from tiered.commands.output import print_json, results
+from tiered.config import QUANTIZATIONS
 from tiered.memory import available_bytes, format_bytes
 
 
@@ -20,7 +21,7 @@ from tiered.memory import available_bytes, format_bytes
 )
 @opt.option(
     "--quantize",
-    type=click.Choice(["int4", "none"]),
+    type=click.Choice(QUANTIZATIONS),
     default="int4",
     help="How a float checkpoint's experts would be held.",
 )

@@ -9,9 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from tiered import policies
-from tiered.config import DEFAULT_POLICY
-
-QUANTIZATIONS = "int4", "none"
+from tiered.config import DEFAULT_POLICY, QUANTIZATIONS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -99,8 +97,8 @@ other_engine_options = several(
 engine_options = several(
     option("--expert-ram", metavar="SIZE", help="Memory for experts alone, as 2G."),
     option("--quantize", type=click.Choice(QUANTIZATIONS), default="int4",
-           help="How a checkpoint's weights are computed with: float experts as 4-bit integers, "
-           "or every weight as stored, in float32."),
+           help="How a checkpoint's weights are computed with: float experts in 4 bits (int4: "
+           "Q4_0), or every weight as stored, in float32."),
     other_engine_options,
 )  # fmt: skip
 

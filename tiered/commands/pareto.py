@@ -16,6 +16,7 @@ from tiered.commands import options as opt
 from tiered.commands.lists import budgets, floats, integers, split
 from tiered.commands.output import give_json, notes, results, steps_progress
 from tiered.commands.prune import NAMES as CRITERIA
+from tiered.config import QUANTIZATIONS
 from tiered.memory import format_bytes
 from tiered.version import __version__
 
@@ -35,7 +36,7 @@ Rows = list[dict[str, str]]
 @opt.model_argument
 @opt.text_option
 @opt.option("--quantize", metavar="NAMES", default="int4",
-            help=f"How weights are computed with: {', '.join(opt.QUANTIZATIONS)}.")  # fmt: skip
+            help=f"How weights are computed with: {', '.join(QUANTIZATIONS)}.")  # fmt: skip
 @opt.option("--experts", metavar="COUNTS", help="Per layer, MODEL's own or pruned to fewer: 8,6,4. "
             "Default: its own.")  # fmt: skip
 @opt.option("--top-k", metavar="COUNTS", default="0",
@@ -179,8 +180,8 @@ def grid(
 
     precisions = split(axes["quantize"] or "")
     for name in precisions or [""]:
-        if name not in opt.QUANTIZATIONS:
-            known = ", ".join(opt.QUANTIZATIONS)
+        if name not in QUANTIZATIONS:
+            known = ", ".join(QUANTIZATIONS)
             raise click.UsageError(f"--quantize takes {known}, separated by commas, not {name!r}")
     tables = ["" if name == "none" else name for name in split(axes["layer_k"] or "none")]
     with open_checkpoint(model) as checkpoint:

@@ -11,7 +11,7 @@ from rich.table import Table
 from tiered.commands import options as opt
 from tiered.commands.output import notes, print_json, results
 from tiered.commands.plan import number
-from tiered.config import DEFAULT_POLICY
+from tiered.config import DEFAULT_POLICY, QUANTIZATIONS
 from tiered.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @opt.option("--look-ahead", type=click.IntRange(0, 3), default=0, help="Layers; 0: off.")
 @opt.option(
     "--quantize",
-    type=click.Choice(["int4", "none"]),
+    type=click.Choice(QUANTIZATIONS),
     default="int4",
     help="How a float checkpoint's weights are computed with.",
 )

@@ -11,7 +11,8 @@ from cpu_kernels.formats import FORMATS
 from tiered.checkpoints.checkpoint import Checkpoint, Tensor
 from tiered.weights.quantize import GROUP_SIZE, quantize_rows
 
-# Large matrices that int4 mode keeps in 8 bits. Embeddings, head, router and norms stay as stored.
+# Large matrices that are kept in 8 bits beside experts of 4. Embeddings, head, router and norms
+# stay as stored.
 _LARGE = re.compile(
     r"layers\.\d+\.([qkvo]|q_a|kv_a|delta\.(qkvz|qkv|z|o)|mamba2\.(in|o)|(ffn|shared)\.(gate|up|down))"
 )
@@ -22,8 +23,8 @@ def dense_matrix(
 ) -> tuple[np.ndarray, str, tuple[int, int]]:
     """(data uint8 [nbytes], format, shape [out_features, in_features]) of a dense matrix.
 
-    What the file has in a usable form is a view of its memory map. With `quantize="int4"` a float
-    checkpoint's large matrices become q8_0.
+    What the file has in a usable form is a view of its memory map. Unless `quantize` is "none", a
+    float checkpoint's large matrices become q8_0.
     """
     tensor = checkpoint.tensors[name]
     data, format = checkpoint.data(name), dense_format(tensor, quantize)
@@ -35,7 +36,7 @@ def dense_matrix(
 
 def dense_format(tensor: Tensor, quantize: str) -> str:
     """The number format that a dense tensor is computed in."""
-    if quantize == "int4" and FORMATS[tensor.format].is_float and _LARGE.fullmatch(tensor.name):
+    if quantize != "none" and FORMATS[tensor.format].is_float and _LARGE.fullmatch(tensor.name):
         return tensor.format if tensor.shape[-1] % GROUP_SIZE else "q8_0"
     return tensor.format
 

@@ -25,8 +25,8 @@ def model(tmp_path_factory):
 
 def always_on(engine):
     """Whether a draft pays on this machine must not decide what is tested."""
-    engine.speculation = Governor((0, MOST), max_patience=10**9)
-    engine.speculation._patience = 10**9
+    engine.generation.speculation = governor = Governor((0, MOST), max_patience=10**9)
+    governor._patience = 10**9
 
 
 def both(model, prompt, count, sampling=None, **choices):

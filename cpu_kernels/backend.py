@@ -89,6 +89,9 @@ class CpuBackend:
     def recurrent_state(self, config: Any) -> RecurrentState:
         return RecurrentState(config)
 
+    def copy_state(self, source: RecurrentState, target: RecurrentState) -> None:
+        np.copyto(target.values, source.values)
+
     def router_layer(self, weights: Any, config: Any) -> RouterLayer:
         return RouterLayer(weights, config)
 

@@ -174,6 +174,9 @@ class Backend(Protocol):
     def recurrent_state(self, config: ModelConfig) -> Any:
         """Memory for what the recurrent layers remember of one text."""
 
+    def copy_state(self, source: Any, target: Any) -> None:
+        """Make `target` remember what `source` does."""
+
     def router_layer(self, weights: RouterWeights, config: ModelConfig) -> Any:
         """Prepare the norm before the experts and the router; the result goes to `route`."""
 

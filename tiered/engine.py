@@ -136,11 +136,6 @@ class Engine:
             placed.promotion = promotion = Governor((0, 1), "promotion", patience=4)
             governors.append(promotion)
         self.governors = Governors(governors)
-        if choices.speculate != "off" and self.kv.is_recurrent:
-            raise ValueError(
-                f"{config.model_type} remembers a text as a whole and cannot take drafts back: "
-                "run it without --speculate"
-            )
         self.generation = Generation(
             self.decoder, self.kv, self.governors, choices, partial(find_damage, self.checkpoint)
         )
@@ -167,12 +162,17 @@ class Engine:
             expert_ram=expert_ram,
             process=psutil.Process().memory_info().rss,
             dense=dense_bytes(self.checkpoint, choices.quantize),
-            kv=kv_cache.kv_bytes(config, self.kv_tokens, choices.kv_dtype, self.num_texts),
+            kv=kv_cache.kv_bytes(config, self.kv_tokens, choices.kv_dtype, self._num_states),
             workspace=workspace_bytes(config, choices.prefill_chunk) + slots,
             experts=sum(blobs) * config.num_experts,
             floor=max(blobs) * config.top_k,
             mappable=self.store is not None and self.store.mappable,
         )
+
+    @property
+    def _num_states(self) -> int:
+        """What recurrent layers remember is kept twice where drafts may have to be taken back."""
+        return self.num_texts * (1 if self.choices.speculate == "off" else 2)
 
     @property
     def _blob_bytes(self) -> list[int]:

@@ -16,7 +16,7 @@ from tiered.config import EngineConfig
 from tiered.governor import Governors
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
-from tiered.speculation import PromptLookup, speculation_governor
+from tiered.speculation import MOST, PromptLookup, speculation_governor
 from tiered.stats import EngineStats
 from tiered.text.sampling import Sampler, log_softmax
 from tiered.text.stop_strings import StopStrings
@@ -64,20 +64,23 @@ class Generation:
         """Sample `most` tokens, the first of them from `logits`."""
         drafter = PromptLookup(sequence.tokens) if self._speculates else None
         rows, seconds = logits[None], 0.0
+        again: list[int] = []  # tokens that were said, and have to be computed once more
         draft: list[int] = []
         while most:
             right = 0
-            for row, drafted in zip(rows, [*draft, None], strict=True):
-                token = sampler.sample(row)
-                most -= 1
-                yield token
-                if token != drafted or not most:
-                    break
-                right += 1
+            try:
+                for row, drafted in zip(rows, [*draft, None], strict=True):
+                    token = sampler.sample(row)
+                    most -= 1
+                    right += token == drafted
+                    yield token
+                    if token != drafted or not most:
+                        break
+            finally:  # whoever stops listening leaves no drafts behind
+                again = self._keep(sequence, right, len(draft))
             if not most:
                 return
-            if right < len(draft):
-                self.kv.truncate(sequence, len(sequence.tokens) - len(draft) + right)
+            start = perf_counter()
             if drafter is not None:
                 if seconds:
                     self.speculation.add(seconds, 1 + right)
@@ -86,11 +89,18 @@ class Generation:
                     drafter.push(known)
                 self.counted.drafted += len(draft)
                 self.counted.drafted_right += right
-                draft = drafter.draft(min(self.speculation.limit(), most - 1))
-            start = perf_counter()
-            rows = self._decode(sequence, [token, *draft])
+                room = min(MOST - len(again), most - 1)
+                draft = drafter.draft(min(self.speculation.limit(), room))
+            if draft:
+                self.kv.set_mark(sequence)
+            rows = self._decode(sequence, [*again, token, *draft])[len(again) :]
             seconds = perf_counter() - start
             self.counted.decode_seconds += seconds
+
+    def _keep(self, sequence: kv_cache.Sequence, right: int, drafted: int) -> list[int]:
+        """Take back what was drafted wrongly; returns what has to be computed again."""
+        wrong = drafted - right
+        return self.kv.take_back(sequence, len(sequence.tokens) - wrong) if wrong else []
 
     @property
     def _speculates(self) -> bool:

@@ -181,7 +181,7 @@ def test_tokens_together_have_the_bits_of_one_by_one(model_type, quantize, tmp_p
 
 
 def test_what_a_draft_may_be(model):
-    with pytest.raises(ValueError, match="off or lookup, not 'magic'"):
+    with pytest.raises(ValueError, match="off or lookup or mtp or auto, not 'magic'"):
         Engine(model, speculate="magic")
 
 

@@ -12,11 +12,19 @@ from typing import Any
 import numpy as np
 
 from tiered import kv_cache
+from tiered.backend import Array
 from tiered.config import EngineConfig
+from tiered.draft_layer import DraftLayer
 from tiered.governor import Governors
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
-from tiered.speculation import MOST, PromptLookup, speculation_governor
+from tiered.speculation import (
+    MOST,
+    Drafter,
+    MultiTokenPrediction,
+    PromptLookup,
+    speculation_governor,
+)
 from tiered.stats import EngineStats
 from tiered.text.sampling import Sampler, log_softmax
 from tiered.text.stop_strings import StopStrings
@@ -43,6 +51,7 @@ class Generation:
         self.kv = kv
         self.governors = governors
         self.choices = choices
+        self.draft_layer: DraftLayer | None = None
         self.speculation = speculation_governor()
         self.counted = EngineStats()
         self._damage = damage
@@ -62,7 +71,7 @@ class Generation:
         self, sequence: kv_cache.Sequence, logits: np.ndarray, sampler: Sampler, most: int
     ) -> Iterator[int]:
         """Sample `most` tokens, the first of them from `logits`."""
-        drafter = PromptLookup(sequence.tokens) if self._speculates else None
+        drafter = self.drafter(sequence) if self.speculates else None
         rows, seconds = logits[None], 0.0
         again: list[int] = []  # tokens that were said, and have to be computed once more
         draft: list[int] = []
@@ -78,6 +87,8 @@ class Generation:
                         break
             finally:  # whoever stops listening leaves no drafts behind
                 again = self._keep(sequence, right, len(draft))
+            self.counted.drafted += len(draft)
+            self.counted.drafted_right += right
             if not most:
                 return
             start = perf_counter()
@@ -87,8 +98,6 @@ class Generation:
                 drafter.judge(len(draft), right)
                 for known in [*draft[:right], token]:
                     drafter.push(known)
-                self.counted.drafted += len(draft)
-                self.counted.drafted_right += right
                 room = min(MOST - len(again), most - 1)
                 draft = drafter.draft(min(self.speculation.limit(), room))
             if draft:
@@ -103,10 +112,21 @@ class Generation:
         return self.kv.take_back(sequence, len(sequence.tokens) - wrong) if wrong else []
 
     @property
-    def _speculates(self) -> bool:
+    def speculates(self) -> bool:
         """A trace, recorded or replayed, has each token once and in order."""
         on = self.choices.speculate != "off" and self.choices.routing is None
         return on and self.decoder.trace is None
+
+    def drafter(self, sequence: kv_cache.Sequence) -> Drafter:
+        """What drafts a text, all of whose tokens so far are computed."""
+        if self.draft_layer is not None:
+            return MultiTokenPrediction(self.draft_layer, sequence)
+        return PromptLookup(sequence.tokens)
+
+    def watch(self, sequence: kv_cache.Sequence, start: int, x: Array) -> None:
+        """Tokens from `start` on have been computed: what a draft layer wants to know of them."""
+        if self.draft_layer is not None and self.speculates:
+            self.draft_layer.watch(sequence, start, x)
 
     def score(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
         """The log-probability of each token of an answer, decoded one by one as if it had been
@@ -161,7 +181,9 @@ class Generation:
         length = len(sequence.tokens)
         try:
             batch = self.kv.batch([(sequence, ids)])
-            logits: np.ndarray = self._finite(self.decoder.forward(batch, self.kv.pages, rows))
+            x = self.decoder.hidden(batch, self.kv.pages)
+            logits = self._finite(self.decoder.head(x, rows))
+            self.watch(sequence, length, x)
             return logits
         except BaseException:
             self.kv.truncate(sequence, length)

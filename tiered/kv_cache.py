@@ -43,6 +43,7 @@ class Sequence:
         self.state = state
         self.marked: Any = None
         self.mark = 0
+        self.unseen: Any = None  # by the layer that drafts tokens: see tiered.draft_layer.Unseen
         self.tokens: list[int] = []
         self.pages = np.full(max_pages, -1, np.int32)
         self.num_pages = 0
@@ -112,11 +113,10 @@ class KVCache:
         are kept. Returns how many are left."""
         if self.is_recurrent and length < len(sequence.tokens):
             length = 0
-        self._cut_pages(sequence, length)
-        del sequence.tokens[length:]
+        self._cut(sequence, length)
         return len(sequence.tokens)
 
-    def _cut_pages(self, sequence: Sequence, length: int) -> None:
+    def _cut(self, sequence: Sequence, length: int) -> None:
         keep = -(-length // PAGE_SIZE)
         if length % PAGE_SIZE and length < len(sequence.tokens):  # its last page changes again
             assert not self.is_shared(sequence.pages[keep - 1])
@@ -124,6 +124,9 @@ class KVCache:
             self.release(page)
         sequence.pages[keep : sequence.num_pages] = -1
         sequence.num_pages = min(keep, sequence.num_pages)
+        del sequence.tokens[length:]
+        if sequence.unseen is not None:
+            sequence.unseen.cut(length)
 
     def set_mark(self, sequence: Sequence) -> None:
         """Whatever is appended from now on can be taken back, whole or in part."""
@@ -139,8 +142,7 @@ class KVCache:
         Recurrent layers are as they were at the mark, so what was appended since and is to stay has
         to be appended again: these tokens are returned, and no longer the sequence's.
         """
-        self._cut_pages(sequence, length)
-        del sequence.tokens[length:]
+        self._cut(sequence, length)
         if not self.is_recurrent:
             return []
         sequence.state, sequence.marked = sequence.marked, sequence.state
@@ -152,20 +154,26 @@ class KVCache:
         self.truncate(sequence, 0)
         sequence.state = sequence.marked = None
 
+    def grow(self, sequence: Sequence, length: int) -> bool:
+        """Give a sequence pages for `length` tokens; False, and nothing, if there are too few."""
+        needed = -(-length // PAGE_SIZE) - sequence.num_pages
+        if needed > len(self._free):
+            return False
+        for _ in range(needed):
+            page = self._free.pop()
+            self._holders[page] = 1
+            sequence.pages[sequence.num_pages] = page
+            sequence.num_pages += 1
+        return True
+
     def batch(self, additions: Items[tuple[Sequence, Items[int]]]) -> Batch:
         """Append tokens to sequences, and say where each stands. MemoryError if pages run out."""
         for sequence, tokens in additions:
-            needed = -(-(len(sequence.tokens) + len(tokens)) // PAGE_SIZE) - sequence.num_pages
-            if needed > len(self._free):
+            if not self.grow(sequence, len(sequence.tokens) + len(tokens)):
                 raise MemoryError(
                     f"the KV cache is full: {self.num_pages * PAGE_SIZE} tokens; "
                     "use a larger context, or a shorter text"
                 )
-            for _ in range(needed):
-                page = self._free.pop()
-                self._holders[page] = 1
-                sequence.pages[sequence.num_pages] = page
-                sequence.num_pages += 1
         starts = [len(sequence.tokens) for sequence, _ in additions]
         counts = [len(tokens) for _, tokens in additions]
         for sequence, tokens in additions:

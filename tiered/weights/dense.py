@@ -13,7 +13,7 @@ from tiered.weights.quantize import GROUP_SIZE, quantize_rows
 
 # Large matrices that int4 mode keeps in 8 bits. Embeddings, head, router and norms stay as stored.
 _LARGE = re.compile(
-    r"layers\.\d+\.([qkvo]|q_a|kv_a|delta\.(qkvz|qkv|z|o)|mamba2\.(in|o)|(ffn|shared)\.(gate|up|down))"
+    r"layers\.\d+\.([qkvo]|q_a|kv_a|delta\.(qkvz|qkv|z|o)|mamba2\.(in|o)|mtp\.projection|(ffn|shared)\.(gate|up|down))"
 )
 
 

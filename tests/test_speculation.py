@@ -68,13 +68,13 @@ def test_a_text_that_repeats_itself_takes_fewer_steps(model):
     """Greedy decoding of a small model falls into a loop, which lookup foresees."""
     with Engine(model, threads=1, speculate="lookup") as engine:
         always_on(engine)
-        steps, forward = [], engine.decoder.forward
+        steps, hidden = [], engine.decoder.hidden
 
         def watched(batch, *given):
             steps.append(len(batch.tokens))
-            return forward(batch, *given)
+            return hidden(batch, *given)
 
-        engine.decoder.forward = watched
+        engine.decoder.hidden = watched
         tokens = list(engine.generate_tokens(REPEATING, 200))
         stats = engine.stats
     assert len(tokens) == 200 and stats.new_tokens == 200

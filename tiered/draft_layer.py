@@ -15,13 +15,17 @@ before a text's first token, hidden states are zero.
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tiered.backend import Array, Batch
 from tiered.kv_cache import KVCache, Sequence
-from tiered.model import Decoder
+from tiered.model import Decoder, Layer
+
+if TYPE_CHECKING:
+    from tiered.store import ExpertStore
+    from tiered.weights.loader import WeightLoader
 
 
 class Unseen:
@@ -95,6 +99,11 @@ class DraftLayer:
         while len(sequence.unseen) > self.most_rows:
             self._see(sequence, sequence.tokens, self.most_rows)
 
+    def catch_up(self, sequence: Sequence) -> None:
+        """See all hidden states after which the text goes on."""
+        if sequence.unseen is not None and len(sequence.unseen) > 1:
+            self._see(sequence, sequence.tokens, len(sequence.unseen) - 1)
+
     def draft(self, sequence: Sequence, tokens: Items[int], most: int) -> list[int]:
         """What is likely to follow `tokens`, of which `sequence` has all but the last to compute.
         Up to `most` tokens; none where there is no memory for their keys and values."""
@@ -133,3 +142,18 @@ class DraftLayer:
         d.backend.join(x, hidden, join)
         d.layer(x, self.index, batch, self.kv.pages)
         return x
+
+
+def open_draft_layer(
+    main: Decoder, loader: WeightLoader, store: ExpertStore | None, kv: KVCache, most_rows: int
+) -> DraftLayer | None:
+    """The layer of a checkpoint that was opened with it, beside the `main` decoder. Where there are
+    several, the first one, which is then used for all tokens of a draft."""
+    config, index = loader.config, main.config.num_layers
+    if not config.num_draft_layers:
+        return None
+    layers = [*[Layer(None)] * index, loader.layer(index, store)]
+    output = loader.draft_output(index)
+    decoder = Decoder(config, main.backend, main.embedding, layers, output, main.source)
+    decoder.clock = main.clock
+    return DraftLayer(decoder, index, loader.joins(index), kv, most_rows)

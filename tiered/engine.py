@@ -19,14 +19,14 @@ from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
 from tiered.checkpoints.damage import find_damage
 from tiered.cold_copy import ColdCopy, copy_bytes, copy_tier, open_copy
 from tiered.config import EngineConfig, ModelConfig
-from tiered.draft_layer import DraftLayer
+from tiered.draft_layer import open_draft_layer
 from tiered.experts import ExpertKey
 from tiered.formats import open_checkpoint
 from tiered.generation import Generation, texts
 from tiered.governor import Governor, Governors, depths
 from tiered.gpu.accelerator import place_experts
 from tiered.kv_cache import KVCache
-from tiered.model import Decoder, Layer
+from tiered.model import Decoder
 from tiered.prefetch import Prefetcher
 from tiered.routing import open_rules
 from tiered.source import MappedExperts, TieredExperts, count, open_source
@@ -74,7 +74,10 @@ class Engine:
         self.context = min(choices.context or DEFAULT_CONTEXT, self.config.context_length)
         self.checkpoint.config = self.config.for_context(self.context)
         config = self.config = self.checkpoint.config.without_drafts()
-        self._check_drafts()
+        if choices.speculate == "mtp" and config == self.checkpoint.config:
+            raise ValueError(
+                f"{self.checkpoint.path} has no layer that drafts tokens: use --speculate lookup"
+            )
         self.kv_tokens = max(choices.kv_tokens or 0, self.context)
         self.num_texts = -(-self.kv_tokens // self.context)
         self.store: ExpertStore | None = None
@@ -143,7 +146,9 @@ class Engine:
         self.generation = Generation(
             self.decoder, self.kv, self.governors, choices, partial(find_damage, self.checkpoint)
         )
-        self.generation.draft_layer = self._draft_layer(loader)
+        self.generation.draft_layer = open_draft_layer(
+            self.decoder, loader, self.store, self.kv, choices.prefill_chunk
+        )
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
 
@@ -151,29 +156,6 @@ class Engine:
     def _drafts(self) -> bool:
         """Whether the model's own layer for drafts is wanted, if it has one."""
         return self.choices.speculate in ("mtp", "auto") and self.choices.device == "cpu"
-
-    def _check_drafts(self) -> None:
-        if self.choices.speculate == "mtp" and not self.checkpoint.config.num_draft_layers:
-            raise ValueError(
-                f"{self.checkpoint.path} has no layer that drafts tokens: use --speculate lookup"
-            )
-
-    def _draft_layer(self, loader: WeightLoader) -> DraftLayer | None:
-        """The first one, which is used for all tokens of a draft."""
-        config, index = self.checkpoint.config, self.config.num_layers
-        if not config.num_draft_layers:
-            return None
-        decoder = Decoder(
-            config,
-            self.backend,
-            self.decoder.embedding,
-            [*[Layer(None)] * index, loader.layer(index, self.store)],
-            loader.draft_output(index),
-            self.source,
-        )
-        decoder.clock = self.decoder.clock
-        most_rows = self.choices.prefill_chunk
-        return DraftLayer(decoder, index, loader.joins(index), self.kv, most_rows)
 
     @property
     def is_of_one_text(self) -> bool:

@@ -71,7 +71,7 @@ class Generation:
         self, sequence: kv_cache.Sequence, logits: np.ndarray, sampler: Sampler, most: int
     ) -> Iterator[int]:
         """Sample `most` tokens, the first of them from `logits`."""
-        drafter = self.drafter(sequence) if self.speculates else None
+        drafter = self.drafter(sequence)
         rows, seconds = logits[None], 0.0
         again: list[int] = []  # tokens that were said, and have to be computed once more
         draft: list[int] = []
@@ -112,13 +112,20 @@ class Generation:
         return self.kv.take_back(sequence, len(sequence.tokens) - wrong) if wrong else []
 
     @property
+    def decoders(self) -> list[Decoder]:
+        """All that fetch experts."""
+        return [self.decoder, *([self.draft_layer.decoder] if self.draft_layer else [])]
+
+    @property
     def speculates(self) -> bool:
         """A trace, recorded or replayed, has each token once and in order."""
         on = self.choices.speculate != "off" and self.choices.routing is None
         return on and self.decoder.trace is None
 
-    def drafter(self, sequence: kv_cache.Sequence) -> Drafter:
-        """What drafts a text, all of whose tokens so far are computed."""
+    def drafter(self, sequence: kv_cache.Sequence) -> Drafter | None:
+        """What drafts a text, all of whose tokens so far are computed; None if nothing is to."""
+        if not self.speculates:
+            return None
         if self.draft_layer is not None:
             return MultiTokenPrediction(self.draft_layer, sequence)
         return PromptLookup(sequence.tokens)
@@ -127,6 +134,11 @@ class Generation:
         """Tokens from `start` on have been computed: what a draft layer wants to know of them."""
         if self.draft_layer is not None and self.speculates:
             self.draft_layer.watch(sequence, start, x)
+
+    def catch_up(self, sequence: kv_cache.Sequence) -> None:
+        """Others may begin with pages of this text: what drafts need should be in them."""
+        if self.draft_layer is not None and self.speculates:
+            self.draft_layer.catch_up(sequence)
 
     def score(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
         """The log-probability of each token of an answer, decoded one by one as if it had been

@@ -1,6 +1,6 @@
 """The decoder: embed, then attention and experts layer by layer, then the next token's logits.
 
-Read this first. `Decoder.forward` is what happens to a token; `Decoder.experts` is what this
+Read this first. `Decoder.hidden` is what happens to a token; `Decoder.experts` is what this
 project is about.
 """
 

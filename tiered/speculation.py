@@ -14,7 +14,7 @@ from tiered import kv_cache
 from tiered.draft_layer import DraftLayer
 from tiered.governor import Governor
 
-MOST = 7  # tokens of a draft; with the last one, as many rows as give each the bits it has alone
+MOST = 7  # tokens of a draft; with the last one, no more rows than give each the bits it has alone
 FEWEST = 2  # where the last draft was wrong
 
 

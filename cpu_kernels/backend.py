@@ -17,6 +17,7 @@ from cpu_kernels.experts import Combine, ExpertLayer, Weighted
 from cpu_kernels.feed_forward import FeedForwardLayer
 from cpu_kernels.head import Head, OutputLayer
 from cpu_kernels.isa import choose
+from cpu_kernels.join import Join, JoinLayer
 from cpu_kernels.kv import KVPages
 from cpu_kernels.latent import LatentAttentionLayer
 from cpu_kernels.linear import FEW_ROWS, Matrix
@@ -59,6 +60,7 @@ class CpuBackend:
         self._combine = Combine()
         self._weighted = Weighted()
         self._merge = Merge(self._team)
+        self._join = Join(self._team)
         self._head = Head(self._team)
         self._hidden_size = 0
 
@@ -89,6 +91,9 @@ class CpuBackend:
     def recurrent_state(self, config: Any) -> RecurrentState:
         return RecurrentState(config)
 
+    def copy_state(self, source: RecurrentState, target: RecurrentState) -> None:
+        np.copyto(target.values, source.values)
+
     def router_layer(self, weights: Any, config: Any) -> RouterLayer:
         return RouterLayer(weights, config)
 
@@ -104,6 +109,9 @@ class CpuBackend:
 
     def merge_layer(self, weights: Any, config: Any) -> MergeLayer:
         return MergeLayer(weights, config)
+
+    def join_layer(self, weights: Any, config: Any) -> JoinLayer:
+        return JoinLayer(weights, config)
 
     def output_layer(self, norm: np.ndarray, head: Matrix, config: Any) -> OutputLayer:
         return OutputLayer(norm, head, config)
@@ -162,6 +170,9 @@ class CpuBackend:
         self, x: np.ndarray, dense: np.ndarray, routed: np.ndarray, layer: MergeLayer
     ) -> None:
         self._merge.run(x, dense, routed, layer)
+
+    def join(self, x: np.ndarray, hidden: np.ndarray, layer: JoinLayer) -> None:
+        self._join.run(x, hidden, layer)
 
     def head(self, x: np.ndarray, rows: np.ndarray, layer: OutputLayer) -> np.ndarray:
         return self._head.run(x, rows, layer)

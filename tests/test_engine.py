@@ -120,7 +120,7 @@ def test_governors_are_for_what_can_be_chosen(model, expected):
     with Engine(model, threads=2, expert_ram=experts // 2) as engine:
         for governor in engine.governors:
             governor.window = governor.max_patience = 1  # they probe all the time
-        engine.governors = Watched(list(engine.governors))
+        engine.generation.governors = Watched(list(engine.governors))
         assert list(engine.generate_tokens(PROMPT, len(tokens))) == tokens
     assert len(used) > 2
 

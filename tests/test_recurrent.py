@@ -209,14 +209,14 @@ def test_many_at_once_say_what_each_says_alone(model):
         alone = [list(engine.generate_tokens(p, 12)) for p in prompts]
         most = 0
         with Scheduler(engine, max_running=4) as scheduler:
-            forward = engine.decoder.forward
+            hidden = engine.decoder.hidden
 
             def watched(*given):
                 nonlocal most
                 most = max(most, len(scheduler.running))
-                return forward(*given)
+                return hidden(*given)
 
-            engine.decoder.forward = watched
+            engine.decoder.hidden = watched
             results = run_all(scheduler, [Request(p, max_new_tokens=12) for p in prompts])
         assert [tokens for tokens, _ in results] == alone
         assert most == 2

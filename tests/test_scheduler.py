@@ -235,7 +235,7 @@ def test_a_failed_forward_pass_ends_its_requests_and_no_others(engine, monkeypat
     failing = Client()
     with Scheduler(engine) as scheduler:
         with monkeypatch.context() as patch:
-            patch.setattr(engine.decoder, "forward", lambda *_: 1 / 0)
+            patch.setattr(engine.decoder, "hidden", lambda *_: 1 / 0)
             scheduler.submit(Request((1, 2, 3), 5), failing.events.put)
             finish = failing.result()[1]
         assert finish.reason == "error" and isinstance(finish.error, ZeroDivisionError)

@@ -15,7 +15,7 @@ from tiered.speculation import FEWEST, MOST, PromptLookup, seconds_per_token
 # A text that comes back, and one that does not.
 REPEATING = [5, 9, 14, 3, 77, 21, 8] * 6
 PLAIN = np.random.default_rng(0).permutation(250)[:40].tolist()
-RECURRENT = {"qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "lfm2_moe", "granitemoehybrid"}
+RECURRENT = ("qwen3_next", "lfm2_moe", "granitemoehybrid")  # DeltaNet, convolutions, Mamba-2
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def model(tmp_path_factory):
 
 def always_on(engine):
     """Whether a draft pays on this machine must not decide what is tested."""
-    engine.speculation = Governor((0, MOST), max_patience=10**9)
-    engine.speculation._patience = 10**9
+    engine.generation.speculation = governor = Governor((0, MOST), max_patience=10**9)
+    governor._patience = 10**9
 
 
 def both(model, prompt, count, sampling=None, **choices):
@@ -40,7 +40,7 @@ def both(model, prompt, count, sampling=None, **choices):
     return *results, stats
 
 
-@pytest.mark.parametrize("model_type", sorted(set(tiny.ARCHITECTURES) - RECURRENT))
+@pytest.mark.parametrize("model_type", sorted(tiny.ARCHITECTURES))
 def test_every_architecture_says_the_same(model_type, tmp_path):
     model = tiny.hf_checkpoint(tmp_path, model_type)
     for prompt in (REPEATING, PLAIN):
@@ -68,13 +68,13 @@ def test_a_text_that_repeats_itself_takes_fewer_steps(model):
     """Greedy decoding of a small model falls into a loop, which lookup foresees."""
     with Engine(model, threads=1, speculate="lookup") as engine:
         always_on(engine)
-        steps, forward = [], engine.decoder.forward
+        steps, hidden = [], engine.decoder.hidden
 
         def watched(batch, *given):
             steps.append(len(batch.tokens))
-            return forward(batch, *given)
+            return hidden(batch, *given)
 
-        engine.decoder.forward = watched
+        engine.decoder.hidden = watched
         tokens = list(engine.generate_tokens(REPEATING, 200))
         stats = engine.stats
     assert len(tokens) == 200 and stats.new_tokens == 200
@@ -115,11 +115,73 @@ def test_a_trace_has_each_token_once(model, tmp_path):
         assert engine.stats.drafted == 0
 
 
-def test_recurrent_models_are_refused(tmp_path):
-    model = tiny.hf_checkpoint(tmp_path, "lfm2_moe")
-    with pytest.raises(ValueError, match="lfm2_moe remembers a text as a whole"):
-        Engine(model, speculate="lookup")
-    with pytest.raises(ValueError, match="off or lookup, not 'magic'"):
+class Guesses:
+    """Drafts what a text will say, with a wrong token after so many right ones, in turn."""
+
+    def __init__(self, said, turns):
+        self.said, self.turns, self.place = said, turns, 0
+
+    def push(self, token):
+        assert token == self.said[self.place]
+        self.place += 1
+
+    def draft(self, most):
+        right = self.turns[self.place % len(self.turns)]
+        draft = self.said[self.place :][: min(right, most)]
+        return [*draft, (self.said[self.place] + 1) % 256] if len(draft) < most else draft
+
+    def judge(self, drafted, accepted):
+        pass
+
+
+@pytest.mark.parametrize("model_type", RECURRENT)
+@pytest.mark.parametrize("sampling", [{}, dict(temperature=1.0, seed=3)])
+def test_what_recurrent_layers_remember_is_taken_back(model_type, sampling, tmp_path, monkeypatch):
+    """Bit for bit, however many of a draft were right: what is drawn depends on all logits."""
+    model = tiny.hf_checkpoint(tmp_path, model_type, "f32")
+    with Engine(model, quantize="none", threads=2) as engine:
+        said = list(engine.generate_tokens(PLAIN, 40, **sampling))
+    for turns in ([0], [1], [6], [7], [3, 0, 5, 2, 6, 1, 4]):
+        guesses = Guesses(said, turns)
+        monkeypatch.setattr("tiered.generation.PromptLookup", lambda tokens, g=guesses: g)
+        with Engine(model, quantize="none", threads=2, speculate="lookup") as engine:
+            assert engine.plan.kv > 0
+            always_on(engine)
+            sequence = engine.open_sequence()
+            got = list(engine.generate_tokens(PLAIN, 40, sequence=sequence, **sampling))
+            assert got == said
+            assert engine.stats.drafted > engine.stats.drafted_right or turns == [7]
+            assert (engine.stats.drafted_right > 20) == (max(turns) > 2)
+            # Nothing of the drafts is left: the text goes on from where it is.
+            assert sequence.tokens == [*PLAIN, *said][: len(sequence.tokens)]
+            assert len(sequence.tokens) >= len(PLAIN) + len(said) - 1 - MOST
+
+
+@pytest.mark.parametrize("model_type", RECURRENT)
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+def test_tokens_together_have_the_bits_of_one_by_one(model_type, quantize, tmp_path):
+    """Also after some of them were taken back and computed again."""
+    model = tiny.hf_checkpoint(tmp_path, model_type)
+    with Engine(model, quantize=quantize, threads=2) as engine:
+        kv, decode = engine.kv, engine.generation._decode
+        alone, together = engine.open_sequence(), engine.open_sequence()
+        for sequence in (alone, together):
+            engine.generation.begin(sequence, PLAIN[:9])
+        one_by_one = np.concatenate([decode(alone, [token]) for token in PLAIN[9:]])
+        start = 0
+        for right in (7, 0, 3, 6):
+            tokens = PLAIN[9 + start :][:8]
+            kv.set_mark(together)
+            assert np.array_equal(decode(together, tokens), one_by_one[start : start + 8])
+            again = kv.take_back(together, len(together.tokens) - 7 + right)
+            assert again == tokens[: 1 + right]
+            decode(together, again)
+            start += 1 + right
+        assert together.tokens == PLAIN[: 9 + start]
+
+
+def test_what_a_draft_may_be(model):
+    with pytest.raises(ValueError, match="off or lookup or mtp or auto, not 'magic'"):
         Engine(model, speculate="magic")
 
 

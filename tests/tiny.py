@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from pack import bf16, pack
 
 SIZES = dict(vocab=320, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, experts=8, top_k=2)
 SIZES |= dict(expert_size=64, ffn_size=96, shared_size=96, context=256)
+SIZES |= dict(drafts=0)  # whether there is a layer that drafts tokens
 SIZES |= dict(key_heads=2, value_heads=4, delta_dim=32, conv_size=4)  # of DeltaNet
 SIZES |= dict(q_rank=32, kv_rank=32, nope_dim=32, rope_dim=16, value_dim=32)  # of latent attention
 NUM_SHARED = 2  # experts that every token uses, where there are several
@@ -304,7 +306,34 @@ def weights(model_type: str, seed: int = 0, tied: bool = False, **sizes: int) ->
             w.feed_forward(hf + "mlp.", gg + "ffn_{}.weight", s["ffn_size"])
         else:
             w.experts(hf + kind.mlp, gg)
+    if s["drafts"]:
+        _draft_layer(w, model_type)
     return w.found
+
+
+DRAFTING = ("deepseek_v3", "glm4_moe", "qwen3_next", "qwen3_5_moe")  # what may have drafts=1
+
+
+def _draft_layer(w: _Weights, model_type: str) -> None:
+    kind, number, hidden = w.kind, w.s["layers"], w.s["hidden"]
+    hf, gg = f"{kind.prefix}layers.{number}.", f"blk.{number}."
+    names = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+    if kind.delta:
+        hf = "mtp.layers.0."
+        names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
+    own = "mtp." if kind.delta else hf
+    w.norm(own + names[0], gg + "nextn.enorm.weight", hidden)
+    w.norm(own + names[1], gg + "nextn.hnorm.weight", hidden)
+    w.add(own + names[2], gg + "nextn.eh_proj.weight", hidden, 2 * hidden)
+    w.norm(own + names[3], gg + "nextn.shared_head_norm.weight", hidden)
+    if model_type == "glm4_moe":
+        w.add(hf + "embed_tokens", gg + "nextn.embed_tokens.weight", w.s["vocab"], hidden)
+        w.add(hf + "shared_head.head", gg + "nextn.shared_head_head.weight", w.s["vocab"], hidden)
+    w.norm(hf + "input_layernorm", gg + "attn_norm.weight", hidden)
+    w.norm(hf + "post_attention_layernorm", f"{gg}{kind.ffn_norm}.weight", hidden)
+    attention = w.latent_attention if kind.latent else w.attention
+    attention(hf + "self_attn.", gg)
+    w.experts(hf + kind.mlp, gg)
 
 
 # --- Hugging Face ---
@@ -334,6 +363,8 @@ def hf_config(model_type: str, **sizes: Any) -> dict[str, Any]:
             linear_conv_kernel_dim=s["conv_size"], full_attention_interval=2,
             partial_rotary_factor=0.25,
         )  # fmt: skip
+    if s["drafts"] and not kind.delta:
+        config |= dict(num_nextn_predict_layers=1)
     if model_type in ("qwen3_5_moe", "gemma4", "llama4"):  # which also see images
         text = config | dict(model_type=f"{model_type}_text")
         return dict(model_type=model_type, text_config=text, tie_word_embeddings=False)
@@ -379,14 +410,15 @@ def _hf_feed_forward(model_type: str, kind: Kind, s: dict[str, int]) -> dict[str
 def hf_checkpoint(
     folder: Path, model_type: str = "mixtral", dtype: str = "bf16", seed: int = 0,
     num_files: int = 1, tokenizer: bool = False, config: dict[str, Any] | None = None,
-    **sizes: int,
+    change: Callable[[Weight], Weight] = lambda weight: weight, **sizes: int,
 ) -> Path:  # fmt: skip
-    """A folder with config.json and safetensors; `config` changes or adds entries of the former."""
+    """A folder with config.json and safetensors; `config` changes or adds entries of the former,
+    `change` the tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     values = hf_config(model_type, **sizes) | (config or {})
     (folder / "config.json").write_text(json.dumps(values))
     tensors = weights(model_type, seed, values["tie_word_embeddings"], **sizes)
-    tensors = [weight for weight in tensors if weight.hf]
+    tensors = [change(weight) for weight in tensors if weight.hf]
     names = [f"model-{n + 1:05}-of-{num_files:05}.safetensors" for n in range(num_files)]
     names = names if num_files > 1 else ["model.safetensors"]
     weight_map = {}
@@ -477,7 +509,8 @@ def gguf_checkpoint(
     if any("_k" in f or f == "iq4_xs" for f in [format, *(formats or {}).values()]):
         sizes = {**K_QUANT_SIZES, **sizes}
     tensors = [w for w in weights(model_type, seed, tied, **sizes) if w.gguf]
-    tensors += list(_fused(weights(model_type, seed, tied, **sizes)))
+    num_layers = {**SIZES, **sizes}["layers"]
+    tensors += list(_fused(weights(model_type, seed, tied, **sizes), num_layers))
     if KINDS[model_type].own is tiny_gemma4:
         rope_factors = tiny_gemma4.rope_factors({**SIZES, **sizes}).tolist()
     if KINDS[model_type].own is tiny_phimoe:
@@ -516,14 +549,15 @@ def _permuted(weight: Weight, model_type: str, s: dict[str, int]) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(weight.values.shape)
 
 
-def _fused(tensors: list[Weight]) -> Any:
+def _fused(tensors: list[Weight], num_layers: int) -> Any:
     """All experts of a layer as one tensor [experts, rows, columns]."""
     groups: dict[str, list[np.ndarray]] = {}
     for weight in tensors:
         if re.search(r"\.experts\.\d", weight.hf):
             parts = weight.hf.replace("language_model.", "").split(".")
             part = dict(w1="gate", w3="up", w2="down").get(parts[-2], parts[-2].split("_")[0])
-            name = f"blk.{parts[2]}.ffn_{part}_exps.weight"
+            layer = num_layers if parts[0] == "mtp" else parts[2]
+            name = f"blk.{layer}.ffn_{part}_exps.weight"
             groups.setdefault(name, []).append(weight.values)
     for name, values in groups.items():
         yield Weight("", name, np.stack(values))
@@ -546,7 +580,9 @@ def _format_of(weight: Weight, format: str, formats: dict[str, str]) -> str:
 def _write_metadata(writer: Any, model_type: str, s: dict[str, int], more: dict[str, Any]) -> None:
     writer.add_context_length(s["context"])
     writer.add_embedding_length(s["hidden"])
-    writer.add_block_count(s["layers"])
+    writer.add_block_count(s["layers"] + s["drafts"])
+    if s["drafts"]:
+        writer.add_nextn_predict_layers(s["drafts"])
     writer.add_head_count(s["heads"])
     kind = KINDS[model_type]
     if kind.delta:

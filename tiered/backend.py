@@ -109,6 +109,15 @@ class MergeWeights(NamedTuple):
     scale: float  # of the whole layer
 
 
+class JoinWeights(NamedTuple):
+    """What a layer that drafts tokens begins with; see tiered.draft_layer."""
+
+    embedding_norm: np.ndarray  # float32 [hidden_size]
+    last_norm: np.ndarray  # float32 [hidden_size]: of whatever made the hidden states
+    hidden_norm: np.ndarray  # float32 [hidden_size]: of these, once they are normed
+    projection: Matrix  # [hidden_size, 2 * hidden_size]
+
+
 class ExpertBiases(NamedTuple):
     """What all experts of a layer add to their products: small, so never in a tier."""
 
@@ -174,6 +183,9 @@ class Backend(Protocol):
     def recurrent_state(self, config: ModelConfig) -> Any:
         """Memory for what the recurrent layers remember of one text."""
 
+    def copy_state(self, source: Any, target: Any) -> None:
+        """Make `target` remember what `source` does."""
+
     def router_layer(self, weights: RouterWeights, config: ModelConfig) -> Any:
         """Prepare the norm before the experts and the router; the result goes to `route`."""
 
@@ -189,6 +201,9 @@ class Backend(Protocol):
 
     def merge_layer(self, weights: MergeWeights, config: ModelConfig) -> Any:
         """Prepare the norms after a layer's branches once; the result goes to `merge`."""
+
+    def join_layer(self, weights: JoinWeights, config: ModelConfig) -> Any:
+        """Prepare the beginning of a layer that drafts tokens; the result goes to `join`."""
 
     def kv_pages(self, config: ModelConfig, num_pages: int, page_size: int, dtype: str) -> Any:
         """KV cache memory for all layers; `dtype` is "f32", "f16" or "int8"."""
@@ -231,6 +246,9 @@ class Backend(Protocol):
 
     def merge(self, x: Array, dense: Array, routed: Array, layer: Any) -> None:
         """x = (x + norm(norm(dense) + norm(routed))) * scale."""
+
+    def join(self, x: Array, hidden: np.ndarray, layer: Any) -> None:
+        """x = projection @ [norm(x), norm(last_norm(hidden))]; `hidden` is float32, shaped as x."""
 
     def output_layer(self, norm: np.ndarray, head: Matrix, config: ModelConfig) -> Any:
         """Prepare the last norm and the output head once; the result goes to `head`."""

@@ -95,7 +95,7 @@ class ColdCopy:
 def open_copy(path: Path, store: ExpertStore, quantize: str, stack: ExitStack) -> ExpertStore:
     """The copy's experts, which `stack` closes. CheckpointError if it is a copy of another model
     than `store` is of, or its experts take no fewer bytes."""
-    config = store.checkpoint.config
+    config = store.checkpoint.config.without_drafts()
     checkpoint = stack.enter_context(open_checkpoint(path))
     other = checkpoint.config
     differing = [name for name in FACTS if getattr(config, name) != getattr(other, name)]
@@ -107,7 +107,7 @@ def open_copy(path: Path, store: ExpertStore, quantize: str, stack: ExitStack) -
         )
     copy = ExpertStore(checkpoint, quantize)
     stack.callback(copy.close)
-    if sum(copy.blob_bytes) >= sum(store.blob_bytes):
+    if sum(copy.blob_bytes) >= sum(store.blob_bytes[: config.num_layers]):
         sizes = [format_bytes(max(each.blob_bytes)) for each in (copy, store)]
         raise CheckpointError(
             f"{path} has experts of {sizes[0]}, and {model} of {sizes[1]}: a cold copy saves "

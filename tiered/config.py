@@ -12,6 +12,7 @@ from os import PathLike
 EXPERT_FORMATS = {"int4": "q4_0", "int4_g128": "int4_g128", "nf4": "nf4"}
 QUANTIZATIONS = (*EXPERT_FORMATS, "none")
 DEFAULT_POLICY = "keep_last"
+SPECULATIONS = ("lookup", "mtp", "auto")
 NO_ROTATION = 1e30  # divisor of a frequency
 
 
@@ -193,6 +194,8 @@ class ModelConfig:
     activation_limit: float = 0.0  # where "clamped_silu" clamps
     expert_biases: bool = False
     eos_ids: tuple[int, ...] = ()
+    # At the end, and counted by num_layers: layers that only draft tokens (tiered.draft_layer).
+    num_draft_layers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "vocab_size", "num_heads", "head_dim"):
@@ -224,6 +227,11 @@ class ModelConfig:
     def for_context(self, context: int) -> ModelConfig:
         """The same for texts of up to `context` tokens."""
         return replace(self, rope=self.rope.for_context(context))
+
+    def without_drafts(self) -> ModelConfig:
+        """The same without layers that only draft tokens."""
+        num_layers = self.num_layers - self.num_draft_layers
+        return replace(self, num_layers=num_layers, num_draft_layers=0)
 
     def window(self, layer: int) -> int:
         """How many last positions a layer attends to; 0: all."""
@@ -298,7 +306,7 @@ class EngineConfig:
     kv_dtype: str = "f16"
     prefill_chunk: int = 512  # tokens computed at once
     readers: int = 4  # threads that read experts from disk
-    speculate: str = "off"  # or "lookup": see tiered.speculation
+    speculate: str = "off"  # or one of SPECULATIONS: see tiered.speculation
     isa: str = "auto"  # see `tiered info`
     # cpu, auto, cuda, cuda:1, ..., or sim: a GPU's arithmetic on the CPU. A GPU has to be asked
     # for: its code is tested without one and has not run on a real card yet.
@@ -316,8 +324,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_quantization(self.quantize)
-        if self.speculate not in ("off", "lookup"):
-            raise ValueError(f"speculate must be off or lookup, not {self.speculate!r}")
+        if self.speculate not in ("off", *SPECULATIONS):
+            known = " or ".join(("off", *SPECULATIONS))
+            raise ValueError(f"speculate must be {known}, not {self.speculate!r}")
+        if self.speculate == "mtp" and self.device != "cpu":
+            raise ValueError("a model drafts on the CPU alone: give no --speculate mtp on a GPU")
         if self.kv_dtype not in ("f32", "f16", "int8"):
             raise ValueError(f"kv_dtype must be f32, f16 or int8, not {self.kv_dtype!r}")
         if self.device not in ("auto", "cpu", "sim") and not self.device.startswith("cuda"):

@@ -6,9 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,13 @@ import psutil
 from tiered import kv_cache, memory
 from tiered.backend import Backend, open_backend
 from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
-from tiered.checkpoints.damage import damaged, find_damage
+from tiered.checkpoints.damage import find_damage
 from tiered.cold_copy import ColdCopy, copy_bytes, copy_tier, open_copy
 from tiered.config import EngineConfig, ModelConfig
+from tiered.draft_layer import open_draft_layer
 from tiered.experts import ExpertKey
-from tiered.formats import CheckpointError, open_checkpoint
+from tiered.formats import open_checkpoint
+from tiered.generation import Generation, texts
 from tiered.governor import Governor, Governors, depths
 from tiered.gpu.accelerator import place_experts
 from tiered.kv_cache import KVCache
@@ -29,21 +30,18 @@ from tiered.model import Decoder
 from tiered.prefetch import Prefetcher
 from tiered.routing import open_rules
 from tiered.source import MappedExperts, TieredExperts, count, open_source
-from tiered.speculation import PromptLookup, speculation_governor
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
 from tiered.text.chat import ChatTemplate
 from tiered.text.harmony import is_harmony, rewritten
-from tiered.text.sampling import Sampler, SamplingParams, log_softmax
-from tiered.text.stop_strings import StopStrings
-from tiered.text.tokenizer import TextStream, Tokenizer, load_tokenizer
+from tiered.text.sampling import Sampler, SamplingParams
+from tiered.text.tokenizer import Tokenizer, load_tokenizer
 from tiered.tracing.trace import TraceInfo, TraceWriter
 from tiered.weights.dense import dense_bytes
 from tiered.weights.loader import WeightLoader
 from tiered.whole_blocks import WholeBlocks
 
 DEFAULT_CONTEXT = 4096  # tokens
-LOGITS_ROWS = 64  # tokens whose logits are held at once
 
 
 class Engine:
@@ -64,7 +62,7 @@ class Engine:
     ) -> None:
         self.choices = EngineConfig(**choices)
         with ExitStack() as stack:
-            self.checkpoint = stack.enter_context(open_checkpoint(Path(path)))
+            self.checkpoint = stack.enter_context(open_checkpoint(Path(path), self._drafts))
             self.config: ModelConfig = self.checkpoint.config
             self.backend = backend or open_backend(self.choices)
             stack.callback(self.backend.close)
@@ -74,7 +72,12 @@ class Engine:
     def _build(self, stack: ExitStack) -> None:
         choices = self.choices
         self.context = min(choices.context or DEFAULT_CONTEXT, self.config.context_length)
-        config = self.config = self.checkpoint.config = self.config.for_context(self.context)
+        self.checkpoint.config = self.config.for_context(self.context)
+        config = self.config = self.checkpoint.config.without_drafts()
+        if choices.speculate == "mtp" and config == self.checkpoint.config:
+            raise ValueError(
+                f"{self.checkpoint.path} has no layer that drafts tokens: use --speculate lookup"
+            )
         self.kv_tokens = max(choices.kv_tokens or 0, self.context)
         self.num_texts = -(-self.kv_tokens // self.context)
         self.store: ExpertStore | None = None
@@ -128,6 +131,7 @@ class Engine:
             open_rules(choices, config, self._is_resident),
             self.cold_copy,
         )
+        config = self.checkpoint.config
         self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype, self.num_texts)
         on_gpu = choices.device != "cpu" and hasattr(self.backend, "slots")
         if on_gpu and self.store and self.source:
@@ -139,15 +143,19 @@ class Engine:
             placed.promotion = promotion = Governor((0, 1), "promotion", patience=4)
             governors.append(promotion)
         self.governors = Governors(governors)
-        self.speculation = speculation_governor()
-        if choices.speculate != "off" and self.kv.is_recurrent:
-            raise ValueError(
-                f"{config.model_type} remembers a text as a whole and cannot take drafts back: "
-                "run it without --speculate"
-            )
-        self._tokens = EngineStats()
+        self.generation = Generation(
+            self.decoder, self.kv, self.governors, choices, partial(find_damage, self.checkpoint)
+        )
+        self.generation.draft_layer = open_draft_layer(
+            self.decoder, loader, self.store, self.kv, choices.prefill_chunk
+        )
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
+
+    @property
+    def _drafts(self) -> bool:
+        """Whether the model's own layer for drafts is wanted, if it has one."""
+        return self.choices.speculate in ("mtp", "auto") and self.choices.device == "cpu"
 
     @property
     def is_of_one_text(self) -> bool:
@@ -159,7 +167,7 @@ class Engine:
         return not isinstance(self.source, TieredExperts) or key in self.source.tier
 
     def _plan_memory(self) -> MemoryPlan:
-        config, choices = self.config, self.choices
+        config, choices = self.checkpoint.config, self.choices
         limit = None if choices.ram is None else memory.parse_bytes(choices.ram)
         expert_ram = None if choices.expert_ram is None else memory.parse_bytes(choices.expert_ram)
         blobs = self._blob_bytes
@@ -169,12 +177,17 @@ class Engine:
             expert_ram=expert_ram,
             process=psutil.Process().memory_info().rss,
             dense=dense_bytes(self.checkpoint, choices.quantize),
-            kv=kv_cache.kv_bytes(config, self.kv_tokens, choices.kv_dtype, self.num_texts),
+            kv=kv_cache.kv_bytes(config, self.kv_tokens, choices.kv_dtype, self._num_states),
             workspace=workspace_bytes(config, choices.prefill_chunk) + slots,
             experts=sum(blobs) * config.num_experts,
             floor=max(blobs) * config.top_k,
             mappable=self.store is not None and self.store.mappable,
         )
+
+    @property
+    def _num_states(self) -> int:
+        """What recurrent layers remember is kept twice where drafts may have to be taken back."""
+        return self.num_texts * (1 if self.choices.speculate == "off" else 2)
 
     @property
     def _blob_bytes(self) -> list[int]:
@@ -206,7 +219,7 @@ class Engine:
         """Continue `prompt`; yields pieces of text. `sampling` is SamplingParams'."""
         ids = self.tokenizer.encode(prompt)
         stream = self.tokenizer.stream()
-        return self._texts(ids, max_new_tokens, stream, stop, sequence, sampling)
+        return texts(self._said(ids, max_new_tokens, sequence, sampling), stream, stop)
 
     def chat(
         self,
@@ -224,28 +237,18 @@ class Engine:
         ids = self.tokenizer.encode(self._template.render(messages))
         harmony = is_harmony(self.tokenizer.chat_template)
         stream = self.tokenizer.stream(skip_special=not harmony)
-        texts = self._texts(ids, max_new_tokens, stream, stop, sequence, sampling)
-        return rewritten(texts) if harmony else texts
+        pieces = texts(self._said(ids, max_new_tokens, sequence, sampling), stream, stop)
+        return rewritten(pieces) if harmony else pieces
 
-    def _texts(
+    def _said(
         self,
         ids: Sequence[int],
-        max_new_tokens: int,
-        stream: TextStream,
-        stop: Sequence[str],
+        most: int,
         sequence: kv_cache.Sequence | None,
         sampling: dict[str, Any],
-    ) -> Iterator[str]:
-        stops = StopStrings(stop)
-        for token in self.generate_tokens(
-            ids, max_new_tokens, stop_ids=self.eos_ids, sequence=sequence, **sampling
-        ):
-            if piece := stops.push(stream.push(token)):
-                yield piece
-            if stops.stopped:
-                return
-        if piece := stops.push(stream.finish()) + stops.finish():
-            yield piece
+    ) -> Iterator[int]:
+        """Tokens, up to one that ends the text."""
+        return self.generate_tokens(ids, most, stop_ids=self.eos_ids, sequence=sequence, **sampling)
 
     # --- tokens ---
 
@@ -268,61 +271,16 @@ class Engine:
         own = sequence is None
         sequence = sequence or self.kv.open()
         try:
-            shared = common_prefix(sequence.tokens, ids[:-1])
-            shared = self.kv.truncate(sequence, shared)
-            start = perf_counter()
-            logits = self._prefill(sequence, ids[shared:])
-            self._tokens.prefill_seconds += perf_counter() - start
-            self._tokens.prompt_tokens += len(ids) - shared
+            logits = self.generation.begin(sequence, ids)
             most = min(max_new_tokens, self.context - len(ids) + 1)
-            for token in self._continued(sequence, logits, Sampler(params, ids), most):
+            for token in self.generation.tokens(sequence, logits, Sampler(params, ids), most):
                 if token in stop_ids:
                     return
-                self._tokens.new_tokens += 1
+                self.generation.counted.new_tokens += 1
                 yield token
         finally:
             if own:
                 self.kv.close(sequence)
-
-    def _continued(
-        self, sequence: kv_cache.Sequence, logits: np.ndarray, sampler: Sampler, most: int
-    ) -> Iterator[int]:
-        """Sample `most` tokens, the first of them from `logits`."""
-        drafter = PromptLookup(sequence.tokens) if self._speculates else None
-        rows, seconds = logits[None], 0.0
-        draft: list[int] = []
-        while most:
-            right = 0
-            for row, drafted in zip(rows, [*draft, None], strict=True):
-                token = sampler.sample(row)
-                most -= 1
-                yield token
-                if token != drafted or not most:
-                    break
-                right += 1
-            if not most:
-                return
-            if right < len(draft):
-                self.kv.truncate(sequence, len(sequence.tokens) - len(draft) + right)
-            if drafter is not None:
-                if seconds:
-                    self.speculation.add(seconds, 1 + right)
-                drafter.judge(len(draft), right)
-                for known in [*draft[:right], token]:
-                    drafter.push(known)
-                self._tokens.drafted += len(draft)
-                self._tokens.drafted_right += right
-                draft = drafter.draft(min(self.speculation.limit(), most - 1))
-            start = perf_counter()
-            rows = self._decode(sequence, [token, *draft])
-            seconds = perf_counter() - start
-            self._tokens.decode_seconds += seconds
-
-    @property
-    def _speculates(self) -> bool:
-        """A trace, recorded or replayed, has each token once and in order."""
-        on = self.choices.speculate != "off" and self.choices.routing is None
-        return on and self.decoder.trace is None
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """What follows each token: float32 [len(ids), vocab_size]."""
@@ -334,14 +292,15 @@ class Engine:
 
         Between two of them this engine must not compute anything else.
         """
-        return self._outputs(ids, start)
+        return self.generation.outputs(self.checked(ids), start)
 
     def hidden_states(self, ids: Sequence[int]) -> np.ndarray:
         """What the model makes of each token, after its last norm: float32 [len(ids), hidden_size].
 
         A model that was trained to go on with a text was not trained to compare texts by these.
         """
-        return np.concatenate(list(self._outputs(ids, output=self.hidden_output)))
+        outputs = self.generation.outputs(self.checked(ids), output=self.hidden_output)
+        return np.concatenate(list(outputs))
 
     @cached_property
     def hidden_output(self) -> Any:
@@ -353,93 +312,17 @@ class Engine:
         plain = replace(self.config, logit_softcap=0.0)
         return self.backend.output_layer(loader.norm("norm"), head, plain)
 
-    def _outputs(
-        self, ids: Sequence[int], start: int = 0, output: Any = None
-    ) -> Iterator[np.ndarray]:
-        """What `output`, or the model's own output layer, makes of each token from `start` on."""
-        ids = self.checked(ids)
-        sequence = self.kv.open()
-        try:
-            for chunk in self._chunks(ids):
-                first = max(0, start - len(sequence.tokens))
-                batch = self.kv.batch([(sequence, chunk)])
-                x = self.decoder.hidden(batch, self.kv.pages)
-                for row in range(first, len(chunk), LOGITS_ROWS):
-                    rows = np.arange(row, min(row + LOGITS_ROWS, len(chunk)))
-                    yield self._finite(self.decoder.head(x, rows, output))
-        finally:
-            self.kv.close(sequence)
-
     def score_tokens(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
         """Decode a given answer token by token, as if it had been sampled.
 
         Returns the log-probability of each of its tokens, float32 [len(answer)]; counts like
         `generate_tokens`, so that speed can be measured on tokens of one's choice.
         """
-        prompt, answer = self.checked(prompt), [int(token) for token in answer]
-        sequence, result = self.kv.open(), np.empty(len(answer), np.float32)
-        try:
-            start = perf_counter()
-            logits = self._prefill(sequence, prompt)
-            self._tokens.prefill_seconds += perf_counter() - start
-            self._tokens.prompt_tokens += len(prompt)
-            self._tokens.new_tokens += 1
-            for index, token in enumerate(answer):
-                result[index] = log_softmax(logits)[token]
-                start = perf_counter()
-                logits = self._decode(sequence, [token])[0]
-                self._tokens.decode_seconds += perf_counter() - start
-                self._tokens.new_tokens += 1
-            return result
-        finally:
-            self.kv.close(sequence)
+        return self.generation.score(self.checked(prompt), [int(token) for token in answer])
 
     def open_sequence(self) -> kv_cache.Sequence:
         """A text of its own in the KV cache, empty; for `generate_tokens(sequence=...)`."""
         return self.kv.open()
-
-    def _prefill(self, sequence: kv_cache.Sequence, ids: Sequence[int]) -> np.ndarray:
-        for chunk in self._chunks(ids):
-            last: np.ndarray = self._forward(sequence, chunk, np.array([len(chunk) - 1]))[0]
-        return last
-
-    def _decode(self, sequence: kv_cache.Sequence, tokens: Sequence[int]) -> np.ndarray:
-        """Logits after each of a few tokens, float32 [len(tokens), vocab_size]."""
-        self.governors.begin()
-        logits = self._forward(sequence, tokens, np.arange(len(tokens)))
-        if len(tokens) == 1:  # they compare steps that are alike
-            self.governors.end()
-        return logits
-
-    def _chunks(self, ids: Sequence[int]) -> list[Sequence[int]]:
-        size = self.choices.prefill_chunk
-        return [ids[start : start + size] for start in range(0, len(ids), size)]
-
-    def _forward(
-        self, sequence: kv_cache.Sequence, ids: Sequence[int], rows: np.ndarray
-    ) -> np.ndarray:
-        """Append tokens and compute them: logits after those at `rows`, float32 [len(rows),
-        vocab_size]. On an error the sequence is as it was before (empty, for a recurrent model)."""
-        length = len(sequence.tokens)
-        try:
-            batch = self.kv.batch([(sequence, ids)])
-            logits: np.ndarray = self._finite(self.decoder.forward(batch, self.kv.pages, rows))
-            return logits
-        except BaseException:
-            self.kv.truncate(sequence, length)
-            raise
-
-    def _finite(self, logits: np.ndarray) -> np.ndarray:
-        if not np.isfinite(logits.max()):
-            raise self._damage()
-        return logits
-
-    def _damage(self) -> CheckpointError:
-        """Logits are not numbers: look for the weight that is none either."""
-        tensor = find_damage(self.checkpoint)
-        if tensor is None:
-            return CheckpointError(f"{self.checkpoint.path}: the model's output is not a number")
-        return damaged(tensor)
 
     def checked(self, ids: Sequence[int]) -> list[int]:
         """`ids` as a list; ValueError if this model cannot continue them."""
@@ -486,7 +369,7 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """Totals so far; subtract an earlier one for what happened between."""
-        stats = EngineStats(**vars(self._tokens))
+        stats = EngineStats(**vars(self.generation.counted))
         parts = dict(self.decoder.clock.seconds)
         # "python" overlaps the others: what they took beyond arithmetic and waiting.
         python = sum(parts.values()) - parts["waiting"] - self.backend.seconds
@@ -517,11 +400,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts share from their start."""
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))

@@ -15,9 +15,9 @@ VECTOR = 16  # a head's values (not its keys) are padded to a multiple of this
 BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "int8": 1.0}
 
 
-def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str, num_texts: int = 1) -> int:
-    """Bytes that the keys and values of `num_tokens` tokens take, in whole pages, and what
-    recurrent layers remember of `num_texts` texts."""
+def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str, num_states: int = 1) -> int:
+    """Bytes that the keys and values of `num_tokens` tokens take, in whole pages, and `num_states`
+    of what recurrent layers remember of a text."""
     num_pages = -(-num_tokens // PAGE_SIZE)
     scales = 2 * 4 if dtype == "int8" else 0
     per_token = 0.0
@@ -26,7 +26,7 @@ def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str, num_texts: int = 
         padded = -(-shape.head_dim // VECTOR) * VECTOR
         per_head = (shape.head_dim + padded) * BYTES_PER_VALUE[dtype] + scales
         per_token += shape.num_kv_heads * per_head
-    return int(num_pages * PAGE_SIZE * per_token) + num_texts * state_bytes(config)
+    return int(num_pages * PAGE_SIZE * per_token) + num_states * state_bytes(config)
 
 
 def state_bytes(config: ModelConfig) -> int:
@@ -36,10 +36,14 @@ def state_bytes(config: ModelConfig) -> int:
 
 class Sequence:
     """The tokens of one text so far, and the pages that hold their keys and values; `state` is
-    what recurrent layers remember of it, in the backend's memory."""
+    what recurrent layers remember of it, in the backend's memory, and `marked` what they did when
+    it had `mark` tokens."""
 
     def __init__(self, max_pages: int, state: Any = None) -> None:
         self.state = state
+        self.marked: Any = None
+        self.mark = 0
+        self.unseen: Any = None  # by the layer that drafts tokens: see tiered.draft_layer.Unseen
         self.tokens: list[int] = []
         self.pages = np.full(max_pages, -1, np.int32)
         self.num_pages = 0
@@ -109,6 +113,10 @@ class KVCache:
         are kept. Returns how many are left."""
         if self.is_recurrent and length < len(sequence.tokens):
             length = 0
+        self._cut(sequence, length)
+        return len(sequence.tokens)
+
+    def _cut(self, sequence: Sequence, length: int) -> None:
         keep = -(-length // PAGE_SIZE)
         if length % PAGE_SIZE and length < len(sequence.tokens):  # its last page changes again
             assert not self.is_shared(sequence.pages[keep - 1])
@@ -117,26 +125,55 @@ class KVCache:
         sequence.pages[keep : sequence.num_pages] = -1
         sequence.num_pages = min(keep, sequence.num_pages)
         del sequence.tokens[length:]
-        return len(sequence.tokens)
+        if sequence.unseen is not None:
+            sequence.unseen.cut(length)
+
+    def set_mark(self, sequence: Sequence) -> None:
+        """Whatever is appended from now on can be taken back, whole or in part."""
+        sequence.mark = len(sequence.tokens)
+        if self.is_recurrent:
+            if sequence.marked is None:
+                sequence.marked = self._new_state()
+            self._backend.copy_state(sequence.state, sequence.marked)
+
+    def take_back(self, sequence: Sequence, length: int) -> list[int]:
+        """Forget all but the first `length` tokens, which are at least those before the mark.
+
+        Recurrent layers are as they were at the mark, so what was appended since and is to stay has
+        to be appended again: these tokens are returned, and no longer the sequence's.
+        """
+        self._cut(sequence, length)
+        if not self.is_recurrent:
+            return []
+        sequence.state, sequence.marked = sequence.marked, sequence.state
+        again = sequence.tokens[sequence.mark :]
+        del sequence.tokens[sequence.mark :]
+        return again
 
     def close(self, sequence: Sequence) -> None:
         self.truncate(sequence, 0)
-        sequence.state = None
+        sequence.state = sequence.marked = None
+
+    def grow(self, sequence: Sequence, length: int) -> bool:
+        """Give a sequence pages for `length` tokens; False, and nothing, if there are too few."""
+        needed = -(-length // PAGE_SIZE) - sequence.num_pages
+        if needed > len(self._free):
+            return False
+        for _ in range(needed):
+            page = self._free.pop()
+            self._holders[page] = 1
+            sequence.pages[sequence.num_pages] = page
+            sequence.num_pages += 1
+        return True
 
     def batch(self, additions: Items[tuple[Sequence, Items[int]]]) -> Batch:
         """Append tokens to sequences, and say where each stands. MemoryError if pages run out."""
         for sequence, tokens in additions:
-            needed = -(-(len(sequence.tokens) + len(tokens)) // PAGE_SIZE) - sequence.num_pages
-            if needed > len(self._free):
+            if not self.grow(sequence, len(sequence.tokens) + len(tokens)):
                 raise MemoryError(
                     f"the KV cache is full: {self.num_pages * PAGE_SIZE} tokens; "
                     "use a larger context, or a shorter text"
                 )
-            for _ in range(needed):
-                page = self._free.pop()
-                self._holders[page] = 1
-                sequence.pages[sequence.num_pages] = page
-                sequence.num_pages += 1
         starts = [len(sequence.tokens) for sequence, _ in additions]
         counts = [len(tokens) for _, tokens in additions]
         for sequence, tokens in additions:

@@ -1,6 +1,6 @@
 """The decoder: embed, then attention and experts layer by layer, then the next token's logits.
 
-Read this first. `Decoder.forward` is what happens to a token; `Decoder.experts` is what this
+Read this first. `Decoder.hidden` is what happens to a token; `Decoder.experts` is what this
 project is about.
 """
 
@@ -105,23 +105,27 @@ class Decoder:
 
     def hidden(self, batch: Batch, kv: Any) -> Array:
         """The batch after all layers, for `head`: valid until the next pass."""
-        b, clock = self.backend, self.clock
-        clock.start()
+        self.clock.start()
         if self.trace is not None:
             self.trace.begin(PREFILL if len(batch.tokens) > 1 else DECODE)
         if self.rules is not None:
             self.rules.begin(len(batch.tokens))
         # [num_tokens, hidden_size]
-        x = b.embed(self.embedding, batch.tokens, self.config.embedding_scale)
-        for index, layer in enumerate(self.layers):
-            b.attention(x, layer.attention, kv, index, batch)
-            clock.lap("attention")
-            if layer.experts is None:
-                b.feed_forward(x, None, layer.feed_forward)
-                clock.lap("experts")
-            else:
-                self.experts(x, index, batch)
+        x = self.backend.embed(self.embedding, batch.tokens, self.config.embedding_scale)
+        for index in range(len(self.layers)):
+            self.layer(x, index, batch, kv)
         return x
+
+    def layer(self, x: Array, index: int, batch: Batch, kv: Any) -> None:
+        """Attention, then experts or what a dense layer has instead."""
+        b, clock, layer = self.backend, self.clock, self.layers[index]
+        b.attention(x, layer.attention, kv, index, batch)
+        clock.lap("attention")
+        if layer.experts is None:
+            b.feed_forward(x, None, layer.feed_forward)
+            clock.lap("experts")
+        else:
+            self.experts(x, index, batch)
 
     def head(self, x: Array, rows: np.ndarray, output: Any = None) -> np.ndarray:
         """Logits after the tokens at `rows` of `x`, as `forward` tells."""

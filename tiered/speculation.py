@@ -8,11 +8,27 @@ is sampled as it would have been, and a draft only counts as far as it says the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
+from tiered import kv_cache
+from tiered.draft_layer import DraftLayer
 from tiered.governor import Governor
 
-MOST = 7  # tokens of a draft; with the last one, as many rows as give each the bits it has alone
+MOST = 7  # tokens of a draft; with the last one, no more rows than give each the bits it has alone
 FEWEST = 2  # where the last draft was wrong
+
+
+class Drafter(Protocol):
+    """Makes the drafts of one text."""
+
+    def push(self, token: int) -> None:
+        """The text goes on."""
+
+    def draft(self, most: int) -> list[int]:
+        """Up to `most` tokens, perhaps none."""
+
+    def judge(self, drafted: int, accepted: int) -> None:
+        """How many tokens of the last draft were right."""
 
 
 class PromptLookup:
@@ -49,6 +65,26 @@ class PromptLookup:
         """How many tokens of the last draft were right."""
         if drafted:
             self._limit = min(2 * self._limit, MOST) if accepted == drafted else FEWEST
+
+
+class MultiTokenPrediction:
+    """Drafts what a layer of the model's own foresees: one token more than was right last."""
+
+    def __init__(self, layer: DraftLayer, sequence: kv_cache.Sequence) -> None:
+        self._layer = layer
+        self._sequence = sequence
+        self._tokens = list(sequence.tokens)
+        self._limit = 1
+
+    def push(self, token: int) -> None:
+        self._tokens.append(token)
+
+    def draft(self, most: int) -> list[int]:
+        return self._layer.draft(self._sequence, self._tokens, min(self._limit, most))
+
+    def judge(self, drafted: int, accepted: int) -> None:
+        if drafted:
+            self._limit = min(accepted + 1, MOST)
 
 
 def seconds_per_token(seconds: Sequence[float], counts: Sequence[int]) -> float:

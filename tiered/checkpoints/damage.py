@@ -6,12 +6,13 @@ from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.weights.dequantize import is_finite
 
 
-def find_damage(checkpoint: Checkpoint) -> Tensor | None:
-    """The first tensor with a weight that is NaN or infinite. Reads the whole model: slow."""
+def find_damage(checkpoint: Checkpoint) -> CheckpointError:
+    """The error that names the first tensor with a weight that is NaN or infinite, if there is one.
+    Reads the whole model: slow."""
     for name, tensor in checkpoint.tensors.items():
         if not is_finite(checkpoint.data(name), tensor.format):
-            return tensor
-    return None
+            return damaged(tensor)
+    return CheckpointError(f"{checkpoint.path}: the model's output is not a number")
 
 
 def damaged(tensor: Tensor) -> CheckpointError:

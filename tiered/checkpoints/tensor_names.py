@@ -4,14 +4,15 @@ Tables map a stored name to a canonical one; `{}` stands for a number (layer, th
 canonical name with `experts.*` is a 3-D tensor [num_experts, rows, columns] that is cut into its
 experts. `gate|up` says that the rows of each are those two matrices, one after the other, `gate/up`
 that they alternate, and `^T` at the end that the file has the matrices transposed. Without `*`, it
-is the columns of a matrix that alternate.
+is the columns of a matrix that alternate. `drafts.*` are layers after the model's last one.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cpu_kernels.formats import FORMATS
@@ -78,6 +79,18 @@ HF_SHARED: Names = _layers(
     {"mlp.shared_expert_gate.weight": "shared.scale"}
     | {f"mlp.shared_expert.{name}_proj.weight": f"shared.{name}" for name in PROJECTIONS},
 )
+
+HF_DRAFTS: Names = _layers(  # DeepSeek's, in the layer after the last one
+    "model.layers",
+    {
+        "enorm.weight": "mtp.embedding_norm",
+        "hnorm.weight": "mtp.hidden_norm",
+        "eh_proj.weight": "mtp.projection",
+        "shared_head.norm.weight": "mtp.norm",
+    },
+)
+
+HF_DRAFT_HEAD: Names = _layers("model.layers", {"shared_head.head.weight": "mtp.head"})
 
 HF_DELTA: Names = _layers(
     "model.layers",
@@ -181,31 +194,54 @@ GGUF: Names = {
     | {f"ffn_{name}.{{}}.weight": f"experts.{{}}.{name}" for name in PROJECTIONS}
     | {f"ffn_{name}_exps.weight": f"experts.*.{name}" for name in PROJECTIONS}
     | {f"ffn_{name}_exps.bias": f"experts_bias.{name}" for name in PROJECTIONS}
-    | {f"ffn_{name}_shexp.weight": f"shared.{name}" for name in PROJECTIONS},
+    | {f"ffn_{name}_shexp.weight": f"shared.{name}" for name in PROJECTIONS}
+    | {
+        "nextn.enorm.weight": "mtp.embedding_norm",
+        "nextn.hnorm.weight": "mtp.hidden_norm",
+        "nextn.eh_proj.weight": "mtp.projection",
+        "nextn.shared_head_norm.weight": "mtp.norm",
+        "nextn.shared_head_head.weight": "mtp.head",
+    },
 )
 
 VECTORS = ".router_correction", "mamba2.decay", "mamba2.skip", "mamba2.norm"  # not in all files
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def canonical_tensors(stored: Iterable[Tensor], names: Names, num_layers: int) -> dict[str, Tensor]:
+def drafting_layer(pattern: str, numbers: Sequence[int | str], num_layers: int) -> int | None:
+    """Which of the layers that only draft tokens a tensor belongs to, from 0; None: to no such."""
+    if pattern.startswith("drafts."):
+        return int(numbers[0]) if numbers else 0
+    if pattern.startswith("layers.") and int(numbers[0]) >= num_layers:
+        return int(numbers[0]) - num_layers
+    return None
+
+
+def canonical_tensors(
+    stored: Iterable[Tensor], names: Names, num_layers: int, drafts: bool = False
+) -> dict[str, Tensor]:
     """The tensors that `names` knows, under their canonical names.
 
-    Others are left out, as are layers beyond `num_layers`: those only draft tokens.
+    Others are left out, as are layers beyond `num_layers`, which only draft tokens; with `drafts`,
+    the first of these is layer `num_layers`.
     """
     tensors: dict[str, Tensor] = {}
     for tensor in stored:
         pattern = names.get(_NUMBER.sub("{}", tensor.name))
-        if pattern is None or (
-            pattern.startswith("layers.") and int(_NUMBER.findall(tensor.name)[0]) >= num_layers
-        ):
+        if pattern is None:
+            continue
+        numbers = _NUMBER.findall(tensor.name)
+        draft = drafting_layer(pattern, numbers, num_layers)
+        if draft is not None and (draft > 0 or not drafts):
             continue
         if tensor.format not in FORMATS:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name!r} has type {tensor.format.upper()}, "
                 f"which is not supported (supported: {', '.join(FORMATS).upper()})"
             )
-        name = pattern.format(*_NUMBER.findall(tensor.name))
+        name = pattern.format(*numbers)
+        if draft is not None:
+            name = f"layers.{num_layers}.{name.split('.', 2)[2]}"
         if name.endswith(".shared.scale"):
             tensor = tensor._replace(shape=(1, tensor.shape[-1]))
         elif name.endswith(VECTORS):
@@ -264,6 +300,20 @@ def _checked(tensor: Tensor, num_dimensions: int) -> Tensor:
     return tensor
 
 
+def with_drafts(config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
+    """The configuration with the layer that drafts tokens, if `tensors` have one."""
+    layer = f"layers.{config.num_layers}"
+    if f"{layer}.mtp.projection" not in tensors:
+        return config
+    dense = frozenset() if f"{layer}.router" in tensors else frozenset({config.num_layers})
+    return replace(
+        config,
+        num_layers=config.num_layers + 1,
+        num_draft_layers=1,
+        dense_layers=config.dense_layers - {config.num_layers} | dense,
+    )
+
+
 OUTPUT_NORMS = (
     "attention_out_norm",
     "shared.norm",
@@ -290,6 +340,12 @@ def expected_tensors(config: ModelConfig) -> Iterator[Expected]:
         for name in OUTPUT_NORMS if config.output_norms else ():
             yield f"{layer}.{name}", (hidden,), True
         yield f"{layer}.scale", (1,), False
+        if index >= config.num_layers - config.num_draft_layers:
+            yield f"{layer}.mtp.embedding_norm", (hidden,), True
+            yield f"{layer}.mtp.hidden_norm", (hidden,), True
+            yield f"{layer}.mtp.projection", (hidden, 2 * hidden), True
+            yield f"{layer}.mtp.norm", (hidden,), False
+            yield f"{layer}.mtp.head", (config.vocab_size, hidden), False
         if not config.is_sparse(index):
             yield from _feed_forward(f"{layer}.ffn", hidden, config.ffn_size)
             continue

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from tiered import policies
-from tiered.config import DEFAULT_POLICY, QUANTIZATIONS
+from tiered.config import DEFAULT_POLICY, QUANTIZATIONS, SPECULATIONS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -141,9 +141,10 @@ ROUTING_CHOICES = (
 )  # fmt: skip
 
 speculate_option = option(
-    "--speculate", type=click.Choice(["off", "lookup"]), default="off",
-    help="lookup: compute along what followed the last words where they stood before, while that "
-    "is quicker. The answer stays the same.",
+    "--speculate", type=click.Choice(["off", *SPECULATIONS]), default="off",
+    help="Compute along what is likely to follow, while that is quicker; answers stay the same. "
+    "lookup: what followed the last words where they stood before. mtp: what a layer of the "
+    "model's own foresees, where it brings one. auto: mtp if it can be, else lookup.",
 )  # fmt: skip
 
 sampling_options = several(

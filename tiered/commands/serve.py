@@ -60,6 +60,7 @@ from tiered.commands.output import notes
     default=30,
     help="Seconds that requests get to end after SIGTERM.",
 )
+@opt.speculate_option
 @opt.routing_options
 @opt.engine_options
 def command(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tiered import models
 from tiered.checkpoints.checkpoint import Checkpoint, Tensor
+from tiered.checkpoints.tensor_names import drafting_layer
 from tiered.distilling.pool import Pool
 from tiered.distilling.target import Target
 from tiered.formats import safetensors as hugging_face
@@ -158,8 +159,10 @@ def _dense_files(
     known, files = dense_names(target), dict[str, list[Piece]]()
     left = dict(new)
     for tensor, pattern, numbers in stored_tensors(checkpoint):
+        if drafting_layer(pattern, numbers, target.teacher.num_layers) is not None:
+            continue
         pieces = files.setdefault(tensor.file.name, [])
-        if pattern in known and (not numbers or numbers[0] < target.teacher.num_layers):
+        if pattern in known:
             pieces.append(whole(tensor, tensor.name))
         elif numbers:
             pieces += left.pop(numbers[0], [])

@@ -1,4 +1,4 @@
-"""Checkpoint formats: one file each, with `matches(path)` and `open_checkpoint(path)`."""
+"""Checkpoint formats: one file each, with `matches(path)` and `open_checkpoint(path, drafts)`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ def names() -> list[str]:
     return [module.name for module in iter_modules(__path__)]
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
+def open_checkpoint(path: Path | str, drafts: bool = False) -> Checkpoint:
     """Open a model; reads headers only, so that it takes no time whatever the model's size.
+
+    With `drafts`, the layer that only drafts tokens is one more layer, if the model has one.
 
     Raises CheckpointError for a damaged or unsupported model and OSError for one that cannot be
     read at all.
@@ -30,7 +32,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     for name in names():
         module = import_module(f"{__name__}.{name}")
         if module.matches(path):
-            checkpoint: Checkpoint = module.open_checkpoint(path)
+            checkpoint: Checkpoint = module.open_checkpoint(path, drafts)
             return checkpoint
     raise CheckpointError(
         f"{path} is no model: expected a GGUF file, a folder with config.json and *.safetensors, "

@@ -11,7 +11,7 @@ from tiered import models
 from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.checkpoints.gguf_header import MAGIC, Metadata, read_header
 from tiered.checkpoints.rope import MOST_SCALE
-from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors
+from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors, with_drafts
 from tiered.config import ModelConfig, RopeConfig
 
 EMBEDDING = "token_embd.weight"
@@ -29,7 +29,7 @@ def matches(path: Path) -> bool:
         return opened.read(4) == MAGIC
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, drafts: bool = False) -> Checkpoint:
     files = model_files(path)
     headers = [read_header(file) for file in files]
     values = headers[0].values
@@ -44,7 +44,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     metadata = Metadata(values)
     architecture, facts = models.find_gguf(metadata, files[0])
     config = models.read_config(architecture.from_gguf, facts)
-    tensors = canonical_tensors(stored, architecture.GGUF_NAMES, config.num_layers)
+    tensors = canonical_tensors(stored, architecture.GGUF_NAMES, config.num_layers, drafts)
+    config = with_drafts(config, tensors)
     factors = [tensors.pop(name, None) for name in ROPE_FACTORS]
     checkpoint = Checkpoint(path, config, tensors, metadata, _tokenizer(values))
     checkpoint.config = _with_rope_factors(checkpoint, *factors)

@@ -16,7 +16,7 @@ from tiered.checkpoints import packings
 from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.json_file import parse_json, read_json
-from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors
+from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors, with_drafts
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
@@ -41,7 +41,7 @@ def matches(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").exists()
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, drafts: bool = False) -> Checkpoint:
     values = read_json(path / "config.json")
     _add_end_tokens(path, values)
     facts = Facts(values, path / "config.json")
@@ -49,7 +49,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = models.read_config(architecture.from_hf, facts)
     stored = [tensor for file in weight_files(path) for tensor in read_header(file)]
     stored = packings.join(stored, facts)
-    tensors = canonical_tensors(stored, architecture.HF_NAMES, config.num_layers)
+    tensors = canonical_tensors(stored, architecture.HF_NAMES, config.num_layers, drafts)
+    config = with_drafts(config, tensors)
     if facts.flag("tie_word_embeddings", default="head" not in tensors):
         tensors.pop("head", None)
     elif "head" not in tensors:

@@ -40,7 +40,7 @@ def matches(path: Path) -> bool:
     return path.is_dir() and any((path / name).exists() for name in (MANIFEST, DENSE, "experts-0"))
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, drafts: bool = False) -> Checkpoint:
     file = path / MANIFEST
     if not file.exists():
         raise CheckpointError(
@@ -54,6 +54,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     sizes = _check_files(path, facts)
     tensors = {tensor.name: tensor for tensor in _dense(path, facts, sizes)}
     tensors |= {tensor.name: tensor for tensor in _experts(path, facts, config, sizes)}
+    if not drafts:
+        drafting = range(config.num_layers - config.num_draft_layers, config.num_layers)
+        extra = tuple(f"layers.{layer}." for layer in drafting)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(extra)}
+        config = config.without_drafts()
     check_tensors(path, config, tensors)
     tokenizer = path / TOKENIZER / GGUF_TOKENIZER
     source = _LazyJson(tokenizer) if tokenizer.exists() else path / TOKENIZER

@@ -9,6 +9,7 @@ from tiered.checkpoints.hf_config import (
     hf_latent,
     hf_leading_dense_layers,
 )
+from tiered.checkpoints.tensor_names import HF_DRAFTS
 from tiered.config import ModelConfig
 from tiered.models import deepseek_v2
 
@@ -16,6 +17,7 @@ GGUF_ARCHITECTURE = ""  # deepseek_v2's
 HAS_EXPERTS = True
 HF_NAMES = {
     **deepseek_v2.HF_NAMES,
+    **HF_DRAFTS,  # with the model's own embedding and head
     "model.layers.{}.mlp.gate.e_score_correction_bias": "layers.{}.router_correction",
 }
 GGUF_NAMES = deepseek_v2.GGUF_NAMES

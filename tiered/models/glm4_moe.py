@@ -15,6 +15,8 @@ from tiered.checkpoints.tensor_names import (
     GGUF,
     HF_BASE,
     HF_DENSE,
+    HF_DRAFT_HEAD,
+    HF_DRAFTS,
     HF_EXPERTS,
     HF_SHARED_EXPERTS,
 )
@@ -27,6 +29,8 @@ HF_NAMES = {
     **HF_DENSE,
     **HF_EXPERTS,
     **HF_SHARED_EXPERTS,
+    **HF_DRAFTS,
+    **HF_DRAFT_HEAD,
     "model.layers.{}.mlp.gate.e_score_correction_bias": "layers.{}.router_correction",
 }
 GGUF_NAMES = {**GGUF, "blk.{}.post_attention_norm.weight": "layers.{}.ffn_norm"}

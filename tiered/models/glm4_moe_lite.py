@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 from tiered.checkpoints.facts import Facts
+from tiered.checkpoints.tensor_names import HF_DRAFT_HEAD
 from tiered.config import ModelConfig
 from tiered.models import deepseek_v3
 
 GGUF_ARCHITECTURE = ""  # deepseek_v2's
 HAS_EXPERTS = True
-HF_NAMES = deepseek_v3.HF_NAMES
+HF_NAMES = {**deepseek_v3.HF_NAMES, **HF_DRAFT_HEAD}
 GGUF_NAMES = deepseek_v3.GGUF_NAMES
 from_gguf = deepseek_v3.from_gguf
 

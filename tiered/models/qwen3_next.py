@@ -23,7 +23,20 @@ from tiered.config import ModelConfig
 
 GGUF_ARCHITECTURE = "qwen3next"
 HAS_EXPERTS = True
-HF_NAMES = {**HF_BASE, **HF_DENSE, **HF_EXPERTS, **HF_SHARED, **HF_DELTA}
+LAYERS = {**HF_BASE, **HF_DENSE, **HF_EXPERTS, **HF_SHARED}
+HF_NAMES = {
+    **LAYERS,
+    **HF_DELTA,
+    **{
+        name.replace("model.", "mtp.", 1): canonical.replace("layers.", "drafts.", 1)
+        for name, canonical in LAYERS.items()
+        if name.startswith("model.layers.")
+    },
+    "mtp.pre_fc_norm_embedding.weight": "drafts.0.mtp.embedding_norm",
+    "mtp.pre_fc_norm_hidden.weight": "drafts.0.mtp.hidden_norm",
+    "mtp.fc.weight": "drafts.0.mtp.projection",
+    "mtp.norm.weight": "drafts.0.mtp.norm",
+}
 GGUF_NAMES = {**GGUF, **GGUF_DELTA}
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tiered.engine import common_prefix
+from tiered.generation import common_prefix
 from tiered.quality.interval import METHOD, interval
 from tiered.quality.likelihood import by_rows
 from tiered.quality.perplexity import perplexity_of

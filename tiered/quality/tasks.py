@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tiered.engine import Engine, common_prefix
+from tiered.engine import Engine
+from tiered.generation import common_prefix
 from tiered.quality.likelihood import token_log_probs
 
 

@@ -16,6 +16,7 @@ from cpu_kernels.formats import FORMATS
 from tiered import models
 from tiered.checkpoints.checkpoint import Checkpoint, Tensor
 from tiered.checkpoints.gguf_header import read_header
+from tiered.checkpoints.tensor_names import drafting_layer
 from tiered.config import ModelConfig, RopeConfig
 from tiered.formats import gguf as gguf_format
 from tiered.formats import open_checkpoint
@@ -130,7 +131,7 @@ def _gguf_entries(checkpoint: Rewritten) -> Iterator[Entry]:
         for stored in read_header(file).tensors:
             pattern = names.get(_NUMBER.sub("{}", stored.name), "")
             numbers = _NUMBER.findall(stored.name)
-            is_extra = pattern.startswith("layers.") and int(numbers[0]) >= config.num_layers
+            is_extra = drafting_layer(pattern, numbers, config.num_layers) is not None
             if _EXPERTS.search(pattern) and not is_extra:
                 continue
             name = "" if is_extra else pattern.format(*numbers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tiered.serve.counts import Counts
 from tiered.serve.job import Job
 from tiered.serve.prefix import PrefixCache
 from tiered.serve.room import new_pages, sequence_of
+from tiered.speculation import speculation_governor
 
 if TYPE_CHECKING:
     from tiered.engine import Engine
@@ -29,6 +31,9 @@ class Batcher:
     bits that it would have alone, so no more than `decode_rows` are decoded at once; a prompt is
     computed alone, in the chunks that `Engine.generate_tokens` would choose. Starting from another
     text's pages moves the chunks, as it does in the engine, and so may change last bits.
+
+    Rows that requests leave free are for drafts of what they will say. Whether these pay depends on
+    how many requests share a step, so that there is a governor for each number.
     """
 
     def __init__(self, engine: Engine, decode_rows: int, clock: Callable[[], float]) -> None:
@@ -39,24 +44,79 @@ class Batcher:
         self.prefixes = PrefixCache(engine.kv)
         self.running: list[Job] = []  # oldest first
         self.preempted: list[Job] = []  # they left `running`, and have to wait again
+        self.speculation = [speculation_governor() for _ in range(decode_rows + 1)]
 
     def decode(self, jobs: list[Job]) -> None:
-        """One token for each."""
-        for start in range(0, len(jobs), self.decode_rows):
-            group = jobs[start : start + self.decode_rows]
+        """One token for each, or more where drafts turn out right."""
+        for group in self._groups(jobs):
             with self._room_for([(job, job.to_do) for job in group if job.sequence]) as additions:
                 if additions:
-                    self._decode(additions)
+                    self._decode([job for job, _ in additions])
 
-    def _decode(self, additions: Additions) -> None:
-        governors = self.engine.governors
+    def _groups(self, jobs: list[Job]) -> Iterator[list[Job]]:
+        """As many at once as have `decode_rows` tokens to compute."""
+        group: list[Job] = []
+        for job in jobs:
+            if sum(len(other.to_do) for other in [*group, job]) > self.decode_rows:
+                yield group
+                group = []
+            group.append(job)
+        if group:
+            yield group
+
+    def _decode(self, jobs: list[Job]) -> None:
+        start, before = perf_counter(), self.counts.new_tokens
+        governors, kv, most = self.engine.governors, self.engine.kv, self._most_drafted(jobs)
+        for job in jobs:
+            job.make_draft(min(most, job.most_new(self.engine.context) - 1))
+        additions = [(job, [*job.to_do, *job.draft]) for job in jobs]
+        ends = np.cumsum([len(tokens) for _, tokens in additions])
+        rows = [
+            np.arange(end - 1 - len(job.draft), end) for job, end in zip(jobs, ends, strict=True)
+        ]
+        for job in jobs:
+            if job.draft:
+                kv.set_mark(sequence_of(job))
         governors.begin()
-        logits = self._forward(additions, np.arange(len(additions)))
-        governors.end()
-        self.counts.decode_rows += len(additions)
+        logits = self._forward(additions, np.concatenate(rows))
+        if not any(job.draft for job in jobs):  # they compare steps that are alike
+            governors.end()
+        self.counts.decode_rows += int(ends[-1])
         self.counts.decode_steps += 1
-        for (job, _), row in zip(additions, logits, strict=True):
-            self._advance(job, row)
+        firsts = np.cumsum([len(part) for part in rows])[:-1]
+        for job, part in zip(jobs, np.split(logits, firsts), strict=True):
+            self._check(job, part)
+        if self.engine.generation.speculates:
+            made = self.counts.new_tokens - before
+            self.speculation[len(jobs)].add(perf_counter() - start, max(made, 1))
+
+    def _most_drafted(self, jobs: list[Job]) -> int:
+        """Tokens of a draft for each: its share of the rows that are free, if there is memory to
+        spare."""
+        engine = self.engine
+        if not engine.generation.speculates or engine.kv.free_tokens < len(jobs) * PAGE_SIZE:
+            return 0
+        free = self.decode_rows - sum(len(job.to_do) for job in jobs)
+        return min(self.speculation[len(jobs)].limit(), free // len(jobs))
+
+    def _check(self, job: Job, logits: np.ndarray) -> None:
+        """Choose tokens as long as they are the drafted ones, and take back what is wrong."""
+        draft, right = job.draft, 0
+        for row, drafted in zip(logits, [*draft, None], strict=True):
+            chosen = self._choose(job, row)
+            if chosen is None or chosen != drafted:
+                break
+            right += 1
+            if job.finish is not None:
+                break
+        job.judge_draft(right)
+        self.counts.drafted += len(draft)
+        self.counts.drafted_right += right
+        if right < len(draft):
+            sequence = sequence_of(job)
+            self.engine.kv.take_back(sequence, len(sequence.tokens) - len(draft) + right)
+        if job.finish is not None:
+            self.leave(job)
 
     def prefill(self, job: Job) -> None:
         """The next chunk of a prompt, and the first token if it was the last."""
@@ -80,9 +140,12 @@ class Batcher:
             if pooled:
                 job.pool(logits, start)
             if not job.to_do:
+                self.engine.generation.catch_up(sequence)
                 self.prefixes.insert(sequence)
-                job.prompt_done()
-                self._advance(job, logits[-1])
+                job.prompt_done(self.engine.generation.drafter(sequence))
+                self._choose(job, logits[-1])
+                if job.finish is not None:
+                    self.leave(job)
 
     def _open(self, job: Job) -> None:
         """Start from what earlier texts have computed, as late as possible: it may be more."""
@@ -100,7 +163,8 @@ class Batcher:
             known -= known % PAGE_SIZE
         job.sequence = self.engine.kv.open(job.tokens[:known], pages[: known // PAGE_SIZE])
 
-    def _advance(self, job: Job, logits: np.ndarray) -> None:
+    def _choose(self, job: Job, logits: np.ndarray) -> int | None:
+        """The next token, if there is one more."""
         before = job.num_new
         try:
             job.advance(logits, self.engine.context, self.clock())
@@ -108,13 +172,20 @@ class Batcher:
             log.exception("a request failed")
             job.end("error", error)
         self.counts.new_tokens += job.num_new - before
-        if job.finish is not None:
-            self.leave(job)
+        return job.tokens[-1] if job.num_new > before else None
 
     def _forward(self, additions: Additions, rows: np.ndarray, output: Any = None) -> np.ndarray:
-        kv = self.engine.kv
+        kv, decoder = self.engine.kv, self.engine.decoder
         batch = kv.batch([(sequence_of(job), tokens) for job, tokens in additions])
-        return self.engine.decoder.forward(batch, kv.pages, rows, output)
+        x = decoder.hidden(batch, kv.pages)
+        logits = decoder.head(x, rows, output)
+        first = 0
+        for job, tokens in additions:
+            sequence, end = sequence_of(job), first + len(tokens)
+            start = len(sequence.tokens) - len(tokens)
+            self.engine.generation.watch(sequence, start, x[first:end])
+            first = end
+        return logits
 
     @contextmanager
     def _room_for(self, additions: Additions) -> Iterator[Additions]:

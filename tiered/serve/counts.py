@@ -30,6 +30,8 @@ class Counts:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of prompts, not computed again
     new_tokens: int = 0
+    drafted: int = 0  # tokens computed ahead, by speculation
+    drafted_right: int = 0
     preemptions: int = 0
     steps: int = 0
     decode_rows: int = 0  # over all decode steps: / steps is the average batch

@@ -9,6 +9,7 @@ import numpy as np
 
 from tiered.kv_cache import Sequence
 from tiered.serve.request import Choice, Embedding, Event, Finish, Piece, PromptScores, Request
+from tiered.speculation import Drafter
 from tiered.text.sampling import Sampler
 from tiered.text.stop_strings import StopStrings
 from tiered.text.tokenizer import TextStream, Tokenizer
@@ -39,6 +40,8 @@ class Job:
         self.start: int | None = None  # the tokens before had been computed by others
         self.finish: Finish | None = None
         self.cancelled = False
+        self.draft: list[int] = []  # what may follow, and is computed along
+        self._drafter: Drafter | None = None
         self._on_event = on_event
         self._sampler = Sampler(request.sampling, request.ids)
         self._stream = TextStream(tokenizer.token_bytes, request.skip_ids)
@@ -84,9 +87,24 @@ class Job:
             before = self._pooled if start else 0.0
             self._pooled = before + states.sum(axis=0, dtype=np.float64)
 
-    def prompt_done(self) -> None:
-        """The whole prompt has been computed."""
+    def most_new(self, context: int) -> int:
+        """How many tokens may still come."""
+        return min(self.request.max_new_tokens - self.num_new, context + 1 - len(self.tokens))
+
+    def make_draft(self, most: int) -> None:
+        """Guess what follows, at most so many tokens."""
+        self.draft = self._drafter.draft(most) if self._drafter and most > 0 else []
+
+    def judge_draft(self, right: int) -> None:
+        """How many tokens of the draft came."""
+        if self._drafter is not None:
+            self._drafter.judge(len(self.draft), right)
+        self.draft = []
+
+    def prompt_done(self, drafter: Drafter | None = None) -> None:
+        """The whole prompt has been computed; `drafter` may guess what follows."""
         self.prefilling = False
+        self._drafter = drafter
         if self.request.prompt_logprobs and not self.num_new:
             self._on_event(PromptScores(self._scores))
             self._scores = []
@@ -112,6 +130,8 @@ class Job:
             self.end("stop", choice=choice)
             return
         self.tokens.append(token)
+        if self._drafter is not None:
+            self._drafter.push(token)
         self._counts[token] += 1
         text = self._stops.push(self._stream.push(token))
         self._on_event(Piece(text, token, choice))

@@ -53,12 +53,13 @@ class Live:
     def __init__(self, engine: Engine, scheduler: Scheduler) -> None:
         self.engine = engine
         self.scheduler = scheduler
-        self.config = engine.config
+        self.config = engine.checkpoint.config  # with a layer that drafts, where it is used
         self.watched: WatchedExperts | None = None
         if engine.decoder.source is not None:
-            source, config = engine.decoder.source, engine.config
+            source, config = engine.decoder.source, self.config
             self.watched = WatchedExperts(source, config.num_layers, config.num_experts)
-            engine.decoder.source = self.watched
+            for decoder in engine.generation.decoders:
+                decoder.source = self.watched
 
     def description(self) -> dict[str, Any]:
         """What does not change."""

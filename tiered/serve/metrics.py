@@ -25,6 +25,8 @@ def exposition(service: Service) -> str:
     add("prompt_tokens_total", "counter", counts.prompt_tokens)
     add("cached_prompt_tokens_total", "counter", counts.cached_tokens)
     add("generated_tokens_total", "counter", counts.new_tokens)
+    add("drafted_tokens_total", "counter", counts.drafted)
+    add("accepted_tokens_total", "counter", counts.drafted_right)
     add("preemptions_total", "counter", counts.preemptions)
     add("busy_seconds_total", "counter", counts.busy_seconds)
     add("expert_hits_total", "counter", stats.hits)

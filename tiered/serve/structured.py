@@ -76,7 +76,7 @@ class Grammars:
         if matcher.is_error():
             message = matcher.get_error().split("\n")[0][:300]
             raise ApiError(f"the grammar or schema cannot be used: {message}")
-        return GrammarConstraint(matcher, self.vocab_size)
+        return GrammarConstraint(matcher, vocabulary.vocab_size)
 
     def _vocabulary(self) -> Any:
         with self._lock:
@@ -119,9 +119,9 @@ class _Words:
 class GrammarConstraint:
     """One answer's position in a grammar."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    def __init__(self, matcher: Any, num_tokens: int) -> None:
         self._matcher = matcher
-        self._bits = np.zeros((vocab_size + 32) // 32, np.int32)  # one more: the token of no end
+        self._bits = np.zeros(-(-num_tokens // 32), np.int32)
 
     @property
     def finished(self) -> bool:

@@ -65,7 +65,7 @@ def convert(
     """
     destination = Path(destination)
     check_free(destination)
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source, drafts=True) as checkpoint:
         write_store(checkpoint, destination, quantize, progress)
     return destination
 

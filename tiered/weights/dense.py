@@ -14,7 +14,7 @@ from tiered.weights.quantize import GROUP_SIZE, quantize_rows
 # Large matrices that are kept in 8 bits beside experts of 4. Embeddings, head, router and norms
 # stay as stored.
 _LARGE = re.compile(
-    r"layers\.\d+\.([qkvo]|q_a|kv_a|delta\.(qkvz|qkv|z|o)|mamba2\.(in|o)|(ffn|shared)\.(gate|up|down))"
+    r"layers\.\d+\.([qkvo]|q_a|kv_a|delta\.(qkvz|qkv|z|o)|mamba2\.(in|o)|mtp\.projection|(ffn|shared)\.(gate|up|down))"
 )
 
 

@@ -13,6 +13,7 @@ from tiered.backend import (
     DeltaWeights,
     ExpertBiases,
     FeedForwardWeights,
+    JoinWeights,
     LatentWeights,
     Mamba2Weights,
     MergeWeights,
@@ -20,6 +21,7 @@ from tiered.backend import (
 )
 from tiered.checkpoints.checkpoint import CheckpointError, Tensor
 from tiered.checkpoints.damage import damaged
+from tiered.draft_layer import Joins
 from tiered.formats import Checkpoint
 from tiered.model import Layer
 from tiered.store import ExpertStore
@@ -70,6 +72,26 @@ class WeightLoader:
     def output(self) -> Any:
         head = "head" if "head" in self.checkpoint.tensors else "embed"
         norm = self.norm("norm") * np.float32(self.config.logit_scale)
+        return self.backend.output_layer(norm, self.matrix(head), self.config)
+
+    def joins(self, index: int) -> Joins:
+        """How the layer that drafts tokens begins."""
+        prefix = f"layers.{index}.mtp."
+        norms = self.norm(prefix + "embedding_norm"), self.norm(prefix + "hidden_norm")
+        projection = self.matrix(prefix + "projection")
+        weights = JoinWeights(norms[0], self.norm("norm"), norms[1], projection)
+        own = weights._replace(last_norm=self.draft_norm(index))
+        return Joins(*(self.backend.join_layer(w, self.config) for w in (weights, own)))
+
+    def draft_norm(self, index: int) -> Any:
+        own = self.norm(f"layers.{index}.mtp.norm", required=False)
+        return self.norm("norm") if own is None else own
+
+    def draft_output(self, index: int) -> Any:
+        """What makes tokens of the hidden states of the layer that drafts them."""
+        own, tensors = f"layers.{index}.mtp.head", self.checkpoint.tensors
+        head = own if own in tensors else "head" if "head" in tensors else "embed"
+        norm = self.draft_norm(index) * np.float32(self.config.logit_scale)
         return self.backend.output_layer(norm, self.matrix(head), self.config)
 
     def required(self, name: str) -> np.ndarray:

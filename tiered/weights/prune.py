@@ -12,7 +12,7 @@ from typing import Any
 from tiered import models
 from tiered.checkpoints.checkpoint import CheckpointError, Tensor
 from tiered.checkpoints.json_file import read_json
-from tiered.checkpoints.tensor_names import Names
+from tiered.checkpoints.tensor_names import Names, drafting_layer
 from tiered.config import ModelConfig
 from tiered.formats import open_checkpoint
 from tiered.formats import safetensors as hugging_face
@@ -119,7 +119,7 @@ class _Cutter:
                     where = f"{tensor.file}: no rule says how to cut tensor {tensor.name!r}"
                     raise CheckpointError(where)
                 yield whole(tensor, tensor.name)
-            elif pattern.startswith("layers.") and numbers[0] >= self.config.num_layers:
+            elif drafting_layer(pattern, numbers, self.config.num_layers) is not None:
                 continue  # only drafts tokens, with experts that nobody measured
             elif ".experts.{}." in pattern:
                 layer, expert = numbers

@@ -1,0 +1,227 @@
+"""Generation: the loop that a text goes through, forward, sample, yield, and what it says in words.
+
+It knows nothing of files and budgets; the engine makes what is computed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from tiered import kv_cache
+from tiered.backend import Array
+from tiered.config import EngineConfig
+from tiered.draft_layer import DraftLayer
+from tiered.governor import Governors
+from tiered.kv_cache import KVCache
+from tiered.model import Decoder
+from tiered.speculation import (
+    MOST,
+    Drafter,
+    MultiTokenPrediction,
+    PromptLookup,
+    speculation_governor,
+)
+from tiered.stats import EngineStats
+from tiered.text.sampling import Sampler, log_softmax
+from tiered.text.stop_strings import StopStrings
+from tiered.text.tokenizer import TextStream
+
+LOGITS_ROWS = 64  # tokens whose logits are held at once
+
+
+class Generation:
+    """Computes texts with one decoder, one at a time. `counted` are its tokens and seconds.
+
+    `damage` makes the error for logits that are not numbers.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: KVCache,
+        governors: Governors,
+        choices: EngineConfig,
+        damage: Callable[[], Exception],
+    ) -> None:
+        self.decoder = decoder
+        self.kv = kv
+        self.governors = governors
+        self.choices = choices
+        self.draft_layer: DraftLayer | None = None
+        self.speculation = speculation_governor()
+        self.counted = EngineStats()
+        self._damage = damage
+
+    def begin(self, sequence: kv_cache.Sequence, ids: Sequence[int]) -> np.ndarray:
+        """Compute a prompt, but for what `sequence` has in common with it: the logits after it,
+        float32 [vocab_size]."""
+        shared = self.kv.truncate(sequence, common_prefix(sequence.tokens, ids[:-1]))
+        start = perf_counter()
+        for chunk in self._chunks(ids[shared:]):
+            last: np.ndarray = self._forward(sequence, chunk, np.array([len(chunk) - 1]))[0]
+        self.counted.prefill_seconds += perf_counter() - start
+        self.counted.prompt_tokens += len(ids) - shared
+        return last
+
+    def tokens(
+        self, sequence: kv_cache.Sequence, logits: np.ndarray, sampler: Sampler, most: int
+    ) -> Iterator[int]:
+        """Sample `most` tokens, the first of them from `logits`."""
+        drafter = self.drafter(sequence)
+        rows, seconds = logits[None], 0.0
+        again: list[int] = []  # tokens that were said, and have to be computed once more
+        draft: list[int] = []
+        while most:
+            right = 0
+            try:
+                for row, drafted in zip(rows, [*draft, None], strict=True):
+                    token = sampler.sample(row)
+                    most -= 1
+                    right += token == drafted
+                    yield token
+                    if token != drafted or not most:
+                        break
+            finally:  # whoever stops listening leaves no drafts behind
+                again = self._keep(sequence, right, len(draft))
+            self.counted.drafted += len(draft)
+            self.counted.drafted_right += right
+            if not most:
+                return
+            start = perf_counter()
+            if drafter is not None:
+                if seconds:
+                    self.speculation.add(seconds, 1 + right)
+                drafter.judge(len(draft), right)
+                for known in [*draft[:right], token]:
+                    drafter.push(known)
+                room = min(MOST - len(again), most - 1)
+                draft = drafter.draft(min(self.speculation.limit(), room))
+            if draft:
+                self.kv.set_mark(sequence)
+            rows = self._decode(sequence, [*again, token, *draft])[len(again) :]
+            seconds = perf_counter() - start
+            self.counted.decode_seconds += seconds
+
+    def _keep(self, sequence: kv_cache.Sequence, right: int, drafted: int) -> list[int]:
+        """Take back what was drafted wrongly; returns what has to be computed again."""
+        wrong = drafted - right
+        return self.kv.take_back(sequence, len(sequence.tokens) - wrong) if wrong else []
+
+    @property
+    def decoders(self) -> list[Decoder]:
+        """All that fetch experts."""
+        return [self.decoder, *([self.draft_layer.decoder] if self.draft_layer else [])]
+
+    @property
+    def speculates(self) -> bool:
+        """A trace, recorded or replayed, has each token once and in order."""
+        on = self.choices.speculate != "off" and self.choices.routing is None
+        return on and self.decoder.trace is None
+
+    def drafter(self, sequence: kv_cache.Sequence) -> Drafter | None:
+        """What drafts a text, all of whose tokens so far are computed; None if nothing is to."""
+        if not self.speculates:
+            return None
+        if self.draft_layer is not None:
+            return MultiTokenPrediction(self.draft_layer, sequence)
+        return PromptLookup(sequence.tokens)
+
+    def watch(self, sequence: kv_cache.Sequence, start: int, x: Array) -> None:
+        """Tokens from `start` on have been computed: what a draft layer wants to know of them."""
+        if self.draft_layer is not None and self.speculates:
+            self.draft_layer.watch(sequence, start, x)
+
+    def catch_up(self, sequence: kv_cache.Sequence) -> None:
+        """Others may begin with pages of this text: what drafts need should be in them."""
+        if self.draft_layer is not None and self.speculates:
+            self.draft_layer.catch_up(sequence)
+
+    def score(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+        """The log-probability of each token of an answer, decoded one by one as if it had been
+        sampled: float32 [len(answer)]."""
+        sequence, result = self.kv.open(), np.empty(len(answer), np.float32)
+        try:
+            logits = self.begin(sequence, prompt)
+            self.counted.new_tokens += 1
+            for index, token in enumerate(answer):
+                result[index] = log_softmax(logits)[token]
+                start = perf_counter()
+                logits = self._decode(sequence, [token])[0]
+                self.counted.decode_seconds += perf_counter() - start
+                self.counted.new_tokens += 1
+            return result
+        finally:
+            self.kv.close(sequence)
+
+    def outputs(
+        self, ids: Sequence[int], start: int = 0, output: Any = None
+    ) -> Iterator[np.ndarray]:
+        """What `output`, or the model's own output layer, makes of each token from `start` on."""
+        sequence = self.kv.open()
+        try:
+            for chunk in self._chunks(ids):
+                first = max(0, start - len(sequence.tokens))
+                batch = self.kv.batch([(sequence, chunk)])
+                x = self.decoder.hidden(batch, self.kv.pages)
+                for row in range(first, len(chunk), LOGITS_ROWS):
+                    rows = np.arange(row, min(row + LOGITS_ROWS, len(chunk)))
+                    yield self._finite(self.decoder.head(x, rows, output))
+        finally:
+            self.kv.close(sequence)
+
+    def _decode(self, sequence: kv_cache.Sequence, tokens: Sequence[int]) -> np.ndarray:
+        """Logits after each of a few tokens, float32 [len(tokens), vocab_size]."""
+        self.governors.begin()
+        logits = self._forward(sequence, tokens, np.arange(len(tokens)))
+        if len(tokens) == 1:  # they compare steps that are alike
+            self.governors.end()
+        return logits
+
+    def _chunks(self, ids: Sequence[int]) -> list[Sequence[int]]:
+        size = self.choices.prefill_chunk
+        return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+    def _forward(
+        self, sequence: kv_cache.Sequence, ids: Sequence[int], rows: np.ndarray
+    ) -> np.ndarray:
+        """Append tokens and compute them: logits after those at `rows`, float32 [len(rows),
+        vocab_size]. On an error the sequence is as it was before (empty, for a recurrent model)."""
+        length = len(sequence.tokens)
+        try:
+            batch = self.kv.batch([(sequence, ids)])
+            x = self.decoder.hidden(batch, self.kv.pages)
+            logits = self._finite(self.decoder.head(x, rows))
+            self.watch(sequence, length, x)
+            return logits
+        except BaseException:
+            self.kv.truncate(sequence, length)
+            raise
+
+    def _finite(self, logits: np.ndarray) -> np.ndarray:
+        if not np.isfinite(logits.max()):
+            raise self._damage()
+        return logits
+
+
+def texts(tokens: Iterator[int], stream: TextStream, stop: Sequence[str]) -> Iterator[str]:
+    """Tokens as pieces of text, which end before one of `stop`."""
+    stops = StopStrings(stop)
+    for token in tokens:
+        if piece := stops.push(stream.push(token)):
+            yield piece
+        if stops.stopped:
+            return
+    if piece := stops.push(stream.finish()) + stops.finish():
+        yield piece
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts share from their start."""
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return min(len(a), len(b))

@@ -27,7 +27,8 @@ TUNING = Tuning()
 HIDDEN, SIZE = 4096, 14336
 TYPES = {
     "i8": "values", "u8": "base slab blocks planes", "i64": "starts tile_starts",
-    "i32": "tokens targets tile_first tile_count", "fp32": "x_factors y out factors weights",
+    "i32": "tokens targets owners tile_owners tile_first tile_count",
+    "fp32": "x_factors biases y out factors weights",
 }  # fmt: skip
 POINTERS = {name: f"*{kind}" for kind, names in TYPES.items() for name in names.split()}
 SCALARS = "plane GATE_AT UP_AT DOWN_AT AT num_blocks G H"
@@ -77,8 +78,11 @@ def compile_format(arch, format):
     rows = dict(ROWS=TUNING.rows, EMULATE=False)
     tiles = dict(TOKENS=TUNING.tile_tokens, ROWS=TUNING.tile_rows, FLOAT_DOT=arch < 80)
     tiles["EMULATE"] = False
-    gate_up = dict(N=SIZE, K=HIDDEN, GATE=format, UP=format)
-    down = dict(N=HIDDEN, K=SIZE, FORMAT=format)
+    # MXFP4 is gpt-oss's: biases, and another activation.
+    biased = format == "mxfp4"
+    gate_up = dict(N=SIZE, K=HIDDEN, GATE=format, UP=format, BIASED=biased, LIMIT=7.0)
+    gate_up["ACTIVATION"] = "clamped_silu" if biased else "silu"
+    down = dict(N=HIDDEN, K=SIZE, FORMAT=format, BIASED=biased)
     kernels = {
         "linear": (linear.linear_kernel, "*i32", dict(N=HIDDEN, K=HIDDEN, FORMAT=format, **rows)),
         "gate_up": (experts.gate_up_kernel, "*i32", {**gate_up, **rows}),

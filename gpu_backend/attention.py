@@ -10,6 +10,7 @@ import torch
 from gpu_backend.batch import BatchPlace
 from gpu_backend.flash import attend
 from gpu_backend.kv import KVPages
+from gpu_backend.latent import LatentAttentionLayer
 from gpu_backend.matrix import Rows
 from gpu_backend.norm import norm_rows, rms_norm
 from gpu_backend.rope import RopeTable
@@ -92,6 +93,11 @@ class Attention:
         shape = config.attention_shape(index)
         rope = self.rope(shape.rope, shape.head_dim)
         return AttentionLayer(weights, config, index, rope, self._device)
+
+    def latent_layer(self, weights: Any, config: Any, index: int) -> LatentAttentionLayer:
+        # What rotates is as wide as the rope says.
+        rope = self.rope(config.rope, config.latent.rope_dim)
+        return LatentAttentionLayer(weights, config, index, rope, self._device)
 
     def rope(self, rope: Any, head_dim: int) -> RopeTable:
         key = rope, head_dim

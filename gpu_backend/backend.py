@@ -19,6 +19,7 @@ from gpu_backend.experts import ExpertLayer, weighted
 from gpu_backend.feed_forward import FeedForwardLayer
 from gpu_backend.head import OutputLayer
 from gpu_backend.kv import KVPages, kv_pages
+from gpu_backend.latent import LatentAttentionLayer
 from gpu_backend.matrix import Matrix, Rows
 from gpu_backend.route import RouterLayer, Routing
 from gpu_backend.slots import ON_DEVICE, GpuSlots
@@ -94,8 +95,10 @@ class GpuBackend:
         _check_model(config)
         return self._attention.layer(weights, config, index)
 
-    def latent_attention_layer(self, weights: Any, config: Any, index: int = 0) -> None:
-        _check_model(config)
+    def latent_attention_layer(
+        self, weights: Any, config: Any, index: int = 0
+    ) -> LatentAttentionLayer:
+        return self._attention.latent_layer(weights, config, index)
 
     def delta_layer(self, weights: Any, config: Any, number: int) -> None:
         _check_model(config)
@@ -226,7 +229,6 @@ def _check_model(config: Any) -> None:
     missing = {
         "recurrent layers": bool(config.recurrent_layers),
         "norms of results": config.output_norms,
-        "latent attention": config.latent.kv_rank > 0,
     }
     if lacks := [name for name, needed in missing.items() if needed]:
         raise RuntimeError(

@@ -21,6 +21,7 @@ from gpu_backend.head import OutputLayer
 from gpu_backend.kv import KVPages, kv_pages
 from gpu_backend.latent import LatentAttentionLayer
 from gpu_backend.matrix import Matrix, Rows
+from gpu_backend.merge import MergeLayer
 from gpu_backend.route import RouterLayer, Routing
 from gpu_backend.slots import ON_DEVICE, GpuSlots
 from gpu_backend.tuning import Tuning
@@ -115,8 +116,8 @@ class GpuBackend:
     def router_layer(self, weights: Any, config: Any) -> RouterLayer:
         return RouterLayer(weights, config, self._torch)
 
-    def merge_layer(self, weights: Any, config: Any) -> None:
-        _check_model(config)
+    def merge_layer(self, weights: Any, config: Any) -> MergeLayer:
+        return MergeLayer(weights, config, self._torch)
 
     def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> ExpertLayer:
         layer = ExpertLayer(layout, config, biases, self._torch, self.host)
@@ -205,6 +206,14 @@ class GpuBackend:
         target = x if into is None else into
         target += layer.run(rows, self.arithmetic)
 
+    def branches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros_like(x), torch.zeros_like(x)
+
+    def merge(
+        self, x: torch.Tensor, dense: torch.Tensor, routed: torch.Tensor, layer: MergeLayer
+    ) -> None:
+        layer.run(x, dense, routed)
+
     def head(self, x: torch.Tensor, rows: np.ndarray, layer: OutputLayer) -> np.ndarray:
         last = x[torch.from_numpy(np.asarray(rows, np.int64)).to(self._torch)]
         return np.asarray(layer.run(last, self.arithmetic).cpu().numpy(), np.float32)
@@ -228,7 +237,6 @@ def _check_model(config: Any) -> None:
     """RuntimeError for models that need what only the CPU computes so far."""
     missing = {
         "recurrent layers": bool(config.recurrent_layers),
-        "norms of results": config.output_norms,
     }
     if lacks := [name for name, needed in missing.items() if needed]:
         raise RuntimeError(

@@ -14,17 +14,23 @@ import torch
 from gpu_backend import reference
 from gpu_backend.arrays import Jobs
 from gpu_backend.attention import Attention, AttentionLayer
+from gpu_backend.delta import DeltaLayer
 from gpu_backend.device import TorchDevice
 from gpu_backend.experts import ExpertLayer, weighted
 from gpu_backend.feed_forward import FeedForwardLayer
 from gpu_backend.head import OutputLayer
 from gpu_backend.kv import KVPages, kv_pages
 from gpu_backend.latent import LatentAttentionLayer
+from gpu_backend.mamba2 import Mamba2Layer
 from gpu_backend.matrix import Matrix, Rows
 from gpu_backend.merge import MergeLayer
+from gpu_backend.recurrent import RecurrentState
 from gpu_backend.route import RouterLayer, Routing
+from gpu_backend.short_conv import ConvLayer
 from gpu_backend.slots import ON_DEVICE, GpuSlots
 from gpu_backend.tuning import Tuning
+
+RECURRENT = DeltaLayer, ConvLayer, Mamba2Layer
 
 
 class GpuBackend:
@@ -93,7 +99,6 @@ class GpuBackend:
     # -- layers, prepared once --
 
     def attention_layer(self, weights: Any, config: Any, index: int = 0) -> AttentionLayer:
-        _check_model(config)
         return self._attention.layer(weights, config, index)
 
     def latent_attention_layer(
@@ -101,17 +106,18 @@ class GpuBackend:
     ) -> LatentAttentionLayer:
         return self._attention.latent_layer(weights, config, index)
 
-    def delta_layer(self, weights: Any, config: Any, number: int) -> None:
-        _check_model(config)
+    def delta_layer(self, weights: Any, config: Any, number: int) -> DeltaLayer:
+        return DeltaLayer(weights, config, number, self._torch)
 
-    def conv_layer(self, weights: Any, config: Any, number: int) -> None:
-        _check_model(config)
+    def conv_layer(self, weights: Any, config: Any, number: int) -> ConvLayer:
+        return ConvLayer(weights, config, number, self._torch)
 
-    def mamba2_layer(self, weights: Any, config: Any, number: int) -> None:
-        _check_model(config)
+    def mamba2_layer(self, weights: Any, config: Any, number: int) -> Mamba2Layer:
+        return Mamba2Layer(weights, config, number, self._torch)
 
-    def recurrent_state(self, config: Any) -> None:
-        _check_model(config)
+    def recurrent_state(self, config: Any) -> RecurrentState:
+        with self.device.allocating("what recurrent layers remember of a text"):
+            return RecurrentState(config, self._torch)
 
     def router_layer(self, weights: Any, config: Any) -> RouterLayer:
         return RouterLayer(weights, config, self._torch)
@@ -143,7 +149,10 @@ class GpuBackend:
         return rows if scale == 1.0 else rows * scale
 
     def attention(self, x: torch.Tensor, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
-        self._attention.run(x, layer, kv, index, batch)
+        if isinstance(layer, RECURRENT):
+            layer.run(x, batch, self.arithmetic)
+        else:
+            self._attention.run(x, layer, kv, index, batch)
 
     def route(self, x: torch.Tensor, layer: RouterLayer) -> tuple[torch.Tensor, Routing]:
         h = layer.norm(x)
@@ -231,18 +240,6 @@ class GpuBackend:
         if self._rows is None or self._rows.x is not h:
             self._rows = Rows(h, self.arithmetic)
         return self._rows
-
-
-def _check_model(config: Any) -> None:
-    """RuntimeError for models that need what only the CPU computes so far."""
-    missing = {
-        "recurrent layers": bool(config.recurrent_layers),
-    }
-    if lacks := [name for name, needed in missing.items() if needed]:
-        raise RuntimeError(
-            f"{config.model_type} needs {', '.join(lacks)}, which is not computed on a GPU yet: "
-            "use --device cpu"
-        )
 
 
 def _interpreted() -> bool:

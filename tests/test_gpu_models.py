@@ -11,11 +11,10 @@ torch = pytest.importorskip("torch")
 PROMPT = np.random.default_rng(0).integers(3, 300, 28).tolist()
 QUICK = "gpt_oss", "deepseek_v3", "gemma4_text", "phimoe", "llama4_text", "qwen3_next"
 QUICK += "granitemoehybrid", "lfm2_moe"  # each has parts that the others have not
-NOT_YET = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "granitemoehybrid", "lfm2_moe")
 ARCHITECTURES = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
     for name in tiny.ARCHITECTURES
-    if name != tiny.DENSE and name not in NOT_YET
+    if name != tiny.DENSE
 ]
 
 

@@ -87,10 +87,12 @@ class Matrix:
             rows = self._data.reshape(num_heads, -1, self._data.shape[1])
             shape = rows.shape[1], self.shape[1]
             heads = [
-                _in_planes(head, self.format, shape, self._device, self._arithmetic)
+                _in_planes(head, self.format, shape, self._device, self._arithmetic).data
                 for head in rows
             ]
-            data = heads[0].data if num_heads == 1 else torch.cat([head.data for head in heads])
+            # Kernels want each head to begin at a multiple of 16.
+            aligned = [torch.nn.functional.pad(head, (0, -len(head) % 16)) for head in heads]
+            data = heads[0] if num_heads == 1 else torch.cat(aligned)
             self._quantized = Quantized(data, self.format, self.shape)
         self._num_heads = num_heads
         return self

@@ -26,6 +26,7 @@ from gpu_backend.rope import RopeTable  # noqa: E402
 PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
 NUM_TOKENS = 12
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 class GpuEngine:

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: a layer that remembers a text in a matrix per head, token by token.
+"""Gated DeltaNet: a layer that remembers a text in a matrix per head.
 
 https://arxiv.org/abs/2412.06464, as in cpu_kernels.delta.
 """
@@ -12,7 +12,7 @@ import torch
 from gpu_backend.gating import silu
 from gpu_backend.matrix import Rows
 from gpu_backend.norm import rms_norm
-from gpu_backend.recurrent import convolve, runs_of
+from gpu_backend.recurrent import CHUNK, convolve, decays_of, runs_of, write_and_read
 
 NORM_EPS = 1e-6  # of queries and keys
 
@@ -40,7 +40,7 @@ class DeltaLayer:
         rows = Rows(rms_norm(x, self._norm, self._eps), arithmetic)
         qkv, b, a = (matrix.multiply(rows) for matrix in (self._qkv, self._b, self._a))
         step = torch.nn.functional.softplus((a + self._dt_bias).double(), threshold=30)
-        decays, betas = torch.exp(self._decay.double() * step).float(), torch.sigmoid(b)
+        logs, betas = self._decay.double() * step, torch.sigmoid(b)
         values = torch.empty(shape, device=x.device)
         for run in runs_of(batch):
             memory = run.of_layer(self._number)
@@ -49,7 +49,7 @@ class DeltaLayer:
             state = memory[size:].view(d.num_value_heads, d.key_dim, d.value_dim)
             mixed = convolve(qkv[run.rows], history, self._conv, activated=True)
             parts = self._heads(mixed)
-            values[run.rows] = scan(state, *parts, decays[run.rows], betas[run.rows])
+            values[run.rows] = scan(state, *parts, logs[run.rows], betas[run.rows])
         values = rms_norm(values, self._head_norm, self._eps).flatten(1)
         x += self._o.multiply(Rows(silu(self._z.multiply(rows)) * values, arithmetic))
 
@@ -71,20 +71,51 @@ def scan(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    decays: torch.Tensor,
+    logs: torch.Tensor,
     betas: torch.Tensor,
 ) -> torch.Tensor:
     """What each token reads: float32 [num_tokens, heads, value_dim]; `state` [heads, key_dim,
     value_dim] goes on. S = decay * S;   S += k (v - k S) * beta;   out = q S.
 
-    The old state is read once: q S = decay * q S_before + (q k) * what is written.
+    q, k, v: [num_tokens, heads, size]; logs (of the decays, float64) and betas: [num_tokens,
+    heads].
     """
-    both = torch.stack([k, q], 2)  # [num_tokens, heads, 2, key_dim]
-    products = (q * k).sum(-1, keepdim=True)
-    decays, betas, out = decays[..., None], betas[..., None], torch.empty_like(v)
-    for token in range(len(q)):
-        seen, asked = (decays[token, :, None] * torch.bmm(both[token], state)).unbind(1)
-        delta = (v[token] - seen) * betas[token]
-        out[token] = asked + products[token] * delta
-        state.mul_(decays[token, :, None]).addcmul_(k[token][..., None], delta[:, None])
-    return out
+    if len(q) == 1:
+        return _step(state, q[0], k[0], v[0], torch.exp(logs[0]).float(), betas[0])[None]
+    parts = zip(*(t.split(CHUNK) for t in (q, k, v, logs, betas)), strict=True)
+    return torch.cat([_chunk(state, *part) for part in parts])
+
+
+def _step(
+    state: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+) -> torch.Tensor:
+    """One token. It reads the old state once: q S = decay * q S_before + (q k) * what is
+    written."""
+    both = torch.bmm(torch.stack([k, q], 1), state)  # [heads, 2, value_dim]
+    seen, asked = (decay[:, None, None] * both).unbind(1)
+    delta = (v - seen) * beta[:, None]
+    state.mul_(decay[:, None, None]).addcmul_(k[..., None], delta[:, None])
+    return asked + (q * k).sum(-1, keepdim=True) * delta
+
+
+def _chunk(
+    state: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    logs: torch.Tensor,
+    betas: torch.Tensor,
+) -> torch.Tensor:
+    """Several tokens at once. What each writes is less what those before it have written at its
+    key: a triangular system. https://arxiv.org/abs/2412.06464, section 3.3."""
+    q, k, v, logs, betas = (t.transpose(0, 1).contiguous() for t in (q, k, v, logs, betas))
+    decays, betas = decays_of(logs), betas[..., None]
+    wanted = betas * (v - decays.start * torch.bmm(k, state))
+    overlap = betas * torch.bmm(k, k.transpose(1, 2)) * decays.between
+    written = torch.linalg.solve_triangular(overlap, wanted, upper=False, unitriangular=True)
+    return write_and_read(state, q, k, written, decays).transpose(0, 1)

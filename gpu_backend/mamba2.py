@@ -1,4 +1,4 @@
-"""Mamba-2: a layer that remembers a text in a matrix per head, token by token.
+"""Mamba-2: a layer that remembers a text in a matrix per head.
 
 https://arxiv.org/abs/2405.21060, as in cpu_kernels.mamba2.
 """
@@ -12,7 +12,7 @@ import torch
 from gpu_backend.gating import silu
 from gpu_backend.matrix import Rows
 from gpu_backend.norm import rms_norm
-from gpu_backend.recurrent import convolve, runs_of
+from gpu_backend.recurrent import CHUNK, convolve, decays_of, runs_of, write_and_read
 
 
 class Mamba2Layer:
@@ -36,7 +36,7 @@ class Mamba2Layer:
         rows = Rows(rms_norm(x, self._norm, eps), arithmetic)
         xbc, dt = self._xbc.multiply(rows), self._dt.multiply(rows)
         steps = torch.nn.functional.softplus((dt + self._dt_bias).double(), threshold=30)
-        decays, steps = torch.exp(self._decay.double() * steps).float(), steps.float()
+        logs, steps = self._decay.double() * steps, steps.float()
         values = torch.empty((len(x), m.num_heads, m.head_dim), device=x.device)
         for run in runs_of(batch):
             memory = run.of_layer(self._number)
@@ -45,7 +45,7 @@ class Mamba2Layer:
             state = memory[size:].view(m.num_heads, m.state_dim, m.head_dim)
             mixed = convolve(xbc[run.rows], history, self._conv, self._conv_bias, activated=True)
             v, k, q = self._heads(mixed)
-            read = scan(state, q, k, v, decays[run.rows], steps[run.rows])
+            read = scan(state, q, k, v, logs[run.rows], steps[run.rows])
             values[run.rows] = read + self._skip[:, None] * v
         gated = silu(self._z.multiply(rows)) * values.flatten(1)
         groups = gated.unflatten(-1, (m.num_groups, -1))
@@ -71,14 +71,30 @@ def scan(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    decays: torch.Tensor,
+    logs: torch.Tensor,
     steps: torch.Tensor,
 ) -> torch.Tensor:
     """What each token reads: float32 [num_tokens, heads, head_dim]; `state` [heads, state_dim,
-    head_dim] goes on. S = decay * S + k (step * v);   out = q S."""
-    written, out = steps[..., None] * v, torch.empty_like(v)
-    for token in range(len(q)):
-        state.mul_(decays[token, :, None, None])
-        state.addcmul_(k[token][..., None], written[token][:, None])
-        out[token] = torch.bmm(q[token][:, None], state)[:, 0]
-    return out
+    head_dim] goes on. S = decay * S + k (step * v);   out = q S.
+
+    q, k, v: [num_tokens, heads, size]; logs (of the decays, float64) and steps: [num_tokens,
+    heads].
+    """
+    written = steps[..., None] * v
+    if len(q) == 1:
+        state.mul_(torch.exp(logs[0]).float()[:, None, None])
+        state.addcmul_(k[0][..., None], written[0][:, None])
+        return torch.bmm(q[0][:, None], state).transpose(0, 1)
+    parts = zip(*(t.split(CHUNK) for t in (q, k, written, logs)), strict=True)
+    return torch.cat([_chunk(state, *part) for part in parts])
+
+
+def _chunk(
+    state: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    written: torch.Tensor,
+    logs: torch.Tensor,
+) -> torch.Tensor:
+    q, k, written, logs = (t.transpose(0, 1).contiguous() for t in (q, k, written, logs))
+    return write_and_read(state, q, k, written, decays_of(logs)).transpose(0, 1)

@@ -91,8 +91,7 @@ class Matrix:
                 for head in rows
             ]
             # Kernels want each head to begin at a multiple of 16.
-            aligned = [torch.nn.functional.pad(head, (0, -len(head) % 16)) for head in heads]
-            data = heads[0] if num_heads == 1 else torch.cat(aligned)
+            data = heads[0] if num_heads == 1 else torch.cat([_aligned(head) for head in heads])
             self._quantized = Quantized(data, self.format, self.shape)
         self._num_heads = num_heads
         return self
@@ -158,3 +157,7 @@ def _in_planes(
     planes = torch.empty_like(blocks)
     arithmetic.rearrange(blocks, planes, format, shape[0] * shape[1] // FORMATS[format].block_size)
     return Quantized(planes, format, shape)
+
+
+def _aligned(data: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(data, (0, -len(data) % 16))

@@ -1,4 +1,5 @@
-"""What recurrent layers share: a text's state, runs of its tokens in a batch, convolutions."""
+"""What recurrent layers share: a text's state, runs of its tokens in a batch, convolutions, chunks
+of tokens that are computed at once."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 
 from gpu_backend.gating import silu
+
+CHUNK = 64  # tokens that are computed at once
 
 
 class RecurrentState:
@@ -65,3 +68,36 @@ def convolve(
     if bias is not None:
         total += bias
     return silu(total) if activated else total
+
+
+class Decays(NamedTuple):
+    """How much of a state is left, for a chunk of tokens."""
+
+    start: torch.Tensor  # float32 [heads, num_tokens, 1]: of the one before the chunk, at a token
+    between: torch.Tensor  # float32 [heads, num_tokens, num_tokens]: of column's token at row's
+
+
+def decays_of(logs: torch.Tensor) -> Decays:
+    """`logs`: float64 [heads, num_tokens], the logarithms of what a token leaves of the state."""
+    total = logs.cumsum(-1)
+    between = (total[:, :, None] - total[:, None]).tril()  # what lies ahead might be infinite
+    return Decays(torch.exp(total).float()[..., None], torch.exp(between).float().tril())
+
+
+def write_and_read(
+    state: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    written: torch.Tensor,
+    decays: Decays,
+) -> torch.Tensor:
+    """A chunk of S = decay * S + k written;   out = q S, token by token: float32 [heads,
+    num_tokens, value_dim]; `state` [heads, key_dim, value_dim] goes on.
+
+    q, k: [heads, num_tokens, key_dim].
+    """
+    scores = torch.bmm(q, k.transpose(1, 2)) * decays.between
+    out = torch.bmm(scores, written) + decays.start * torch.bmm(q, state)
+    left = k * decays.between[:, -1, :, None]  # of each token, at the chunk's end
+    state.mul_(decays.start[:, -1:]).add_(torch.bmm(left.transpose(1, 2), written))
+    return out

@@ -80,7 +80,7 @@ def run_interpreted(*arguments):
 
 
 def test_kernels_in_the_interpreter():
-    run_interpreted("-k", "quantize or combine or (linear and q4_0) or elsewhere")
+    run_interpreted("-k", "quantize or combine or (linear and (q4_0 or mxfp4)) or elsewhere")
 
 
 @pytest.mark.slow

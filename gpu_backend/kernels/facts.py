@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 
 from cpu_kernels.formats import FORMATS
-from gpu_backend.formats import CHUNK, LAYOUTS
+from gpu_backend.formats import LAYOUTS
 
 
 @triton.constexpr_function
@@ -43,9 +43,3 @@ def plane_at(format, index, n, k):
     lower bits' plane on; scales are the last ones, of which -1 is the last."""
     parts = LAYOUTS[format].parts
     return n * k // FORMATS[format].block_size * sum(p.nbytes for p in parts[:index])
-
-
-@triton.constexpr_function
-def block_groups(format):
-    """Groups of a block: 1 or 8."""
-    return FORMATS[format].block_size * 8 // CHUNK

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from cpu_kernels.formats import NF4
+
 GROUP = 32  # weights that share a scale, and values that are quantized together
 CHUNK = 256  # weights that kernels work on at a time
 GROUPS = CHUNK // GROUP
@@ -56,10 +58,12 @@ IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 E2M1 = tuple(12 + sign * value for sign in (1, -1) for value in (0, 1, 2, 3, 4, 6, 8, 12))
 
 
-def _blocks(low: int, scales: str, scale_bytes: int, factor: float, **others: Any) -> Layout:
-    """Blocks of one group: scales first, lower bits in the 16 bytes from `low`."""
+def _blocks(
+    low: int, scales: str, scale_bytes: int, factor: float, groups: int = 1, **others: Any
+) -> Layout:
+    """Blocks of so many groups: scales first, lower bits in 16 bytes for each from `low` on."""
     parts = (Part(0, scale_bytes),)
-    return Layout(Part(low, 16), scales, parts, factor, is_split=True, **others)
+    return Layout(Part(low, 16 * groups), scales, parts, factor, is_split=True, **others)
 
 
 LAYOUTS = {
@@ -70,6 +74,8 @@ LAYOUTS = {
     "q8_0": Layout(Part(2, 32), "half", (Part(0, 2),), low_bits=8, signed=True),
     "iq4_nl": _blocks(2, "half", 2, 0.0, table=IQ4, signed=True),
     "mxfp4": _blocks(1, "power", 1, -12.0, table=E2M1),
+    "int4_g128": _blocks(4, "zero", 4, -1.0, groups=4),
+    "nf4": _blocks(2, "half", 2, 0.0, groups=2, table=NF4, signed=True),
     "iq4_xs": Layout(Part(8, 128), "iq4_xs", (Part(0, 8),), is_split=True, table=IQ4, signed=True),
     "q2_k": Layout(
         Part(16, 64), "q2_k", (Part(0, 16), Part(80, 4)), -1.0, 2, sharing=4, num_scales=2

@@ -54,7 +54,12 @@ def dequantize(matrix: Quantized) -> torch.Tensor:
 
 
 def _stacked(values: Sequence[torch.Tensor], by_row: tuple[int, int]) -> torch.Tensor:
-    return torch.stack([v.reshape(by_row) for v in values]) if values else torch.empty(0, *by_row)
+    """By row and group, of what blocks have once, or once for each group."""
+    if not values:
+        return torch.empty(0, *by_row)
+    groups = by_row[0] * by_row[1]
+    each = [v.reshape(-1).repeat_interleave(groups // v.numel()) for v in values]
+    return torch.stack(each).reshape(-1, *by_row)
 
 
 def _integers(layout: Layout, planes: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -97,6 +102,11 @@ def _half(data: torch.Tensor) -> Scales:
 def _minimum(data: torch.Tensor) -> Scales:
     both = _floats(data)
     return [both[:, 0]], [both[:, 1]]
+
+
+def _zero(data: torch.Tensor) -> Scales:
+    both = _floats(data)
+    return [both[:, 0]], [both[:, 0] * both[:, 1]]
 
 
 def _power(data: torch.Tensor) -> Scales:
@@ -146,6 +156,7 @@ def _q6_k(data: torch.Tensor, factor: torch.Tensor) -> Scales:
 _SCALES: dict[str, Callable[..., Scales]] = {
     "half": _half,
     "minimum": _minimum,
+    "zero": _zero,
     "power": _power,
     "iq4_xs": _iq4_xs,
     "q2_k": _q2_k,

@@ -49,7 +49,7 @@ def random_rows(rng, num_rows, size):
 
 def columns(format):
     """Not whole chunks of 256 where the format allows it."""
-    return 512 if FORMATS[format].block_size == 256 else 288
+    return {32: 288, 64: 320, 128: 384, 256: 512}[FORMATS[format].block_size]
 
 
 def test_quantize():

@@ -223,9 +223,8 @@ def test_wrong_matrices_are_refused():
     backend = GpuBackend("cpu")
     with pytest.raises(ValueError, match="only 10 are there"):
         backend.matrix(np.zeros(10, np.uint8), "q4_0", (2, 32))
-    for format in ("q9_9", "int4_g128", "nf4"):
-        with pytest.raises(ValueError, match=f"no GPU kernel knows the number format '{format}'"):
-            backend.matrix(np.zeros(136, np.uint8), format, (2, 128))
+    with pytest.raises(ValueError, match="no GPU kernel knows the number format 'q9_9'"):
+        backend.matrix(np.zeros(100, np.uint8), "q9_9", (2, 32))
 
 
 def test_memory_errors_say_for_what():

@@ -55,7 +55,7 @@ def test_one_architecture(tmp_path):
     [
         ("75,80,86", "q4_0,q4_k,mxfp4"),
         ("89,90,120", "q4_0,q4_k,mxfp4"),
-        ("86", "q4_1,q8_0,q5_0,q5_1,q2_k,q3_k,q5_k,q6_k,iq4_nl,iq4_xs"),
+        ("86", "q4_1,q8_0,q5_0,q5_1,q2_k,q3_k,q5_k,q6_k,iq4_nl,iq4_xs,int4_g128,nf4"),
     ],
 )
 def test_all_architectures(tmp_path, archs, formats):

@@ -6,6 +6,7 @@ from naive_formats import random_matrix
 
 from cpu_kernels.backend import CpuBackend
 from cpu_kernels.dot import wants_unsigned
+from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import available
 from cpu_kernels.linear import FEW_ROWS
 from tiered.backend import ExpertBiases
@@ -17,7 +18,7 @@ torch = pytest.importorskip("torch")
 from gpu_backend.backend import GpuBackend  # noqa: E402
 
 NUM_EXPERTS = 4
-FORMATS = [
+EXPERTS = [
     ("q4_0", "q4_0", "q4_0"),
     ("q4_1", "q8_0", "q4_1"),
     ("q4_k", "q4_k", "q6_k"),
@@ -25,18 +26,20 @@ FORMATS = [
     ("q5_0", "iq4_nl", "q5_1"),
     ("q2_k", "q3_k", "iq4_xs"),
     ("mxfp4", "mxfp4", "mxfp4"),
+    ("int4_g128", "nf4", "int4_g128"),
 ]
-SIGNED = {"q8_0", "iq4_nl", "iq4_xs"}
+SIGNED = {"q8_0", "iq4_nl", "iq4_xs", "nf4"}
 ACTIVATIONS = {"mxfp4": "clamped_silu", "q4_0": "gelu_tanh"}  # of formats; others: silu
 
 
 @pytest.mark.parametrize("isa", available())
-@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+@pytest.mark.parametrize("formats", EXPERTS, ids="-".join)
 @pytest.mark.parametrize("num_tokens", [1, 3, FEW_ROWS])
 def test_experts(formats, isa, num_tokens):
     rng = np.random.default_rng(0)
     # One chunk is incomplete where the format allows it.
-    hidden, size = (512, 256) if "k" in formats[0] else (416, 96)
+    whole = max(FORMATS[format].block_size for format in formats)
+    hidden, size = {32: (416, 96), 128: (384, 128), 256: (512, 256)}[whole]
     activation = ACTIVATIONS.get(formats[0], "silu")
     config = ModelConfig("test", 1, hidden, 10, 64, 4, 2, 16, 1e-5, num_experts=NUM_EXPERTS,
                          top_k=2, expert_size=size, activation=activation,

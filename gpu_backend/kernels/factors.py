@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu_backend.kernels.facts import fact, plane_at
+from gpu_backend.kernels.facts import block_groups, fact, plane_at
 
 
 @triton.jit
@@ -41,16 +41,19 @@ def factors(base, row, chunk, group, N: tl.constexpr, K: tl.constexpr, FORMAT: t
     AT: tl.constexpr = plane_at(FORMAT, -1, N, K)  # the last plane
     inside = (row < N)[:, None] & ((chunk * 8 + group) < G)[None, :]
     row = row.to(tl.int64)
+    PER: tl.constexpr = block_groups(FORMAT)
+    index = ((row * G + chunk * 8)[:, None] + group[None, :]) // PER  # of a block
     if KIND == "half":
-        index = (row * G + chunk * 8)[:, None] + group[None, :]
         scale = _halves(base, AT, index, inside)
         return scale, scale, scale, scale
     elif KIND == "minimum":
-        index = ((row * G + chunk * 8)[:, None] + group[None, :]) * 2
-        scale = _halves(base, AT, index, inside)
-        return scale, scale, _halves(base, AT, index + 1, inside), scale
+        scale = _halves(base, AT, 2 * index, inside)
+        return scale, scale, _halves(base, AT, 2 * index + 1, inside), scale
+    elif KIND == "zero":
+        scale = _halves(base, AT, 2 * index, inside)
+        return scale, scale, scale * _halves(base, AT, 2 * index + 1, inside), scale
     elif KIND == "power":
-        exponent = _bytes(base, AT, (row * G + chunk * 8)[:, None] + group[None, :], inside)
+        exponent = _bytes(base, AT, index, inside)
         bits = tl.where(exponent < 2, (exponent + 1) << 21, (exponent - 1) << 23)
         scale = tl.where(inside, bits.to(tl.float32, bitcast=True), 0.0)
         return scale, scale, scale, scale

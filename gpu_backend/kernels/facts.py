@@ -5,13 +5,19 @@ from __future__ import annotations
 import triton
 
 from cpu_kernels.formats import FORMATS
-from gpu_backend.formats import LAYOUTS
+from gpu_backend.formats import GROUP, LAYOUTS
 
 
 @triton.constexpr_function
 def fact(format, name):
     """A field of the format's Layout."""
     return getattr(LAYOUTS[format], name)
+
+
+@triton.constexpr_function
+def block_groups(format):
+    """Groups of a block: 1 to 8."""
+    return FORMATS[format].block_size // GROUP
 
 
 @triton.constexpr_function

@@ -6,7 +6,8 @@ The contract, for a row of weights times a row of activations:
    halves to even; scale times the sum of the integers is kept for weights with offsets.
 2. A group's dot product of integers is exact. (Where its halves have scales of their own,
    one for each half.)
-3. Eight float32 sums, one for each place of a group in a chunk of 256 weights, add
+3. Eight float32 sums, one for each place of a group in a chunk of 256 weights (those of a last
+   chunk that has fewer take the last places), add
    fma(float(dot), weight_scale * x_scale, sum) in order of the chunks (where halves of groups
    have scales of their own: first halves, then second halves); eight others add
    fma(offset, x_sum, sum), where weights have an offset.
@@ -82,12 +83,19 @@ def linear_heads(a: Activations, matrix: Quantized, num_heads: int) -> torch.Ten
 
 def _add_chunks(terms: list[tuple[torch.Tensor, torch.Tensor]], pad: int) -> torch.Tensor:
     """fma over chunks, all terms of a chunk in turn: [M, N, G] factors to [M, N, 8] sums."""
-    padded = [[torch.nn.functional.pad(t, (0, pad)) for t in term] for term in terms]
+    padded = [[_with_zeros(t, pad) for t in term] for term in terms]
     sums = torch.zeros_like(padded[0][0][..., :GROUPS])
     for start in range(0, padded[0][0].shape[-1], GROUPS):
         for a, b in padded:
             sums = fma(a[..., start : start + GROUPS], b[..., start : start + GROUPS], sums)
     return sums
+
+
+def _with_zeros(groups: torch.Tensor, pad: int) -> torch.Tensor:
+    """Whole chunks: `pad` zeros before the groups of a last one that has fewer than eight."""
+    whole = groups.shape[-1] // GROUPS * GROUPS if pad else groups.shape[-1]
+    return torch.cat([groups[..., :whole], groups.new_zeros((*groups.shape[:-1], pad)),
+                      groups[..., whole:]], -1)  # fmt: skip
 
 
 def _tree(s: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A weight is `scale * integer + offset * offset_factor`. Tensors are [rows, 8 groups, 4 words] (int32
 words of four bytes) and [rows, 8 groups]; the layouts are those of `gpu_backend.formats`. Groups
-past the end of a row read as zeros.
+that do not count (see facts.first_group) read as zeros.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ import triton.language as tl
 
 from gpu_backend.kernels.exact import dot_bytes, fma
 from gpu_backend.kernels.factors import factors, words
-from gpu_backend.kernels.facts import fact, has_offsets, has_table, mask_of, plane_at
+from gpu_backend.kernels.facts import (
+    fact,
+    first_group,
+    has_offsets,
+    has_table,
+    mask_of,
+    plane_at,
+)
 from gpu_backend.kernels.tables import look_up
 
 
@@ -34,11 +41,12 @@ def integers(
     LOW: tl.constexpr = fact(FORMAT, "low_bits")  # also words of a group
     HIGH: tl.constexpr = fact(FORMAT, "high_bits")
     MASK: tl.constexpr = mask_of(LOW)
+    begin = first_group(chunk, K)
     inside = tl.broadcast_to(
-        (row < N)[:, None, None] & ((chunk * 8 + group) < G)[None, :, None], (ROWS, 8, 4)
+        (row < N)[:, None, None] & ((begin + group) >= chunk * 8)[None, :, None], (ROWS, 8, 4)
     )
     row = row.to(tl.int64)
-    start = row * (G * LOW) + chunk * (8 * LOW)
+    start = row * (G * LOW) + begin * LOW
     if fact(FORMAT, "is_split"):
         w = words(base, 0, _word_index(start, 4, group), inside)
         if has_table(FORMAT):
@@ -56,14 +64,14 @@ def integers(
     if HIGH > 0:
         AT: tl.constexpr = plane_at(FORMAT, 1, N, K)
         if fact(FORMAT, "single_bits"):
-            index = _word_index(row * G + chunk * 8, 1, group) - tl.arange(0, 4)[None, None, :]
+            index = _word_index(row * G + begin, 1, group) - tl.arange(0, 4)[None, None, :]
             bits = words(base, AT, index, inside) >> (4 * tl.arange(0, 4))[None, None, :]
             first |= _one_each(bits & 15) << LOW
             second |= _one_each((bits >> 16) & 15) << LOW
         else:
             PER: tl.constexpr = 8 // HIGH  # groups in the same bytes
             HIGH_MASK: tl.constexpr = mask_of(HIGH)
-            start = row * (G * HIGH) + chunk * (8 * HIGH)
+            start = row * (G * HIGH) + begin * HIGH
             index = _word_index(start, 8, group // PER)
             shift = (HIGH * (group % PER))[None, :, None]
             first |= ((words(base, AT, index, inside) >> shift) & HIGH_MASK) << LOW
@@ -89,17 +97,17 @@ def add_chunk(
     sums, first sums, second sums), `plane` values apart.
     """
     group = tl.arange(0, 8)
-    G: tl.constexpr = K // 32
     SIGNED: tl.constexpr = fact(FORMAT, "signed")
-    known = (chunk * 8 + group) < G
+    begin = first_group(chunk, K)
+    known = (begin + group) >= chunk * 8
     first, second = integers(base, row, chunk, N, K, FORMAT, ROWS, EMULATE)
     scale, scale_2, offset, offset_2 = factors(base, row, chunk, group, N, K, FORMAT)
-    word = (chunk * 64 + 8 * group)[:, None] + tl.arange(0, 4)[None, :]
+    word = (8 * (begin + group))[:, None] + tl.arange(0, 4)[None, :]
     x_first = tl.load(x + word, mask=known[:, None], other=0)
     x_second = tl.load(x + word + 4, mask=known[:, None], other=0)
     x_first = tl.broadcast_to(x_first[None, :, :], (ROWS, 8, 4))
     x_second = tl.broadcast_to(x_second[None, :, :], (ROWS, 8, 4))
-    at = x_factors + chunk * 8 + group
+    at = x_factors + begin + group
     x_scale = tl.broadcast_to(tl.load(at, mask=known, other=0.0)[None, :], (ROWS, 8))
     zero = tl.zeros((ROWS, 8, 4), tl.int32)
     dots = dot_bytes(first, x_first, zero, SIGNED, EMULATE)

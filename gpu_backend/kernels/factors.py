@@ -1,7 +1,7 @@
 """The scales of a chunk's groups, and what is added to their integers: see cpu_kernels.scales.
 
-Tensors are [rows, groups]; layouts are ggml's blocks after `gpu_backend.formats`. Groups past the
-end of a row read as zeros.
+Tensors are [rows, groups]; layouts are ggml's blocks after `gpu_backend.formats`. Groups that do
+not count (see facts.first_group) read as zeros.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu_backend.kernels.facts import block_groups, fact, plane_at
+from gpu_backend.kernels.facts import block_groups, fact, first_group, plane_at
 
 
 @triton.jit
@@ -39,10 +39,11 @@ def factors(base, row, chunk, group, N: tl.constexpr, K: tl.constexpr, FORMAT: t
     G: tl.constexpr = K // 32
     KIND: tl.constexpr = fact(FORMAT, "scales")
     AT: tl.constexpr = plane_at(FORMAT, -1, N, K)  # the last plane
-    inside = (row < N)[:, None] & ((chunk * 8 + group) < G)[None, :]
+    first = first_group(chunk, K)
+    inside = (row < N)[:, None] & ((first + group) >= chunk * 8)[None, :]
     row = row.to(tl.int64)
     PER: tl.constexpr = block_groups(FORMAT)
-    index = ((row * G + chunk * 8)[:, None] + group[None, :]) // PER  # of a block
+    index = ((row * G + first)[:, None] + group[None, :]) // PER  # of a block
     if KIND == "half":
         scale = _halves(base, AT, index, inside)
         return scale, scale, scale, scale

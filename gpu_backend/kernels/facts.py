@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import triton
+import triton.language as tl
 
 from cpu_kernels.formats import FORMATS
 from gpu_backend.formats import GROUP, LAYOUTS
@@ -49,3 +50,17 @@ def plane_at(format, index, n, k):
     lower bits' plane on; scales are the last ones, of which -1 is the last."""
     parts = LAYOUTS[format].parts
     return n * k // FORMATS[format].block_size * sum(p.nbytes for p in parts[:index])
+
+
+@triton.jit
+def first_group(chunk, K: tl.constexpr):
+    """The group that a chunk begins with. Where a row is no whole number of chunks, the last one
+    begins earlier, so that it ends with the row; what it has of the one before does not count."""
+    SHIFT: tl.constexpr = (8 - K // 32 % 8) % 8
+    LAST: tl.constexpr = (K + 255) // 256 - 1
+    if SHIFT == 0:
+        return chunk * 8
+    elif LAST == 0:
+        return chunk * 8 - SHIFT
+    else:
+        return chunk * 8 - SHIFT * (chunk // LAST)

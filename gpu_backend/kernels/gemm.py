@@ -13,7 +13,7 @@ import triton.language as tl
 from gpu_backend.kernels.chunks import with_offsets
 from gpu_backend.kernels.exact import fma
 from gpu_backend.kernels.factors import factors
-from gpu_backend.kernels.facts import fact, has_offsets, has_table, plane_at
+from gpu_backend.kernels.facts import fact, first_group, has_offsets, has_table, plane_at
 from gpu_backend.kernels.gating import activate
 from gpu_backend.kernels.tables import look_up_one
 
@@ -28,10 +28,11 @@ def group_bytes(
     G: tl.constexpr = K // 32
     LOW: tl.constexpr = fact(FORMAT, "low_bits")
     HIGH: tl.constexpr = fact(FORMAT, "high_bits")
-    group = chunk * 8 + place + tl.zeros_like(k)  # [1, 32]
-    inside = (row < N)[:, None] & (group < G)
+    begin = first_group(chunk, K)
+    group = begin + place + tl.zeros_like(k)  # [1, 32]
+    inside = (row < N)[:, None] & (group >= chunk * 8)
     row = row.to(tl.int64)[:, None]
-    start = base + row * (G * LOW * 4) + chunk * (LOW * 32)
+    start = base + row * (G * LOW * 4) + begin * (LOW * 4)
     if fact(FORMAT, "is_split"):
         w = tl.load(start + place * 16 + k % 16, mask=inside, other=0).to(tl.int32)
         w = (w >> (4 * (k // 16))) & 15
@@ -47,11 +48,11 @@ def group_bytes(
     if HIGH > 0:
         high = base + plane_at(FORMAT, 1, N, K)
         if fact(FORMAT, "single_bits"):
-            high += row * (G * 4) + chunk * 32 + place * 4 + k // 8
+            high += row * (G * 4) + (begin + place) * 4 + k // 8
             bits = tl.load(high, mask=inside, other=0).to(tl.int32) >> (k % 8)
         else:
             PER: tl.constexpr = 8 // HIGH
-            high += row * (G * HIGH * 4) + chunk * (HIGH * 32) + place // PER * 32 + k
+            high += row * (G * HIGH * 4) + begin * (HIGH * 4) + place // PER * 32 + k
             bits = tl.load(high, mask=inside, other=0).to(tl.int32) >> (HIGH * (place % PER))
         w |= (bits & ((1 << HIGH) - 1)) << LOW
     return w.to(tl.int8)
@@ -75,9 +76,9 @@ def add_group(
 ):  # fmt: skip
     """Group `place` of a chunk: add to two float32 [tokens, rows]."""
     G: tl.constexpr = K // 32
-    group = chunk * 8 + place
+    group = first_group(chunk, K) + place
     k = tl.arange(0, 32)
-    inside = known & ((group + tl.zeros_like(token)) < G)
+    inside = known & ((group + tl.zeros_like(token)) >= chunk * 8)
     token = token.to(tl.int64)
     at = token[:, None] * K + group * 32 + k[None, :]
     values = tl.load(x + at, mask=inside[:, None], other=0)  # int8 [tokens, 32]

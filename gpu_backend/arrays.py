@@ -32,6 +32,7 @@ class Jobs(NamedTuple):
     the slab, computes pairs[starts[i]:starts[i + 1]]; pair `token * top_k + rank`."""
 
     begins: np.ndarray  # int64 [num_used]
+    owners: np.ndarray  # int32 [num_used]: which of the layer's experts each is
     starts: np.ndarray  # int32 [num_used + 1]
     pairs: np.ndarray  # int32 [num_pairs]
     top_k: int

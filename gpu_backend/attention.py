@@ -1,4 +1,4 @@
-"""Attention of a layer over the paged KV cache."""
+"""A layer's attention: norm, projections, rope, KV cache, attention, output."""
 
 from __future__ import annotations
 
@@ -6,106 +6,107 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
+from gpu_backend.batch import BatchPlace
+from gpu_backend.flash import attend
 from gpu_backend.kv import KVPages
+from gpu_backend.latent import LatentAttentionLayer
 from gpu_backend.matrix import Rows
-from gpu_backend.norm import rms_norm
+from gpu_backend.norm import norm_rows, rms_norm
 from gpu_backend.rope import RopeTable
 
 
 class AttentionLayer:
     """A layer's weights, prepared. `weights` and `config` are tiered's, or like them."""
 
-    def __init__(self, weights: Any, config: Any, index: int, device: torch.device) -> None:
-        self.config = config
+    def __init__(
+        self, weights: Any, config: Any, index: int, rope: RopeTable, device: torch.device
+    ) -> None:
+        shape, w = config.attention_shape(index), weights
+        self.config, self.rope, self.head_dim = config, rope, shape.head_dim
         self.window: int = config.window(index)
-        self.norm = torch.tensor(weights.norm, device=device)
-        self.q, self.k, self.v, self.o = (
-            matrix.load() for matrix in (weights.q, weights.k, weights.v, weights.o)
+        self.temperature_step = config.temperature_step if index in config.full_layers else 0
+        self.q, self.k, self.v, self.o = (matrix.load() for matrix in (w.q, w.k, w.v, w.o))
+        self.gate = None if w.gate is None else w.gate.load()
+        self.norm = torch.tensor(w.norm, device=device)
+        self.q_norm, self.k_norm, self.sinks, self.out_norm = (
+            None if vector is None else torch.tensor(vector, device=device)
+            for vector in (w.q_norm, w.k_norm, w.sinks, w.out_norm)
         )
-        self.q_norm, self.k_norm = (
-            None if norm is None else torch.tensor(norm, device=device)
-            for norm in (weights.q_norm, weights.k_norm)
-        )
-        self.rope = RopeTable(config.rope, config.head_dim, device)
+        self.scale = float(config.query_scale or shape.head_dim**-0.5)
 
     def run(
         self, x: torch.Tensor, kv: KVPages, index: int, place: BatchPlace, arithmetic: Any
     ) -> None:
         """x += attention(norm(x)), float32 [num_tokens, hidden_size]."""
-        config, heads = self.config, (len(x), -1, self.config.head_dim)
-        rows = Rows(rms_norm(x, self.norm, config.norm_eps), arithmetic)
-        q, k, v = (matrix.multiply(rows) for matrix in (self.q, self.k, self.v))
-        if config.qk_norm == "full":
-            q, k = self._norm(q, k)
-        if config.clip_qkv:
-            q, k, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (q, k, v))
-        q, k, v = (t.reshape(heads) for t in (q, k, v))
-        if config.qk_norm == "head":
-            q, k = self._norm(q, k)
+        rows = Rows(norm_rows(x, self.norm, self.config.norm_eps), arithmetic)
+        q, k, v = self._heads(rows)
         rotation = place.rotation(self.rope)
-        q, k = self.rope.rotate(q, rotation), self.rope.rotate(k, rotation)
-        kv.append(index, place.slots, k, v)
+        q = self.rope.rotate(q, rotation) * self._query_scale(place.positions, x.device)
+        kv.append(index, place.slots, self.rope.rotate(k, rotation), v)
         out = torch.empty_like(q)
         for part in place.sequences:
-            keys, values = kv.read(index, part.slots)  # [length, kv_heads, head_dim]
-            out[part.rows] = scaled_dot_product_attention(
-                q[part.rows].transpose(0, 1)[None],
-                keys.transpose(0, 1)[None],
-                values.transpose(0, 1)[None],
-                attn_mask=part.mask(self.window),
-                enable_gqa=config.num_heads != config.num_kv_heads,
-            )[0].transpose(0, 1)
-        x += self.o.multiply(Rows(out.reshape(len(x), -1), arithmetic))
+            slots, mask = part.visible(self.window, self.config.chunked_attention)
+            keys, values = kv.keys(index, slots), kv.values(index, slots)
+            out[part.rows] = attend(q[part.rows], keys, values, mask, self.sinks)
+        out = out.reshape(len(x), -1)
+        if self.gate is not None:
+            out = out * torch.sigmoid(self.gate.multiply(rows))
+        y = self.o.multiply(Rows(out, arithmetic))
+        x += y if self.out_norm is None else rms_norm(y, self.out_norm, self.config.norm_eps)
 
-    def _norm(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.q_norm is not None and self.k_norm is not None
-        eps = self.config.norm_eps
-        return rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
+    def _heads(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, float32 [num_tokens, heads, head_dim]; not yet rotated."""
+        config, eps = self.config, self.config.norm_eps
+        q, k, v = (matrix.multiply(rows) for matrix in (self.q, self.k, self.v))
+        is_full = config.qk_norm == "full"
+        if is_full and self.q_norm is not None:
+            q, k = rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
+        q, k, v = (t.reshape(len(t), -1, self.head_dim) for t in (q, k, v))
+        if not is_full and self.q_norm is not None:
+            q, k = rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
+        if config.value_norm:
+            v = rms_norm(v, None, eps)
+        if config.clip_qkv:
+            q, k, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (q, k, v))
+        return q, k, v
 
-
-class SequencePlace:
-    """One sequence's rows of a batch, and where its keys and values are."""
-
-    def __init__(
-        self, rows: np.ndarray, positions: np.ndarray, slots: np.ndarray, device: torch.device
-    ) -> None:
-        self.rows = torch.from_numpy(rows).to(device)
-        self.slots = torch.from_numpy(slots).to(device)  # int64 [length], by position
-        self._positions = torch.from_numpy(positions).to(device)
-        self._last_only = len(rows) == 1
-
-    def mask(self, window: int) -> torch.Tensor | None:
-        """Which positions each row attends to: bool [num_rows, length]; None: all."""
-        length = len(self.slots)
-        if self._last_only and not (window and length > window):
-            return None
-        at = torch.arange(length, device=self.slots.device)
-        mask = at <= self._positions[:, None]
-        return mask & (at > self._positions[:, None] - window) if window else mask
+    def _query_scale(self, positions: np.ndarray, device: torch.device) -> torch.Tensor | float:
+        """What queries are multiplied with; where there are temperatures, the more the further on:
+        https://arxiv.org/abs/2501.19399."""
+        if not self.temperature_step:
+            return self.scale
+        growth = np.log1p((positions + 1) // self.temperature_step)
+        scale = self.scale * (self.config.temperature * growth + 1)
+        return torch.from_numpy(scale.astype(np.float32)).to(device)[:, None, None]
 
 
-class BatchPlace:
-    """Where a batch's tokens are in the KV cache; the same for all layers of a forward pass."""
+class Attention:
+    """All that attention layers share: tables of angles, and the batch at hand."""
 
-    def __init__(self, batch: Any, page_size: int, device: torch.device) -> None:
-        self._positions = batch.positions
-        self._rotation: torch.Tensor | None = None
-        tables = batch.page_tables.astype(np.int64)
-        pages = tables[batch.sequences, batch.positions // page_size]
-        slots = pages * page_size + batch.positions % page_size
-        self.slots = torch.from_numpy(slots).to(device)
-        self.sequences = []
-        for sequence in np.unique(batch.sequences):
-            rows = np.flatnonzero(batch.sequences == sequence)
-            positions = batch.positions[rows].astype(np.int64)
-            at = np.arange(positions.max() + 1)
-            known = tables[sequence, at // page_size] * page_size + at % page_size
-            self.sequences.append(SequencePlace(rows, positions, known, device))
+    def __init__(self, device: torch.device, arithmetic: Any) -> None:
+        self._device, self._arithmetic = device, arithmetic
+        self._ropes: dict[Any, RopeTable] = {}
+        self._batch: tuple[Any, BatchPlace] | None = None
 
-    def rotation(self, rope: RopeTable) -> torch.Tensor:
-        """The first layer's rotation serves all layers: they share one kind of rope."""
-        if self._rotation is None:
-            self._rotation = rope.rotation(self._positions)
-        return self._rotation
+    def layer(self, weights: Any, config: Any, index: int) -> AttentionLayer:
+        shape = config.attention_shape(index)
+        rope = self.rope(shape.rope, shape.head_dim)
+        return AttentionLayer(weights, config, index, rope, self._device)
+
+    def latent_layer(self, weights: Any, config: Any, index: int) -> LatentAttentionLayer:
+        # What rotates is as wide as the rope says.
+        rope = self.rope(config.rope, config.latent.rope_dim)
+        return LatentAttentionLayer(weights, config, index, rope, self._device)
+
+    def rope(self, rope: Any, head_dim: int) -> RopeTable:
+        key = rope, head_dim
+        if key not in self._ropes:
+            self._ropes[key] = RopeTable(rope, head_dim, self._device)
+        return self._ropes[key]
+
+    def run(self, x: torch.Tensor, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
+        """x += attention(norm(x)); appends keys and values."""
+        if self._batch is None or self._batch[0] is not batch:
+            self._batch = batch, BatchPlace(batch, kv.page_size, self._device)
+        layer.run(x, kv, index, self._batch[1], self._arithmetic)

@@ -13,16 +13,24 @@ import torch
 
 from gpu_backend import reference
 from gpu_backend.arrays import Jobs
-from gpu_backend.attention import AttentionLayer, BatchPlace
+from gpu_backend.attention import Attention, AttentionLayer
+from gpu_backend.delta import DeltaLayer
 from gpu_backend.device import TorchDevice
+from gpu_backend.experts import ExpertLayer, weighted
 from gpu_backend.feed_forward import FeedForwardLayer
-from gpu_backend.formats import check_format
-from gpu_backend.kv import KVPages
+from gpu_backend.head import OutputLayer
+from gpu_backend.kv import KVPages, kv_pages
+from gpu_backend.latent import LatentAttentionLayer
+from gpu_backend.mamba2 import Mamba2Layer
 from gpu_backend.matrix import Matrix, Rows
-from gpu_backend.norm import rms_norm
+from gpu_backend.merge import MergeLayer
+from gpu_backend.recurrent import RecurrentState
 from gpu_backend.route import RouterLayer, Routing
+from gpu_backend.short_conv import ConvLayer
 from gpu_backend.slots import ON_DEVICE, GpuSlots
 from gpu_backend.tuning import Tuning
+
+RECURRENT = DeltaLayer, ConvLayer, Mamba2Layer
 
 
 class GpuBackend:
@@ -51,11 +59,25 @@ class GpuBackend:
             from gpu_backend.launch import Launcher
 
             self.arithmetic = Launcher(tuning, self.device.capability)
+        self._attention = Attention(self._torch, self.arithmetic)
         self._slots: GpuSlots | None = None
         self._hidden_size = 0
-        self._batch: tuple[Any, BatchPlace] | None = None
         self._rows: Rows | None = None  # of the latest h
         self._host_h: tuple[torch.Tensor, np.ndarray] | None = None
+
+    @property
+    def isa(self) -> str:
+        """The instructions that the host's kernels use."""
+        return self.host.isa if self.host else ""
+
+    @property
+    def num_threads(self) -> int:
+        return self.host.num_threads if self.host else 1
+
+    @property
+    def seconds(self) -> float:
+        """Time that the host's kernels took. The device's is not known: nothing waits for it."""
+        return self.host.seconds if self.host else 0.0
 
     @property
     def few_rows(self) -> int:
@@ -77,48 +99,48 @@ class GpuBackend:
     # -- layers, prepared once --
 
     def attention_layer(self, weights: Any, config: Any, index: int = 0) -> AttentionLayer:
-        _check_model(config)
-        return AttentionLayer(weights, config, index, self._torch)
+        return self._attention.layer(weights, config, index)
 
-    def latent_attention_layer(self, weights: Any, config: Any, index: int = 0) -> None:
-        _check_model(config)
+    def latent_attention_layer(
+        self, weights: Any, config: Any, index: int = 0
+    ) -> LatentAttentionLayer:
+        return self._attention.latent_layer(weights, config, index)
 
-    def delta_layer(self, weights: Any, config: Any, number: int) -> None:
-        _check_model(config)
+    def delta_layer(self, weights: Any, config: Any, number: int) -> DeltaLayer:
+        return DeltaLayer(weights, config, number, self._torch)
 
-    def conv_layer(self, weights: Any, config: Any, number: int) -> None:
-        _check_model(config)
+    def conv_layer(self, weights: Any, config: Any, number: int) -> ConvLayer:
+        return ConvLayer(weights, config, number, self._torch)
 
-    def mamba2_layer(self, weights: Any, config: Any, number: int) -> None:
-        _check_model(config)
+    def mamba2_layer(self, weights: Any, config: Any, number: int) -> Mamba2Layer:
+        return Mamba2Layer(weights, config, number, self._torch)
 
-    def recurrent_state(self, config: Any) -> None:
-        _check_model(config)
+    def recurrent_state(self, config: Any) -> RecurrentState:
+        with self.device.allocating("what recurrent layers remember of a text"):
+            return RecurrentState(config, self._torch)
 
     def router_layer(self, weights: Any, config: Any) -> RouterLayer:
         return RouterLayer(weights, config, self._torch)
 
-    def merge_layer(self, weights: Any, config: Any) -> None:
-        _check_model(config)
+    def merge_layer(self, weights: Any, config: Any) -> MergeLayer:
+        return MergeLayer(weights, config, self._torch)
 
-    def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> Any:
-        for tensor in (layout.gate, layout.up, layout.down):
-            check_format(tensor.format)
-        self._hidden_size = config.hidden_size
-        return layout, self.host and self.host.expert_layer(layout, config)
+    def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> ExpertLayer:
+        layer = ExpertLayer(layout, config, biases, self._torch, self.host)
+        self._hidden_size = layer.hidden_size  # of all layers
+        return layer
 
     def feed_forward_layer(
         self, weights: Any, config: Any, norm: np.ndarray | None = None
     ) -> FeedForwardLayer:
         return FeedForwardLayer(weights, config, norm, self._torch)
 
-    def output_layer(self, norm: np.ndarray, head: Matrix, config: Any) -> Any:
-        return torch.tensor(norm, device=self._torch), head.load(), config.norm_eps
+    def output_layer(self, norm: np.ndarray, head: Matrix, config: Any) -> OutputLayer:
+        return OutputLayer(norm, head, config, self._torch)
 
     def kv_pages(self, config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages:
-        sizes = config.num_layers, config.num_kv_heads, config.head_dim
         with self.device.allocating("the KV cache"):
-            return KVPages(*sizes, num_pages, page_size, dtype, self._torch)
+            return kv_pages(config, num_pages, page_size, dtype, self._torch)
 
     # -- a forward pass --
 
@@ -126,36 +148,35 @@ class GpuBackend:
         rows = table.rows(tokens)
         return rows if scale == 1.0 else rows * scale
 
-    def attention(
-        self, x: torch.Tensor, layer: AttentionLayer, kv: KVPages, index: int, batch: Any
-    ) -> None:
-        if self._batch is None or self._batch[0] is not batch:
-            self._batch = batch, BatchPlace(batch, kv.page_size, self._torch)
-        layer.run(x, kv, index, self._batch[1], self.arithmetic)
+    def attention(self, x: torch.Tensor, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
+        if isinstance(layer, RECURRENT):
+            layer.run(x, batch, self.arithmetic)
+        else:
+            self._attention.run(x, layer, kv, index, batch)
 
     def route(self, x: torch.Tensor, layer: RouterLayer) -> tuple[torch.Tensor, Routing]:
         h = layer.norm(x)
-        self._rows = Rows(h, self.arithmetic)
-        return h, layer.choose(self._rows)
+        return h, self.guess(x, h, layer)
 
     def guess(self, x: torch.Tensor, h: torch.Tensor, layer: RouterLayer) -> Routing:
-        return layer.choose(self._rows_of(h))
+        return layer.choose(x, self._rows_of(h), self.arithmetic)
 
     def experts(
-        self, h: torch.Tensor, layer: Any, addresses: np.ndarray, jobs: Any, out: torch.Tensor
-    ) -> None:
-        layout, on_host = layer
+        self, h: torch.Tensor, layer: ExpertLayer, addresses: np.ndarray, jobs: Any,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
         here = addresses[:, 0] >= ON_DEVICE
         if not here.all():
             if here.any():
                 raise ValueError("experts in slots and experts in RAM need a call each")
-            self._run_on_host(h, on_host, addresses, jobs, out)
+            self._run_on_host(h, layer.on_host, addresses, jobs, out)
             return
         assert self._slots is not None
-        begins = addresses[:, 0] - ON_DEVICE - layout.gate.offset
-        arrays = Jobs(begins, jobs.starts, jobs.pairs, len(out) // len(h))
+        begins = addresses[:, 0] - ON_DEVICE - layer.weights.layout.gate.offset
+        owners = np.asarray(jobs.experts, np.int32)
+        arrays = Jobs(begins, owners, jobs.starts, jobs.pairs, len(out) // len(h))
         quantized = self._rows_of(h).quantized()
-        self.arithmetic.experts(self._slots.slab, layout, arrays, quantized, out)
+        self.arithmetic.experts(self._slots.slab, layer.weights, arrays, quantized, out)
         self.device.mark()
 
     def _run_on_host(
@@ -172,24 +193,39 @@ class GpuBackend:
         at = torch.from_numpy(pairs).to(self._torch, non_blocking=True)
         out[at] = torch.from_numpy(rows[pairs]).to(self._torch, non_blocking=True)
 
+    def weighted(self, h: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
+        rows = weighted(h, self._from_host(weights))
+        self.device.synchronize()  # the host may compute with them, too: see `download`
+        return rows
+
     def pair_outputs(self, num_pairs: int) -> torch.Tensor:
         return torch.empty((num_pairs, self._hidden_size), device=self._torch)
 
     def combine(self, x: torch.Tensor, out: torch.Tensor, weights: np.ndarray) -> None:
-        given = torch.from_numpy(np.ascontiguousarray(weights, np.float32)).to(self._torch)
-        self.arithmetic.combine(x, out, given)
+        self.arithmetic.combine(x, out, self._from_host(weights))
 
     def feed_forward(
-        self, x: torch.Tensor, h: torch.Tensor | None, layer: FeedForwardLayer
+        self,
+        x: torch.Tensor,
+        h: torch.Tensor | None,
+        layer: FeedForwardLayer,
+        into: torch.Tensor | None = None,
     ) -> None:
         rows = Rows(layer.normed(x), self.arithmetic) if h is None else self._rows_of(h)
-        x += layer.run(rows, self.arithmetic)
+        target = x if into is None else into
+        target += layer.run(rows, self.arithmetic)
 
-    def head(self, x: torch.Tensor, rows: np.ndarray, layer: Any) -> np.ndarray:
-        norm, matrix, eps = layer
+    def branches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros_like(x), torch.zeros_like(x)
+
+    def merge(
+        self, x: torch.Tensor, dense: torch.Tensor, routed: torch.Tensor, layer: MergeLayer
+    ) -> None:
+        layer.run(x, dense, routed)
+
+    def head(self, x: torch.Tensor, rows: np.ndarray, layer: OutputLayer) -> np.ndarray:
         last = x[torch.from_numpy(np.asarray(rows, np.int64)).to(self._torch)]
-        logits = matrix.multiply(Rows(rms_norm(last, norm, eps), self.arithmetic))
-        return np.asarray(logits.cpu().numpy(), np.float32)
+        return np.asarray(layer.run(last, self.arithmetic).cpu().numpy(), np.float32)
 
     def close(self) -> None:
         """Wait for what was launched, and end the host's threads."""
@@ -197,31 +233,13 @@ class GpuBackend:
         if self.host is not None:
             self.host.close()
 
+    def _from_host(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._torch)
+
     def _rows_of(self, h: torch.Tensor) -> Rows:
         if self._rows is None or self._rows.x is not h:
             self._rows = Rows(h, self.arithmetic)
         return self._rows
-
-
-def _check_model(config: Any) -> None:
-    """RuntimeError for models that need what only the CPU computes so far."""
-    missing = {
-        "attention sinks": config.attention_sinks,
-        "biases of experts": config.expert_biases,
-        "attention by chunks": config.chunked_attention,
-        "weights of experts' inputs": config.weighted_inputs,
-        "latent attention": config.latent.kv_rank > 0,
-        "layer norms": config.layer_norms,
-        "norms of results": config.output_norms,
-        "SparseMixer": config.router_scoring == "sparsemixer",
-        "recurrent layers": bool(config.recurrent_layers),
-        f"the activation {config.activation}": config.activation != "silu",
-    }
-    if lacks := [name for name, needed in missing.items() if needed]:
-        raise RuntimeError(
-            f"{config.model_type} needs {', '.join(lacks)}, which is not computed on a GPU yet: "
-            "use --device cpu"
-        )
 
 
 def _interpreted() -> bool:

@@ -89,6 +89,11 @@ class TorchDevice:
         with torch.cuda.stream(self._downloads) if self.is_cuda else nullcontext():
             return np.ascontiguousarray(x.detach().cpu().numpy())
 
+    def synchronize(self) -> None:
+        """Wait for the kernels that were launched until now."""
+        if self.is_cuda:
+            torch.cuda.current_stream(self.torch_device).synchronize()
+
     def mark(self) -> None:
         """Uploads from now on wait for the kernels that were launched until now."""
         if self.is_cuda:

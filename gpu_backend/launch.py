@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from gpu_backend.kernels.experts import combine_kernel, down_kernel, gate_up_ker
 from gpu_backend.kernels.gemm import grouped_gate_up_kernel, grouped_linear_kernel
 from gpu_backend.kernels.linear import linear_kernel
 from gpu_backend.kernels.rearrange import plane_kernel
-from gpu_backend.layouts import Layout
+from gpu_backend.layouts import ExpertWeights, TensorLayout
 from gpu_backend.tiles import Tiles, one_matrix, tiles_of
 from gpu_backend.tuning import Tuning
 
@@ -58,7 +58,7 @@ class Launcher:
         y = torch.empty((num_rows, n), device=a.values.device)
         if num_rows >= self.tuning.prefill_rows:
             tiles = one_matrix(a, self.tuning.tile_tokens)
-            self._grouped_linear(matrix.data, 0, matrix.format, (n, k), tiles, a, y, None)
+            self._grouped_linear(matrix.data, _Whole(matrix.format, (n, k)), tiles, a, y)
             return y
         rows = self.tuning.rows
         linear_kernel[-(-n // rows), num_rows](
@@ -67,10 +67,26 @@ class Launcher:
         )  # fmt: skip
         return y
 
+    def linear_heads(self, a: Activations, matrix: Quantized, num_heads: int) -> torch.Tensor:
+        """Row i of a times head i % num_heads of the matrix, whose heads lie in planes one after
+        the other: float32 [M, out_features / num_heads]. Heads are experts with one matrix."""
+        (num_rows, k), device = a.values.shape, a.values.device
+        n, rows = matrix.shape[0] // num_heads, self.tuning.rows
+        numbers = torch.arange(num_rows, dtype=torch.int32, device=device)
+        begins = numbers.long() % num_heads * (len(matrix.data) // num_heads)
+        y = torch.empty((num_rows, n), device=device)
+        down_kernel[-(-n // rows), num_rows](
+            matrix.data, begins, numbers, numbers, a.values.view(torch.int32), a.factors,
+            a.factors[0].numel(), a.factors, y, 0, n, k, matrix.format, False, rows, emulated(),
+            num_warps=self.tuning.warps, **EXACT,
+        )  # fmt: skip
+        return y
+
     def experts(
-        self, slab: torch.Tensor, layout: Layout, jobs: Jobs, h: Activations, out: torch.Tensor
-    ) -> None:
-        """out[pair] = down(silu(gate(h)) * up(h)) of each pair's token and expert.
+        self, slab: torch.Tensor, layer: ExpertWeights, jobs: Jobs, h: Activations,
+        out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """out[pair] = down(activation(gate(h), up(h))) of each pair's token and expert.
 
         slab: uint8; h: rows [num_tokens, hidden_size]; out: float32 [num_tokens * top_k,
         hidden_size].
@@ -79,19 +95,20 @@ class Launcher:
             return
         pairs = torch.from_numpy(jobs.pairs.astype(np.int32)).to(slab.device, non_blocking=True)
         tokens = pairs // jobs.top_k
-        size = layout.gate.shape[0]
+        size = layer.layout.gate.shape[0]
         inner = torch.empty((len(pairs), size), device=slab.device)
         if len(h.values) >= self.tuning.prefill_rows:
             tiles = tiles_of(jobs, self.tuning.tile_tokens, slab.device)
-            self._grouped_gate_up(slab, layout, tiles, tokens, h, inner)
-            a, down = self.quantize(inner), layout.down
-            self._grouped_linear(slab, down.offset, down.format, down.shape, tiles, a, out, pairs)
+            self._grouped_gate_up(slab, layer, tiles, tokens, h, inner)
+            a, down = self.quantize(inner), layer.layout.down
+            self._grouped_linear(slab, down, tiles, a, out, pairs, layer.biases)
             return
-        begins = torch.from_numpy(np.repeat(jobs.begins, jobs.counts)).to(
-            slab.device, non_blocking=True
+        begins, owners = (
+            torch.from_numpy(np.repeat(array, jobs.counts)).to(slab.device, non_blocking=True)
+            for array in (jobs.begins, jobs.owners)
         )
-        self._gate_up(slab, layout, begins, tokens, h, inner)
-        self._down(slab, layout, begins, pairs, self.quantize(inner), out)
+        self._gate_up(slab, layer, begins, owners, tokens, h, inner)
+        self._down(slab, layer, begins, owners, pairs, self.quantize(inner), out)
 
     def rearrange(
         self, blocks: torch.Tensor, planes: torch.Tensor, format: str, num_blocks: int
@@ -115,70 +132,84 @@ class Launcher:
     def _gate_up(
         self,
         slab: torch.Tensor,
-        layout: Layout,
+        layer: ExpertWeights,
         begins: torch.Tensor,
+        owners: torch.Tensor,
         tokens: torch.Tensor,
         h: Activations,
         inner: torch.Tensor,
     ) -> None:
-        n, k = layout.gate.shape
-        rows = self.tuning.rows
-        gate_up_kernel[-(-n // rows), len(begins)](
-            slab, begins, tokens, h.values.view(torch.int32), h.factors, h.factors[0].numel(),
-            inner, layout.gate.offset, layout.up.offset, n, k,
-            layout.gate.format, layout.up.format, rows, emulated(),
-            num_warps=self.tuning.warps, **EXACT,
+        gate, up, rows = layer.layout.gate, layer.layout.up, self.tuning.rows
+        gate_up_kernel[-(-gate.shape[0] // rows), len(begins)](
+            slab, begins, owners, tokens, h.values.view(torch.int32), h.factors,
+            h.factors[0].numel(), _biases(layer.biases, h), inner, gate.offset, up.offset,
+            *gate.shape, gate.format, up.format, layer.activation, layer.limit,
+            layer.biases is not None, rows, emulated(), num_warps=self.tuning.warps, **EXACT,
         )  # fmt: skip
 
     def _down(
         self,
         slab: torch.Tensor,
-        layout: Layout,
+        layer: ExpertWeights,
         begins: torch.Tensor,
+        owners: torch.Tensor,
         pairs: torch.Tensor,
         a: Activations,
         out: torch.Tensor,
     ) -> None:
-        n, k = layout.down.shape
-        rows = self.tuning.rows
-        down_kernel[-(-n // rows), len(begins)](
-            slab, begins, pairs, a.values.view(torch.int32), a.factors, a.factors[0].numel(), out,
-            layout.down.offset, n, k, layout.down.format, rows, emulated(),
+        down, rows = layer.layout.down, self.tuning.rows
+        down_kernel[-(-down.shape[0] // rows), len(begins)](
+            slab, begins, owners, pairs, a.values.view(torch.int32), a.factors,
+            a.factors[0].numel(), _biases(layer.biases, a), out, down.offset, *down.shape,
+            down.format, layer.biases is not None, rows, emulated(),
             num_warps=self.tuning.warps, **EXACT,
         )  # fmt: skip
 
     def _grouped_gate_up(
         self,
         slab: torch.Tensor,
-        layout: Layout,
+        layer: ExpertWeights,
         tiles: Tiles,
         tokens: torch.Tensor,
         h: Activations,
         inner: torch.Tensor,
     ) -> None:
-        n, k = layout.gate.shape
-        rows = self.tuning.tile_rows
-        grouped_gate_up_kernel[-(-n // rows), len(tiles.begins)](
-            slab, *tiles, tokens, h.values, h.factors, h.factors[0].numel(), inner,
-            layout.gate.offset, layout.up.offset, n, k, layout.gate.format, layout.up.format,
+        gate, up, rows = layer.layout.gate, layer.layout.up, self.tuning.tile_rows
+        grouped_gate_up_kernel[-(-gate.shape[0] // rows), len(tiles.begins)](
+            slab, *tiles, tokens, h.values, h.factors, h.factors[0].numel(),
+            _biases(layer.biases, h), inner, gate.offset, up.offset, *gate.shape, gate.format,
+            up.format, layer.activation, layer.limit, layer.biases is not None,
             self.tuning.tile_tokens, rows, self.float_dot, emulated(), **EXACT,
         )  # fmt: skip
 
     def _grouped_linear(
         self,
         slab: torch.Tensor,
-        offset: int,
-        format: str,
-        shape: tuple[int, int],
+        matrix: TensorLayout,
         tiles: Tiles,
         a: Activations,
         out: torch.Tensor,
-        targets: torch.Tensor | None,
+        targets: torch.Tensor | None = None,
+        biases: torch.Tensor | None = None,
     ) -> None:
         rows = self.tuning.tile_rows
         if targets is None:
             targets = torch.arange(len(a.values), dtype=torch.int32, device=slab.device)
-        grouped_linear_kernel[-(-shape[0] // rows), len(tiles.begins)](
-            slab, *tiles, targets, a.values, a.factors, a.factors[0].numel(), out, offset,
-            *shape, format, self.tuning.tile_tokens, rows, self.float_dot, emulated(), **EXACT,
+        grouped_linear_kernel[-(-matrix.shape[0] // rows), len(tiles.begins)](
+            slab, *tiles, targets, a.values, a.factors, a.factors[0].numel(),
+            _biases(biases, a), out, matrix.offset, *matrix.shape, matrix.format,
+            biases is not None, self.tuning.tile_tokens, rows, self.float_dot, emulated(), **EXACT,
         )  # fmt: skip
+
+
+class _Whole(NamedTuple):
+    """A matrix that begins where its data does."""
+
+    format: str
+    shape: tuple[int, int]
+    offset: int = 0
+
+
+def _biases(biases: torch.Tensor | None, a: Activations) -> torch.Tensor:
+    """Where there are none, a pointer that is not followed."""
+    return a.factors if biases is None else biases

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import torch
 
 
 class TensorLayout(Protocol):
@@ -32,3 +34,12 @@ class Layout(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+
+class ExpertWeights(NamedTuple):
+    """What a layer's experts are computed with, beside the bytes in their slots."""
+
+    layout: Layout
+    activation: str  # of gpu_backend.gating
+    limit: float
+    biases: torch.Tensor | None  # float32 [num_experts, 2 * expert_size + hidden_size]

@@ -23,6 +23,8 @@ class Arithmetic(Protocol):
 
     def linear(self, a: Activations, matrix: Quantized) -> torch.Tensor: ...
 
+    def linear_heads(self, a: Activations, matrix: Quantized, num_heads: int) -> torch.Tensor: ...
+
     def rearrange(
         self, blocks: torch.Tensor, planes: torch.Tensor, format: str, num_blocks: int
     ) -> None: ...
@@ -73,16 +75,25 @@ class Matrix:
         self._bias = None if bias is None else torch.tensor(bias, device=device)
         self._quantized: Quantized | None = None
         self._floats: torch.Tensor | None = None
+        self._num_heads = 1
 
-    def load(self) -> Matrix:
-        """Bring the weights to the device now."""
+    def load(self, num_heads: int = 1) -> Matrix:
+        """Bring the weights to the device now; each head's rows by themselves, for
+        `multiply_heads`."""
         if self.format in FLOATS:
             if self._floats is None:
                 self._floats = _floats(self._data, self.format).to(self._device)
         elif self._quantized is None:
-            self._quantized = _in_planes(
-                self._data, self.format, self.shape, self._device, self._arithmetic
-            )
+            rows = self._data.reshape(num_heads, -1, self._data.shape[1])
+            shape = rows.shape[1], self.shape[1]
+            heads = [
+                _in_planes(head, self.format, shape, self._device, self._arithmetic).data
+                for head in rows
+            ]
+            # Kernels want each head to begin at a multiple of 16.
+            data = heads[0] if num_heads == 1 else torch.cat([_aligned(head) for head in heads])
+            self._quantized = Quantized(data, self.format, self.shape)
+        self._num_heads = num_heads
         return self
 
     def multiply(self, rows: Rows) -> torch.Tensor:
@@ -97,6 +108,28 @@ class Matrix:
             else:
                 y = self._arithmetic.linear(rows.quantized(), self._quantized)
         return y if self._bias is None else y + self._bias
+
+    def multiply_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Each head's rows with its own rows of the matrix, which was loaded for so many heads:
+        float32 [M, num_heads, in_features] to [M, num_heads, out_features / num_heads]."""
+        if self._floats is not None:
+            weights = self._floats.float().unflatten(0, (self._num_heads, -1))
+            return torch.einsum("mhk,hnk->mhn", x, weights)
+        assert self._quantized is not None
+        if self._exact:
+            nbytes = len(self._quantized.data) // self._num_heads
+            shape = self.shape[0] // self._num_heads, self.shape[1]
+            weights = torch.stack(
+                [
+                    dequantize(Quantized(data, self.format, shape))
+                    for data in self._quantized.data.split(nbytes)
+                ]
+            )
+            return torch.einsum("mhk,hnk->mhn", x, weights)
+        a = self._arithmetic.quantize(x.flatten(0, 1).contiguous())
+        return self._arithmetic.linear_heads(a, self._quantized, self._num_heads).view(
+            *x.shape[:2], -1
+        )
 
     def rows(self, ids: np.ndarray) -> torch.Tensor:
         """Some rows as float32 [len(ids), in_features] on the device, without the rest."""
@@ -124,3 +157,7 @@ def _in_planes(
     planes = torch.empty_like(blocks)
     arithmetic.rearrange(blocks, planes, format, shape[0] * shape[1] // FORMATS[format].block_size)
     return Quantized(planes, format, shape)
+
+
+def _aligned(data: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(data, (0, -len(data) % 16))

@@ -4,13 +4,17 @@ The contract, for a row of weights times a row of activations:
 
 1. Activations: groups of 32; scale = largest * (1/127), integers = round(x * (127 / largest)),
    halves to even; scale times the sum of the integers is kept for weights with offsets.
-2. A group's dot product of integers is exact. (q6_k: one for each half of a group.)
-3. Eight float32 sums, one for each place of a group in a chunk of 256 weights, add
-   fma(float(dot), weight_scale * x_scale, sum) in order of the chunks (q6_k: first halves, then
-   second halves); eight others add fma(offset, x_sum, sum), where weights have an offset.
-4. result = tree(products + offsets), where tree(s) = ((s0+s1)+(s4+s5)) + ((s2+s3)+(s6+s7)).
-5. silu(x) = x * (1 / (1 + exp(-x))), with exp as written here. Every operation is IEEE float32,
-   rounded once, and nothing else is fused.
+2. A group's dot product of integers is exact. (Where its halves have scales of their own,
+   one for each half.)
+3. Eight float32 sums, one for each place of a group in a chunk of 256 weights (those of a last
+   chunk that has fewer take the last places), add
+   fma(float(dot), weight_scale * x_scale, sum) in order of the chunks (where halves of groups
+   have scales of their own: first halves, then second halves); eight others add
+   fma(offset, x_sum, sum), where weights have an offset.
+4. result = tree(fma(offsets, offset_factor, products)), where the factor is the format's, and
+   tree(s) = ((s0+s1)+(s4+s5)) + ((s2+s3)+(s6+s7)).
+5. Biases are added to that. Activations are written in gpu_backend.gating. Every operation is IEEE
+   float32, rounded once, and nothing else is fused.
 
 It needs nothing that a processor's vectors of eight floats do not have: cpu_kernels.gemv, which
 computes up to sixteen rows of activations, follows it too, and gives the same bits.
@@ -22,43 +26,11 @@ import numpy as np
 import torch
 
 from gpu_backend.arrays import Activations, Jobs, Quantized
-from gpu_backend.formats import GROUP, GROUPS, parts_of, plane_offsets
-from gpu_backend.layouts import Layout, TensorLayout
+from gpu_backend.exponential import fma
+from gpu_backend.formats import GROUP, GROUPS, LAYOUTS, parts_of, plane_offsets
+from gpu_backend.gating import activate
+from gpu_backend.layouts import ExpertWeights, TensorLayout
 from gpu_backend.unpack import unpack
-
-
-def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """a * b + c in float32, rounded once: the product is exact in float64."""
-    return (a.double() * b.double() + c.double()).float()
-
-
-def exponential(x: torch.Tensor) -> torch.Tensor:
-    """e ** x, to about 1e-7; 0 below -87, 6e37 above 87. See cpu_kernels.exponential."""
-
-    def constant(value: float) -> torch.Tensor:
-        return torch.full_like(x, value)
-
-    y = torch.where(x > 87.0, constant(87.0), x)
-    shifted = fma(y, constant(1.44269504), constant(12582912.0))
-    n = shifted - 12582912.0
-    r = fma(n, constant(-0.693145751953125), y)
-    r = fma(n, constant(-1.42860682e-06), r)
-    p = constant(1.9875691500e-4)
-    for coefficient in (
-        1.3981999507e-3,
-        8.3334519073e-3,
-        4.1665795894e-2,
-        1.6666665459e-1,
-        5.0000001201e-1,
-    ):
-        p = fma(p, r, constant(coefficient))
-    p = fma(p, r * r, r + 1.0)
-    bits = p.view(torch.int32) + (shifted.view(torch.int32) << 23)
-    return torch.where(y < -87.0, constant(0.0), bits.view(torch.float32))
-
-
-def silu(x: torch.Tensor) -> torch.Tensor:
-    return x * (1.0 / (1.0 + exponential(-x)))
 
 
 def quantize(x: torch.Tensor) -> Activations:
@@ -91,18 +63,39 @@ def linear(a: Activations, matrix: Quantized) -> torch.Tensor:
     if len(offsets):
         x_sums = [a.factors[kind][:, None].expand(-1, len(integers), -1) for kind in kinds]
         weights = [offset[None].expand(num_rows, -1, -1) for offset in offsets]
-        sums = sums + _add_chunks(list(zip(weights, x_sums, strict=True)), pad)
+        offsets = _add_chunks(list(zip(weights, x_sums, strict=True)), pad)
+        factor = torch.full_like(sums, LAYOUTS[matrix.format].offset_factor)
+        sums = fma(offsets, factor, sums)
     return _tree(sums)
+
+
+def linear_heads(a: Activations, matrix: Quantized, num_heads: int) -> torch.Tensor:
+    """Row i of a times head i % num_heads of the matrix, whose heads lie in planes one after the
+    other: float32 [M, out_features / num_heads]."""
+    shape = matrix.shape[0] // num_heads, matrix.shape[1]
+    parts = matrix.data.split(len(matrix.data) // num_heads)
+    y = torch.empty((len(a.values), shape[0]), device=a.values.device)
+    for head in range(num_heads):
+        rows = Activations(a.values[head::num_heads], a.factors[:, head::num_heads])
+        y[head::num_heads] = linear(rows, Quantized(parts[head], matrix.format, shape))
+    return y
 
 
 def _add_chunks(terms: list[tuple[torch.Tensor, torch.Tensor]], pad: int) -> torch.Tensor:
     """fma over chunks, all terms of a chunk in turn: [M, N, G] factors to [M, N, 8] sums."""
-    padded = [[torch.nn.functional.pad(t, (0, pad)) for t in term] for term in terms]
+    padded = [[_with_zeros(t, pad) for t in term] for term in terms]
     sums = torch.zeros_like(padded[0][0][..., :GROUPS])
     for start in range(0, padded[0][0].shape[-1], GROUPS):
         for a, b in padded:
             sums = fma(a[..., start : start + GROUPS], b[..., start : start + GROUPS], sums)
     return sums
+
+
+def _with_zeros(groups: torch.Tensor, pad: int) -> torch.Tensor:
+    """Whole chunks: `pad` zeros before the groups of a last one that has fewer than eight."""
+    whole = groups.shape[-1] // GROUPS * GROUPS if pad else groups.shape[-1]
+    return torch.cat([groups[..., :whole], groups.new_zeros((*groups.shape[:-1], pad)),
+                      groups[..., whole:]], -1)  # fmt: skip
 
 
 def _tree(s: torch.Tensor) -> torch.Tensor:
@@ -111,12 +104,13 @@ def _tree(s: torch.Tensor) -> torch.Tensor:
 
 
 def experts(
-    slab: torch.Tensor, layout: Layout, jobs: Jobs, h: Activations, out: torch.Tensor
+    slab: torch.Tensor, layer: ExpertWeights, jobs: Jobs, h: Activations, out: torch.Tensor
 ) -> None:
-    """out[pair] = down(silu(gate(h)) * up(h)) of each pair's token and expert.
+    """out[pair] = down(activation(gate(h), up(h))) of each pair's token and expert.
 
     slab: uint8; h: rows [num_tokens, hidden_size]; out: float32 [num_tokens * top_k, hidden_size].
     """
+    layout = layer.layout
     for index, begin in enumerate(jobs.begins):
         pairs = torch.from_numpy(
             jobs.pairs[jobs.starts[index] : jobs.starts[index + 1]].astype(np.int64)
@@ -126,8 +120,14 @@ def experts(
         gate, up, down = (
             _matrix(slab, int(begin), tensor) for tensor in (layout.gate, layout.up, layout.down)
         )
-        inner = silu(linear(rows, gate)) * linear(rows, up)  # [count, expert_size]
-        out[pairs] = linear(quantize(inner), down)
+        g, u = linear(rows, gate), linear(rows, up)  # [count, expert_size]
+        if layer.biases is not None:
+            added = layer.biases[int(jobs.owners[index])]
+            of_gate, of_up, of_down = added.split([g.shape[1], u.shape[1], out.shape[1]])
+            g, u = g + of_gate, u + of_up
+        inner = activate(layer.activation, layer.limit, g, u)
+        y = linear(quantize(inner), down)
+        out[pairs] = y if layer.biases is None else y + of_down
 
 
 def _matrix(slab: torch.Tensor, begin: int, tensor: TensorLayout) -> Quantized:
@@ -151,15 +151,3 @@ def combine(x: torch.Tensor, out: torch.Tensor, weights: torch.Tensor) -> None:
     for rank in range(top_k):
         total += weights[:, rank, None] * rows[:, rank]
     x += total
-
-
-__all__ = [
-    "combine",
-    "experts",
-    "exponential",
-    "fma",
-    "linear",
-    "quantize",
-    "rearrange",
-    "silu",
-]

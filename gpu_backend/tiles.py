@@ -14,6 +14,7 @@ class Tiles(NamedTuple):
     """Tile t computes pairs first[t] ... first[t] + count[t] - 1 (places in Jobs.pairs)."""
 
     begins: torch.Tensor  # int64 [num_tiles]: where the expert begins in the slab
+    owners: torch.Tensor  # int32 [num_tiles]: which of the layer's experts it is
     first: torch.Tensor  # int32 [num_tiles]
     count: torch.Tensor  # int32 [num_tiles]
 
@@ -31,6 +32,7 @@ def tiles_of(jobs: Jobs, size: int, device: torch.device | str) -> Tiles:
             torch.from_numpy(array.astype(dtype)).to(device, non_blocking=True)
             for array, dtype in (
                 (jobs.begins[owner], np.int64),
+                (jobs.owners[owner], np.int32),
                 (first, np.int32),
                 (count, np.int32),
             )
@@ -42,5 +44,6 @@ def one_matrix(a: Activations, size: int) -> Tiles:
     """All rows of activations times one matrix that begins at 0."""
     num_rows = len(a.values)
     starts = np.array([0, num_rows], np.int32)
-    jobs = Jobs(np.zeros(1, np.int64), starts, np.arange(num_rows, dtype=np.int32), 1)
+    pairs = np.arange(num_rows, dtype=np.int32)
+    jobs = Jobs(np.zeros(1, np.int64), np.zeros(1, np.int32), starts, pairs, 1)
     return tiles_of(jobs, size, a.values.device)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from cpu_kernels.formats import FORMATS
 from gpu_backend.arrays import Quantized
-from gpu_backend.formats import GROUP, check_format, parts_of, plane_offsets
+from gpu_backend.formats import GROUP, LAYOUTS, Layout, check_format, plane_offsets
+
+WHOLE, FIRST, SECOND = 1, 2, 3  # planes of the activations' factors: sums of groups and halves
+Scales = tuple[list[torch.Tensor], list[torch.Tensor]]  # of groups, or of first and second halves
 
 
 class Unpacked(NamedTuple):
-    """A weight is scale * integer + offset. q6_k has two scales and offsets: of half groups."""
+    """A weight is scale * integer + offset * the format's offset_factor."""
 
     integers: torch.Tensor  # float32 [N, G, 32], whole numbers
     scales: torch.Tensor  # float32 [1 or 2, N, G]
@@ -23,23 +27,18 @@ class Unpacked(NamedTuple):
 def unpack(matrix: Quantized) -> Unpacked:
     """`matrix.data` may be longer than the matrix."""
     check_format(matrix.format)
-    shape, format = matrix.shape, FORMATS[matrix.format]
-    num_blocks = shape[0] * shape[1] // format.block_size
-    parts = []
-    places = zip(parts_of(format.name), plane_offsets(format.name, num_blocks), strict=True)
-    for part, at in places:
-        parts.append(matrix.data[at : at + num_blocks * part.nbytes].reshape(num_blocks, -1))
-    if len(parts) == 1:
-        (block,) = parts
-        unpacked = _unpack_k(block, 16 if format.name == "q4_k" else 48)
-    elif format.name == "q6_k":
-        unpacked = _unpack_q6_k(*parts)
-    else:
-        unpacked = _unpack_simple(format.name, *parts)
-    by_row = [t.reshape(-1, shape[0], shape[1] // GROUP) for t in unpacked[1:3]]
-    return Unpacked(
-        unpacked[0].float().reshape(shape[0], -1, GROUP), by_row[0], by_row[1], unpacked[3]
-    )
+    layout, by_row = LAYOUTS[matrix.format], (matrix.shape[0], matrix.shape[1] // GROUP)
+    num_blocks = matrix.shape[0] * matrix.shape[1] // FORMATS[matrix.format].block_size
+    planes = [
+        matrix.data[at : at + num_blocks * part.nbytes].reshape(num_blocks, -1)
+        for part, at in zip(layout.parts, plane_offsets(matrix.format, num_blocks), strict=True)
+    ]
+    integers = _integers(layout, planes).float().reshape(*by_row, GROUP)
+    first = len(planes) - len(layout.scale_parts)
+    scales, offsets = _SCALES[layout.scales](*planes[first:])
+    offsets = offsets if layout.offset_factor else []
+    kinds = ((), (WHOLE,), (FIRST, SECOND))[len(offsets)]
+    return Unpacked(integers, _stacked(scales, by_row), _stacked(offsets, by_row), kinds)
 
 
 def dequantize(matrix: Quantized) -> torch.Tensor:
@@ -48,52 +47,120 @@ def dequantize(matrix: Quantized) -> torch.Tensor:
     halves = torch.repeat_interleave(scales, GROUP // len(scales), 0)  # [32, N, G]
     values = integers * halves.permute(1, 2, 0)
     if len(offsets):
+        offsets = offsets * LAYOUTS[matrix.format].offset_factor
         added = torch.repeat_interleave(offsets, GROUP // len(offsets), 0)
         values = values + added.permute(1, 2, 0)
     return values.reshape(matrix.shape)
 
 
-def _half(data: torch.Tensor) -> torch.Tensor:
+def _stacked(values: Sequence[torch.Tensor], by_row: tuple[int, int]) -> torch.Tensor:
+    """By row and group, of what blocks have once, or once for each group."""
+    if not values:
+        return torch.empty(0, *by_row)
+    groups = by_row[0] * by_row[1]
+    each = [v.reshape(-1).repeat_interleave(groups // v.numel()) for v in values]
+    return torch.stack(each).reshape(-1, *by_row)
+
+
+def _integers(layout: Layout, planes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whole numbers of some integer type, groups in order."""
+    low = planes[0]
+    if layout.is_split:
+        low = low.reshape(-1, GROUP // 2)
+        low = torch.cat([low & 15, low >> 4], -1)
+    elif layout.low_bits < 8:
+        runs = low.reshape(len(low), -1, 1, layout.runs, GROUP)
+        low = _shifted(runs, layout.low_bits, layout.sharing // layout.runs)
+    if layout.table:
+        low = torch.tensor(layout.table, device=low.device)[low.int()]
+    if layout.single_bits:
+        bits = _shifted(planes[1].reshape(-1, 4, 1, 1, 1), 1, 8)
+        low = low | (bits.reshape(-1, GROUP) << layout.low_bits)
+    elif layout.high_bits:
+        runs = planes[1].reshape(len(low), -1, 1, 1, GROUP)
+        high = _shifted(runs, layout.high_bits, 8 // layout.high_bits)
+        low = low.reshape(high.shape[0], -1) | (high.reshape(high.shape[0], -1) << layout.low_bits)
+    return low if layout.low_bits < 8 else low.view(torch.int8)
+
+
+def _shifted(data: torch.Tensor, num_bits: int, count: int) -> torch.Tensor:
+    """uint8 [..., 1, a, b] to [..., count, a, b]: each time the next higher bits."""
+    shift = torch.arange(0, count * num_bits, num_bits, dtype=torch.uint8, device=data.device)
+    return (data >> shift[:, None, None]) & ((1 << num_bits) - 1)
+
+
+def _floats(data: torch.Tensor) -> torch.Tensor:
     """uint8 [n, 2 * m] as float32 [n, m]."""
     return data.contiguous().view(torch.float16).float()
 
 
-def _nibbles(data: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, m] to [n, 2 * m]: low halves first."""
-    return torch.cat([data & 15, data >> 4], -1)
+def _half(data: torch.Tensor) -> Scales:
+    scale = _floats(data)
+    return [scale], [scale]
 
 
-def _unpack_simple(format: str, data: torch.Tensor, scale_bytes: torch.Tensor) -> Unpacked:
-    scales = _half(scale_bytes)  # [num_blocks, 1 or 2]
-    scale = scales[:, :1].T
-    if format == "q8_0":
-        return Unpacked(data.view(torch.int8), scale, scale[:0], ())
-    offset = scale * -8.0 if format == "q4_0" else scales[:, 1:].T
-    return Unpacked(_nibbles(data), scale, offset, (1,))
+def _minimum(data: torch.Tensor) -> Scales:
+    both = _floats(data)
+    return [both[:, 0]], [both[:, 1]]
 
 
-def _unpack_k(block: torch.Tensor, low_at: int) -> Unpacked:
-    """q4_k and q5_k: two factors, eight scales and minima of 6 bits, (high bits,) low bits."""
-    factors = _half(block[:, :4])  # [n, 2]
-    a, b, c = block[:, 4:8], block[:, 8:12], block[:, 12:16]
+def _zero(data: torch.Tensor) -> Scales:
+    both = _floats(data)
+    return [both[:, 0]], [both[:, 0] * both[:, 1]]
+
+
+def _power(data: torch.Tensor) -> Scales:
+    """Half of 2 ** (byte - 127)."""
+    exponent = data.int()
+    bits = torch.where(exponent < 2, (exponent + 1) << 21, (exponent - 1) << 23)
+    scale = bits.view(torch.float32)
+    return [scale], [scale]
+
+
+def _iq4_xs(data: torch.Tensor) -> Scales:
+    """A factor, the upper 2 bits of eight scales in 2 bytes, the lower 4 in 4 bytes."""
+    low = _shifted(data[:, 4:8, None, None, None], 4, 2).reshape(-1, 8)
+    high = _shifted(data[:, 2:4, None, None, None], 2, 4).reshape(-1, 8)
+    return [((low | (high << 4)).float() - 32) * _floats(data[:, :2])], []
+
+
+def _q2_k(data: torch.Tensor, factors: torch.Tensor) -> Scales:
+    both = _floats(factors)
+    scales, minima = (data & 15).float() * both[:, :1], (data >> 4).float() * both[:, 1:]
+    return [scales[:, 0::2], scales[:, 1::2]], [minima[:, 0::2], minima[:, 1::2]]
+
+
+def _q3_k(data: torch.Tensor, factor: torch.Tensor) -> Scales:
+    """The lower 4 bits of sixteen scales in 8 bytes, the upper 2 in 4 bytes."""
+    low = torch.cat([data[:, :8] & 15, data[:, :8] >> 4], -1)
+    high = _shifted(data[:, None, None, 8:], 2, 4).reshape(-1, 16)
+    scales = ((low | (high << 4)).float() - 32) * _floats(factor)
+    halves = [scales[:, 0::2], scales[:, 1::2]]
+    return halves, halves
+
+
+def _six_bits(data: torch.Tensor) -> Scales:
+    """Two factors, then eight scales and eight minima of 6 bits in 12 bytes."""
+    factors, a, b, c = _floats(data[:, :4]), data[:, 4:8], data[:, 8:12], data[:, 12:16]
     scales = torch.cat([a & 63, (c & 15) | ((a >> 2) & 48)], -1).float()  # [n, 8]
     minima = torch.cat([b & 63, (c >> 4) | ((b >> 2) & 48)], -1).float()
-    low = block[:, low_at:].reshape(-1, 4, 1, GROUP)
-    integers = torch.cat([low & 15, low >> 4], 2).reshape(-1, 8, GROUP)
-    if low_at == 48:
-        shift = torch.arange(8, dtype=torch.uint8, device=block.device)[:, None]
-        integers = integers | (((block[:, None, 16:48] >> shift) & 1) << 4)
-    scale, minimum = scales * factors[:, :1], minima * factors[:, 1:]
-    return Unpacked(integers, scale[None], minimum[None] * -1.0, (1,))
+    return [scales * factors[:, :1]], [minima * factors[:, 1:]]
 
 
-def _unpack_q6_k(
-    low: torch.Tensor, high: torch.Tensor, scale_bytes: torch.Tensor, factor: torch.Tensor
-) -> Unpacked:
-    low = low.reshape(-1, 2, 2, GROUP)
-    low = torch.cat([low & 15, low >> 4], 2)  # [n, 2, 4, 32]
-    shift = torch.arange(0, 8, 2, dtype=torch.uint8, device=low.device)[:, None]
-    high = (high.reshape(-1, 2, 1, GROUP) >> shift) & 3
-    scales = scale_bytes.contiguous().view(torch.int8).float() * _half(factor)  # [n, 16]
-    halves = scales.reshape(-1, 8, 2).permute(2, 0, 1)  # [2, n, 8]
-    return Unpacked(low | (high << 4), halves, halves * -32.0, (2, 3))
+def _q6_k(data: torch.Tensor, factor: torch.Tensor) -> Scales:
+    scales = data.contiguous().view(torch.int8).float() * _floats(factor)  # [n, 16]
+    halves = [scales[:, 0::2], scales[:, 1::2]]
+    return halves, halves
+
+
+_SCALES: dict[str, Callable[..., Scales]] = {
+    "half": _half,
+    "minimum": _minimum,
+    "zero": _zero,
+    "power": _power,
+    "iq4_xs": _iq4_xs,
+    "q2_k": _q2_k,
+    "q3_k": _q3_k,
+    "six_bits": _six_bits,
+    "q6_k": _q6_k,
+}

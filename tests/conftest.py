@@ -32,6 +32,17 @@ def tiered(capsys):
     return run
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """Tiny tensors are sooner computed than handed out to threads, which others need."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 OURS = ("tiered-", "cpu_kernels-")
 
 

@@ -2,7 +2,8 @@
 
     python tests/gpu_compiled.py 86,120 q4_0,q4_k
 
-A process of its own: the interpreter that other tests use must not be on. Shapes are Mixtral's.
+A process of its own: the interpreter that other tests use must not be on. Shapes are Mixtral's
+and, of MXFP4, gpt-oss's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ TUNING = Tuning()
 HIDDEN, SIZE = 4096, 14336
 TYPES = {
     "i8": "values", "u8": "base slab blocks planes", "i64": "starts tile_starts",
-    "i32": "tokens targets tile_first tile_count", "fp32": "x_factors y out factors weights",
+    "i32": "tokens targets owners tile_owners tile_first tile_count",
+    "fp32": "x_factors biases y out factors weights",
 }  # fmt: skip
 POINTERS = {name: f"*{kind}" for kind, names in TYPES.items() for name in names.split()}
 SCALARS = "plane GATE_AT UP_AT DOWN_AT AT num_blocks G H"
@@ -77,10 +79,14 @@ def compile_format(arch, format):
     rows = dict(ROWS=TUNING.rows, EMULATE=False)
     tiles = dict(TOKENS=TUNING.tile_tokens, ROWS=TUNING.tile_rows, FLOAT_DOT=arch < 80)
     tiles["EMULATE"] = False
-    gate_up = dict(N=SIZE, K=HIDDEN, GATE=format, UP=format)
-    down = dict(N=HIDDEN, K=SIZE, FORMAT=format)
+    # MXFP4 is gpt-oss's: biases, another activation, and rows that end within a chunk.
+    biased = format == "mxfp4"
+    hidden, size = (2880, 2880) if biased else (HIDDEN, SIZE)
+    gate_up = dict(N=size, K=hidden, GATE=format, UP=format, BIASED=biased, LIMIT=7.0)
+    gate_up["ACTIVATION"] = "clamped_silu" if biased else "silu"
+    down = dict(N=hidden, K=size, FORMAT=format, BIASED=biased)
     kernels = {
-        "linear": (linear.linear_kernel, "*i32", dict(N=HIDDEN, K=HIDDEN, FORMAT=format, **rows)),
+        "linear": (linear.linear_kernel, "*i32", dict(N=hidden, K=hidden, FORMAT=format, **rows)),
         "gate_up": (experts.gate_up_kernel, "*i32", {**gate_up, **rows}),
         "down": (experts.down_kernel, "*i32", {**down, **rows}),
         "grouped_gate_up": (gemm.grouped_gate_up_kernel, "*i8", {**gate_up, **tiles}),

@@ -18,6 +18,7 @@ from gpu_backend import reference
 from gpu_backend.arrays import Jobs, Quantized
 from gpu_backend.formats import QUANTIZED
 from gpu_backend.launch import Launcher
+from gpu_backend.layouts import ExpertWeights
 from gpu_backend.tuning import Tuning
 
 NUM_TOKENS, TOP_K = 2, 2
@@ -48,7 +49,7 @@ def random_rows(rng, num_rows, size):
 
 def columns(format):
     """Not whole chunks of 256 where the format allows it."""
-    return 512 if FORMATS[format].block_size == 256 else 288
+    return {32: 288, 64: 320, 128: 384, 256: 512}[FORMATS[format].block_size]
 
 
 def test_quantize():
@@ -107,36 +108,65 @@ def random_slab(rng, gate, up, down, num_slots, hidden, size):
 
 @pytest.mark.parametrize("num_tokens", [NUM_TOKENS, 20])
 @pytest.mark.parametrize(
-    ("gate", "up", "down"),
-    [("q4_k", "q4_k", "q6_k"), ("q8_0", "q5_k", "q4_1")],
+    ("gate", "up", "down", "activation"),
+    [
+        ("q4_k", "q4_k", "q6_k", "silu"),
+        ("q8_0", "q5_k", "q4_1", "gelu_tanh"),
+        ("mxfp4", "mxfp4", "mxfp4", "clamped_silu"),
+    ],
 )
-def test_experts(gate, up, down, num_tokens):
+def test_experts(gate, up, down, activation, num_tokens):
     rng = np.random.default_rng(3)
     hidden, size = 256, (256 if down == "q6_k" else 96)
     slab, layout = random_slab(rng, gate, up, down, 3, hidden, size)
+    biases = None
+    if activation == "clamped_silu":  # as in gpt-oss
+        biases = torch.from_numpy(rng.standard_normal((9, 2 * size + hidden), np.float32))
+    layer = ExpertWeights(layout, activation, 0.7, biases)
     chosen = np.arange(num_tokens) % 2  # experts 0 and 2, or 1 and 2
     pairs = np.concatenate([np.flatnonzero(chosen == e) * TOP_K for e in (0, 1)])
     pairs = np.concatenate([pairs, np.arange(num_tokens) * TOP_K + 1]).astype(np.int32)
     starts = np.cumsum([0, *np.bincount(chosen, minlength=2), num_tokens]).astype(np.int32)
     begins = np.array([2, 0, 1]) * layout.nbytes
-    jobs = Jobs(begins.astype(np.int64), starts, pairs, TOP_K)
-    h = reference.quantize(random_rows(rng, num_tokens, hidden))
+    owners = np.array([8, 0, 5], np.int32)
+    jobs = Jobs(begins.astype(np.int64), owners, starts, pairs, TOP_K)
+    # Of the size that activations have: the cube of a larger one would be infinite.
+    h = reference.quantize(random_rows(rng, num_tokens, hidden) / 100)
     expected = torch.zeros(num_tokens * TOP_K, hidden)
     got = expected.clone()
-    reference.experts(slab, layout, jobs, h, expected)
-    launcher.experts(slab, layout, jobs, h, got)
+    reference.experts(slab, layer, jobs, h, expected)
+    launcher.experts(slab, layer, jobs, h, got)
     assert torch.equal(got, expected)
     assert expected.abs().min() > 0  # every pair was computed
 
 
+# What is quantized for the pair that is left alone is whatever lay in memory.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_experts_that_are_elsewhere_are_left_alone():
     rng = np.random.default_rng(4)
     slab, layout = random_slab(rng, "q4_0", "q4_0", "q4_0", 1, 64, 32)
+    layer = ExpertWeights(layout, "silu", 0.0, None)
     begins, starts = np.array([0, -1], np.int64), np.array([0, 1, 2], np.int32)
-    jobs = Jobs(begins, starts, np.array([0, 1], np.int32), 2)
+    jobs = Jobs(begins, np.arange(2, dtype=np.int32), starts, np.array([0, 1], np.int32), 2)
     out = torch.full((2, 64), 7.0)
-    launcher.experts(slab, layout, jobs, reference.quantize(random_rows(rng, 1, 64)), out)
+    launcher.experts(slab, layer, jobs, reference.quantize(random_rows(rng, 1, 64)), out)
     assert (out[1] == 7).all() and (out[0] != 7).all()
+
+
+def test_linear_heads():
+    """Matrices of a latent layer's heads: each times its own rows."""
+    rng = np.random.default_rng(6)
+    num_heads, shape = 3, (48, 64)
+    heads = [random_matrix(rng, "q8_0", shape) for _ in range(num_heads)]
+    data = torch.cat([head.data for head in heads])
+    matrix = Quantized(data, "q8_0", (num_heads * shape[0], shape[1]))
+    a = reference.quantize(random_rows(rng, 2 * num_heads, shape[1]))
+    got = launcher.linear_heads(a, matrix, num_heads)
+    assert torch.equal(got, reference.linear_heads(a, matrix, num_heads))
+    of_one = reference.quantize(torch.zeros(2, 64))._replace(
+        values=a.values[1::3], factors=a.factors[:, 1::3]
+    )
+    assert torch.equal(got[1::3], reference.linear(of_one, heads[1]))
 
 
 def test_combine():

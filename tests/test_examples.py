@@ -35,8 +35,24 @@ def run(name, *arguments):
 
 
 def test_laptop(model):
-    out = run("laptop.py", "--model", model, "--max-new-tokens", 4, "hello")
-    assert "tokens/s, hit rate" in out
+    lines = run("laptop_8gb.py").splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "olmoe-1b-7b", "gpt-oss-20b", "qwen3-30b-a3b", "simulated,",
+    ]  # fmt: skip
+    out = run("laptop_8gb.py", "--model", model, "--max-new-tokens", 4, "hello")
+    assert "tokens/s, hit rate" in out and "; forecast" in out
+
+
+def test_mixtral():
+    lines = run("mixtral_16gb.py").splitlines()
+    speeds = [float(line.split()[2]) for line in lines[1:-1]]
+    assert len(speeds) == 3 and speeds == sorted(speeds)
+
+
+def test_mixtral_on_a_device(model):
+    pytest.importorskip("torch")
+    arguments = "--device", "sim", "--vram", "2G", "--ram", "4G", "--tokens", 8
+    assert "tokens/s forecast, " in run("mixtral_16gb.py", "--model", model, *arguments)
 
 
 def test_budgets(model):

@@ -33,8 +33,9 @@ def check(kernels, arch):
         facts = kernels[name]
         assert facts["wide_loads"] >= 3, (arch, name, facts)  # weights, and activations twice
         assert facts["dot_products"] > 0 and facts["matrix_products"] == 0
-        assert facts["stack"] == 0, (arch, name, facts)
-        assert facts["registers"] <= 80, (arch, name, facts)  # six blocks of 128 threads
+        # Where a thread may have 64 registers, a few values are kept elsewhere.
+        assert facts["stack"] <= (16 if arch == "sm_75" else 0), (arch, name, facts)
+        assert facts["registers"] <= 96, (arch, name, facts)  # five blocks of 128 threads
     for name in PREFILL:
         facts = kernels[name]
         # Triton drives the matrix units of sm_75 with neither int8 nor, any more, float16.
@@ -43,15 +44,19 @@ def check(kernels, arch):
 
 
 def test_one_architecture(tmp_path):
-    kernels = compiled(tmp_path, "86", "q4_0")["sm_86"]
-    check(kernels["q4_0"], "sm_86")
+    kernels = compiled(tmp_path, "86", "mxfp4")["sm_86"]
+    check(kernels["mxfp4"], "sm_86")
     assert kernels["any"]["combine"]["fused"] == 0  # see gpu_backend.launch.EXACT
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("archs", "formats"),
-    [("75,80,86", "q4_0,q4_k"), ("89,90,120", "q4_0,q4_k"), ("86", "q4_1,q8_0,q5_k,q6_k")],
+    [
+        ("75,80,86", "q4_0,q4_k,mxfp4"),
+        ("89,90,120", "q4_0,q4_k,mxfp4"),
+        ("86", "q4_1,q8_0,q5_0,q5_1,q2_k,q3_k,q5_k,q6_k,iq4_nl,iq4_xs,int4_g128,nf4"),
+    ],
 )
 def test_all_architectures(tmp_path, archs, formats):
     for arch, by_format in compiled(tmp_path, archs, formats).items():

@@ -7,6 +7,7 @@ from tiered import Engine
 from tiered.demo import random_tiny_model
 
 pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
 

@@ -6,8 +6,10 @@ from naive_formats import random_matrix
 
 from cpu_kernels.backend import CpuBackend
 from cpu_kernels.dot import wants_unsigned
+from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import available
 from cpu_kernels.linear import FEW_ROWS
+from tiered.backend import ExpertBiases
 from tiered.config import ModelConfig
 from tiered.experts import ExpertKey, Routing, expert_layout, group_by_expert
 from tiered.policies import Space
@@ -16,23 +18,36 @@ torch = pytest.importorskip("torch")
 from gpu_backend.backend import GpuBackend  # noqa: E402
 
 NUM_EXPERTS = 4
-FORMATS = [
+EXPERTS = [
     ("q4_0", "q4_0", "q4_0"),
     ("q4_1", "q8_0", "q4_1"),
     ("q4_k", "q4_k", "q6_k"),
     ("q5_k", "q6_k", "q5_k"),
+    ("q5_0", "iq4_nl", "q5_1"),
+    ("q2_k", "q3_k", "iq4_xs"),
+    ("mxfp4", "mxfp4", "mxfp4"),
+    ("int4_g128", "nf4", "int4_g128"),
 ]
+SIGNED = {"q8_0", "iq4_nl", "iq4_xs", "nf4"}
+ACTIVATIONS = {"mxfp4": "clamped_silu", "q4_0": "gelu_tanh"}  # of formats; others: silu
 
 
 @pytest.mark.parametrize("isa", available())
-@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+@pytest.mark.parametrize("formats", EXPERTS, ids="-".join)
 @pytest.mark.parametrize("num_tokens", [1, 3, FEW_ROWS])
 def test_experts(formats, isa, num_tokens):
     rng = np.random.default_rng(0)
     # One chunk is incomplete where the format allows it.
-    hidden, size = (512, 256) if "k" in formats[0] else (416, 96)
+    whole = max(FORMATS[format].block_size for format in formats)
+    hidden, size = {32: (416, 96), 128: (384, 128), 256: (512, 256)}[whole]
+    activation = ACTIVATIONS.get(formats[0], "silu")
     config = ModelConfig("test", 1, hidden, 10, 64, 4, 2, 16, 1e-5, num_experts=NUM_EXPERTS,
-                         top_k=2, expert_size=size)  # fmt: skip
+                         top_k=2, expert_size=size, activation=activation,
+                         activation_limit=0.7)  # fmt: skip
+    biases = None
+    if activation == "clamped_silu":  # as in gpt-oss
+        rows = [rng.standard_normal((NUM_EXPERTS, n), np.float32) for n in (size, size, hidden)]
+        biases = ExpertBiases(*rows)
     layout = expert_layout(hidden, size, *formats)
     blobs = np.zeros((NUM_EXPERTS, layout.nbytes), np.uint8)
     for blob in blobs:
@@ -46,7 +61,7 @@ def test_experts(formats, isa, num_tokens):
 
     cpu, expected = CpuBackend(2, isa), np.zeros((2 * num_tokens, hidden), np.float32)
     in_ram = np.array([blobs[e].ctypes.data for e in jobs.experts])[:, None] + layout.offsets
-    cpu.experts(h, cpu.expert_layer(layout, config), in_ram, jobs, expected)
+    cpu.experts(h, cpu.expert_layer(layout, config, biases), in_ram, jobs, expected)
     cpu.close()
 
     gpu, got = GpuBackend("cpu"), torch.zeros(2 * num_tokens, hidden)
@@ -58,8 +73,8 @@ def test_experts(formats, isa, num_tokens):
             staging.host[:] = blob
             memory.upload(ExpertKey(0, expert), expert, staging)
     in_slots = np.array([memory.place(int(e)) for e in jobs.experts])[:, None] + layout.offsets
-    gpu.experts(torch.from_numpy(h), gpu.expert_layer(layout, config), in_slots, jobs, got)
-    if wants_unsigned(isa) and "q8_0" in formats:
+    gpu.experts(torch.from_numpy(h), gpu.expert_layer(layout, config, biases), in_slots, jobs, got)
+    if wants_unsigned(isa) and SIGNED & {*formats}:
         # There, signed weights get 128 added before, which is taken off in float32 afterwards.
         assert np.abs(got.numpy() - expected).max() <= 1e-2 * np.abs(expected).max()
     else:

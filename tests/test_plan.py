@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import tiny
 
 from tiered.demo import random_tiny_model
+from tiered.formats import open_checkpoint
+from tiered.kv_cache import kv_bytes, state_bytes
 from tiered.planning import hardware, shapes, sizes
 from tiered.planning.hardware import GB
 from tiered.planning.plan import make_plan
@@ -46,6 +49,18 @@ def test_a_file_is_planned_from_its_headers(tiered, tmp_path):
     path = random_tiny_model(tmp_path)
     got = planned(tiered, path, "--gpu", "laptop", "--context", "64")
     assert got["verdict"] == "fits in RAM" and got["forecast"]["ram_hit_pct"] == 100
+
+
+def test_what_recurrent_layers_remember_counts_once(tmp_path):
+    with open_checkpoint(tiny.hf_checkpoint(tmp_path / "tiny", "qwen3_next")) as checkpoint:
+        config = checkpoint.config
+        model = sizes.of_checkpoint(checkpoint)
+    assert model.state == state_bytes(config) > 0
+    for context in (64, 256):
+        assert model.kv(context) == kv_bytes(config, context, "f16")
+    known = sizes.of_shape(shapes.find("qwen3-next-80b-a3b"))
+    assert known.state == 4 * 36 * (3 * 8192 + 32 * 128 * 128)  # as its config.json tells
+    assert known.kv(2) - known.kv(1) == known.kv_per_token
 
 
 def test_this_machine_is_measured(tiered, tmp_path):

@@ -74,7 +74,7 @@ def exponential(x, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def silu(x, EMULATE: tl.constexpr):
-    """x * (1 / (1 + exp(-x)))"""
+def sigmoid(x, EMULATE: tl.constexpr):
+    """1 / (1 + exp(-x))"""
     one = tl.full(x.shape, 1.0, tl.float32)
-    return x * tl.div_rn(one, 1.0 + exponential(-x, EMULATE))
+    return tl.div_rn(one, 1.0 + exponential(-x, EMULATE))

@@ -1,7 +1,8 @@
 """The experts of a decode step: one launch over all (token, expert) pairs, wherever they lie.
 
 `starts` says where a pair's expert begins in the slab, in bytes; below 0: it is not on this GPU,
-and the pair is left alone.
+and the pair is left alone. `owners` says which of the layer's experts it is: with `BIASED`, row
+`owner` of `biases` has what its gate, up and down add, one after the other.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu_backend.kernels.chunks import add_chunk
-from gpu_backend.kernels.exact import silu, total_of_groups
+from gpu_backend.kernels.chunks import add_chunk, with_offsets
+from gpu_backend.kernels.exact import total_of_groups
+from gpu_backend.kernels.gating import activate
 from gpu_backend.kernels.linear import row_dots
 
 
 @triton.jit
 def gate_up_kernel(
-    slab, starts, tokens, x, x_factors, plane, out, GATE_AT, UP_AT,
+    slab, starts, owners, tokens, x, x_factors, plane, biases, out, GATE_AT, UP_AT,
     N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
+    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, BIASED: tl.constexpr,
     ROWS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """out[pair] = silu(gate x) * (up x): float32 [num_pairs, N]. Grid: (N / ROWS, num_pairs).
+    """out[pair] = activation(gate x, up x): float32 [num_pairs, N]. Grid: (N / ROWS, num_pairs).
 
     Both matrices advance together, so that twice the bytes are under way.
     """
@@ -44,19 +47,21 @@ def gate_up_kernel(
             u, u_offsets = add_chunk(
                 u, u_offsets, up, row, chunk, x, x_factors, plane, N, K, UP, ROWS, EMULATE
             )
-        if GATE != "q8_0":
-            g += g_offsets
-        if UP != "q8_0":
-            u += u_offsets
-        g, u = total_of_groups(g, ROWS), total_of_groups(u, ROWS)
-        tl.store(out + pair.to(tl.int64) * N + row, silu(g, EMULATE) * u, mask=row < N)
+        g = total_of_groups(with_offsets(g, g_offsets, GATE, EMULATE), ROWS)
+        u = total_of_groups(with_offsets(u, u_offsets, UP, EMULATE), ROWS)
+        if BIASED:
+            at = biases + tl.load(owners + pair).to(tl.int64) * (2 * N + K) + row
+            g += tl.load(at, mask=row < N, other=0.0)
+            u += tl.load(at + N, mask=row < N, other=0.0)
+        inner = activate(g, u, ACTIVATION, LIMIT, EMULATE)
+        tl.store(out + pair.to(tl.int64) * N + row, inner, mask=row < N)
 
 
 @triton.jit
 def down_kernel(
-    slab, starts, targets, x, x_factors, plane, out, DOWN_AT,
-    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr,
-    EMULATE: tl.constexpr,
+    slab, starts, owners, targets, x, x_factors, plane, biases, out, DOWN_AT,
+    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, BIASED: tl.constexpr,
+    ROWS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """out[targets[pair]] = down x[pair]: rows of float32 [., N]. Grid: (N / ROWS, num_pairs)."""
     pair = tl.program_id(1)
@@ -68,6 +73,9 @@ def down_kernel(
             base, row, x + pair * (K // 4), x_factors + pair * (K // 32), plane,
             N, K, FORMAT, ROWS, EMULATE,
         )  # fmt: skip
+        if BIASED:
+            at = biases + tl.load(owners + pair).to(tl.int64) * (2 * K + N) + 2 * K + row
+            total += tl.load(at, mask=row < N, other=0.0)
         target = tl.load(targets + pair).to(tl.int64)
         tl.store(out + target * N + row, total, mask=row < N)
 

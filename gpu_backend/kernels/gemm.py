@@ -10,46 +10,52 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu_backend.kernels.chunks import factors
-from gpu_backend.kernels.exact import fma, silu
+from gpu_backend.kernels.chunks import with_offsets
+from gpu_backend.kernels.exact import fma
+from gpu_backend.kernels.factors import factors
+from gpu_backend.kernels.facts import fact, first_group, has_offsets, has_table, plane_at
+from gpu_backend.kernels.gating import activate
+from gpu_backend.kernels.tables import look_up_one
 
 
 @triton.jit
-def group_bytes(base, row, chunk, place, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr):
-    """The integers of group `place` (0 to 7) of a chunk: int8 [rows, 32]."""
-    k = tl.arange(0, 32)
-    half = (k // 16)[None, :]
-    byte = (k % 16)[None, :]
+def group_bytes(
+    base, row, chunk, place, N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The integers of group `place` (0 to 7) of a chunk: int8 [rows, 32]. See chunks.integers."""
+    k = tl.arange(0, 32)[None, :]
     G: tl.constexpr = K // 32
-    inside = (row < N)[:, None] & (chunk * 8 + place < G)
+    LOW: tl.constexpr = fact(FORMAT, "low_bits")
+    HIGH: tl.constexpr = fact(FORMAT, "high_bits")
+    begin = first_group(chunk, K)
+    group = begin + place + tl.zeros_like(k)  # [1, 32]
+    inside = (row < N)[:, None] & (group >= chunk * 8)
     row = row.to(tl.int64)[:, None]
-    if FORMAT == "q4_0" or FORMAT == "q4_1":
-        w = tl.load(base + (row * G + chunk * 8 + place) * 16 + byte, mask=inside, other=0)
-        return ((w.to(tl.int32) >> (4 * half)) & 15).to(tl.int8)
-    elif FORMAT == "q8_0":
-        at = (row * G + chunk * 8 + place) * 32 + k[None, :]
-        return tl.load(base + at, mask=inside, other=0).to(tl.int8, bitcast=True)
-    elif FORMAT == "q4_k":
-        block = (row * (K // 256) + chunk) * 144
-        w = tl.load(base + block + 16 + 32 * (place // 2) + k[None, :], mask=inside, other=0)
-        return ((w.to(tl.int32) >> (4 * (place % 2))) & 15).to(tl.int8)
-    elif FORMAT == "q5_k":
-        block = (row * (K // 256) + chunk) * 176
-        w = tl.load(base + block + 48 + 32 * (place // 2) + k[None, :], mask=inside, other=0)
-        high = tl.load(base + block + 16 + k[None, :], mask=inside, other=0)
-        low = (w.to(tl.int32) >> (4 * (place % 2))) & 15
-        return (low | (((high.to(tl.int32) >> place) & 1) << 4)).to(tl.int8)
+    start = base + row * (G * LOW * 4) + begin * (LOW * 4)
+    if fact(FORMAT, "is_split"):
+        w = tl.load(start + place * 16 + k % 16, mask=inside, other=0).to(tl.int32)
+        w = (w >> (4 * (k // 16))) & 15
     else:
-        tl.static_assert(FORMAT == "q6_k")
-        B: tl.constexpr = N * (K // 256)
-        block = row * (K // 256) + chunk
-        low = place % 4
-        at = block * 128 + 64 * (place // 4) + 32 * (low % 2) + k[None, :]
-        w = tl.load(base + at, mask=inside, other=0)
-        at = B * 128 + block * 64 + 32 * (place // 4) + k[None, :]
-        high = tl.load(base + at, mask=inside, other=0)
-        w = (w.to(tl.int32) >> (4 * (low // 2))) & 15
-        return (w | (((high.to(tl.int32) >> (2 * low)) & 3) << 4)).to(tl.int8)
+        SHARING: tl.constexpr = fact(FORMAT, "sharing")
+        RUNS: tl.constexpr = fact(FORMAT, "runs")
+        run = RUNS * (place // SHARING) + place % RUNS
+        w = tl.load(start + run * 32 + k, mask=inside, other=0).to(tl.int32)
+        if LOW < 8:
+            w = (w >> (LOW * ((place % SHARING) // RUNS))) & ((1 << LOW) - 1)
+    if has_table(FORMAT):
+        w = look_up_one(w, FORMAT, EMULATE)
+    if HIGH > 0:
+        high = base + plane_at(FORMAT, 1, N, K)
+        if fact(FORMAT, "single_bits"):
+            high += row * (G * 4) + (begin + place) * 4 + k // 8
+            bits = tl.load(high, mask=inside, other=0).to(tl.int32) >> (k % 8)
+        else:
+            PER: tl.constexpr = 8 // HIGH
+            high += row * (G * HIGH * 4) + begin * (HIGH * 4) + place // PER * 32 + k
+            bits = tl.load(high, mask=inside, other=0).to(tl.int32) >> (HIGH * (place % PER))
+        w |= (bits & ((1 << HIGH) - 1)) << LOW
+    return w.to(tl.int8)
 
 
 @triton.jit
@@ -70,20 +76,21 @@ def add_group(
 ):  # fmt: skip
     """Group `place` of a chunk: add to two float32 [tokens, rows]."""
     G: tl.constexpr = K // 32
-    group = chunk * 8 + place
+    group = first_group(chunk, K) + place
     k = tl.arange(0, 32)
-    inside = known & (group < G)
+    inside = known & ((group + tl.zeros_like(token)) >= chunk * 8)
     token = token.to(tl.int64)
     at = token[:, None] * K + group * 32 + k[None, :]
     values = tl.load(x + at, mask=inside[:, None], other=0)  # int8 [tokens, 32]
-    weights = tl.trans(group_bytes(base, row, chunk, place, N, K, FORMAT))  # [32, rows]
+    weights = group_bytes(base, row, chunk, place, N, K, FORMAT, EMULATE)
+    weights = tl.trans(weights)  # [32, rows]
     one = tl.arange(0, 1) + place
     scale, scale_2, offset, offset_2 = factors(base, row, chunk, one, N, K, FORMAT)  # [rows, 1]
     scale = tl.trans(scale)
     at_factor = x_factors + token * G + group
     x_scale = tl.load(at_factor, mask=inside, other=0.0)[:, None]
     zero = tl.zeros((TOKENS, ROWS), tl.float32)
-    if FORMAT == "q6_k":
+    if fact(FORMAT, "num_scales") == 2:
         first = tl.where((k < 16)[None, :], values, 0).to(tl.int8)
         dots = dot(first, weights, FLOAT_DOT)
         products = fma(dots, scale * x_scale, products, EMULATE)
@@ -95,7 +102,7 @@ def add_group(
         offsets = fma(tl.trans(offset_2) + zero, x_sum + zero, offsets, EMULATE)
     else:
         dots = dot(values, weights, FLOAT_DOT)
-        if FORMAT != "q8_0":
+        if has_offsets(FORMAT):
             x_sum = tl.load(at_factor + plane, mask=inside, other=0.0)[:, None]
             offsets = fma(tl.trans(offset) + zero, x_sum + zero, offsets, EMULATE)
     products = fma(dots, scale * x_scale, products, EMULATE)
@@ -129,9 +136,7 @@ def tile(
                         x, x_factors, plane, token, known,
                         N, K, FORMAT, TOKENS, ROWS, FLOAT_DOT, EMULATE,
                     )  # fmt: skip
-                if FORMAT != "q8_0":
-                    products += offsets
-                total += products
+                total += with_offsets(products, offsets, FORMAT, EMULATE)
             part += total
         result += part
     return result
@@ -139,14 +144,16 @@ def tile(
 
 @triton.jit
 def grouped_gate_up_kernel(
-    slab, tile_starts, tile_first, tile_count, tokens, x, x_factors, plane, out, GATE_AT, UP_AT,
+    slab, tile_starts, tile_owners, tile_first, tile_count, tokens, x, x_factors, plane, biases,
+    out, GATE_AT, UP_AT,
     N: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
+    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, BIASED: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, FLOAT_DOT: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """out[p] = silu(gate x[tokens[p]]) * (up x[tokens[p]]). Grid: (N / ROWS, num_tiles).
+    """out[p] = activation(gate x[tokens[p]], up x[tokens[p]]). Grid: (N / ROWS, num_tiles).
 
     Tile t has pairs tile_first[t] and on, tile_count[t] <= TOKENS of them, of the expert at
-    tile_starts[t] in the slab.
+    tile_starts[t] in the slab; tile_owners and biases are as in decode (kernels.experts).
     """
     t = tl.program_id(1)
     pair = tl.load(tile_first + t) + tl.arange(0, TOKENS)
@@ -162,14 +169,20 @@ def grouped_gate_up_kernel(
         base + UP_AT, row, x, x_factors, plane, token, known,
         N, K, UP, TOKENS, ROWS, FLOAT_DOT, EMULATE,
     )  # fmt: skip
+    if BIASED:
+        at = biases + tl.load(tile_owners + t).to(tl.int64) * (2 * N + K) + row
+        g += tl.load(at, mask=row < N, other=0.0)[None, :]
+        u += tl.load(at + N, mask=row < N, other=0.0)[None, :]
     at = pair.to(tl.int64)[:, None] * N + row[None, :]
-    tl.store(out + at, silu(g, EMULATE) * u, mask=known[:, None] & (row < N)[None, :])
+    inner = activate(g, u, ACTIVATION, LIMIT, EMULATE)
+    tl.store(out + at, inner, mask=known[:, None] & (row < N)[None, :])
 
 
 @triton.jit
 def grouped_linear_kernel(
-    slab, tile_starts, tile_first, tile_count, targets, x, x_factors, plane, out, AT,
-    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr,
+    slab, tile_starts, tile_owners, tile_first, tile_count, targets, x, x_factors, plane, biases,
+    out, AT,
+    N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, BIASED: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, FLOAT_DOT: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """out[targets[p]] = W x[p], tiles as above: the experts' down, and dense matrices."""
@@ -181,6 +194,9 @@ def grouped_linear_kernel(
     y = tile(
         base, row, x, x_factors, plane, pair, known, N, K, FORMAT, TOKENS, ROWS, FLOAT_DOT, EMULATE
     )
+    if BIASED:
+        at = biases + tl.load(tile_owners + t).to(tl.int64) * (2 * K + N) + 2 * K + row
+        y += tl.load(at, mask=row < N, other=0.0)[None, :]
     target = tl.load(targets + pair, mask=known, other=0).to(tl.int64)
     at = target[:, None] * N + row[None, :]
     tl.store(out + at, y, mask=known[:, None] & (row < N)[None, :])

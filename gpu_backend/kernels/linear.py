@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpu_backend.kernels.chunks import add_chunk
+from gpu_backend.kernels.chunks import add_chunk, with_offsets
 from gpu_backend.kernels.exact import total_of_groups
 
 
@@ -23,9 +23,7 @@ def row_dots(
             products, offsets, base, row, chunk, x, x_factors, plane,
             N, K, FORMAT, ROWS, EMULATE,
         )  # fmt: skip
-    if FORMAT != "q8_0":
-        products += offsets
-    return total_of_groups(products, ROWS)
+    return total_of_groups(with_offsets(products, offsets, FORMAT, EMULATE), ROWS)
 
 
 @triton.jit

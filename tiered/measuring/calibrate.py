@@ -53,7 +53,7 @@ def calibrate(engine: Engine, model: ModelSizes, context: int) -> Hardware:
     if top_k > 1:
         per_byte = max(per_byte, (all_["experts"] - few["experts"]) / ((top_k - 1) * blobs))
     fixed = max(0.0, all_["experts"] - per_byte * top_k * blobs)  # combining, starting, Python
-    dense = sum(model.attention) + sum(model.shared) + model.kv_per_token * context
+    dense = sum(model.attention) + sum(model.shared) + model.kv(context)
     host = Host(
         ram=engine.plan.limit, bandwidth=bandwidth / GB, cores=threads, compute=1.0,
         efficiency=1 / per_byte / bandwidth,

@@ -53,7 +53,7 @@ def share_out(
 
     Raises MemoryError with the number that would work.
     """
-    gpu, kv = hardware.gpu, sizes.kv_per_token * context
+    gpu, kv = hardware.gpu, sizes.kv(context)
     limit = int(0.9 * hardware.host.ram) if ram is None else ram
     on_device = sizes.dense - (0 if sizes.tied else sizes.embed)
     room = gpu.vram - gpu.reserved - on_device - kv if gpu else -1

@@ -45,7 +45,7 @@ class Needs:
 def needs_of(sizes: ModelSizes, free: int, context: int = 4096) -> Needs:
     """What a model needs with a KV cache of `context` tokens, beside `free` bytes."""
     context = min(context, sizes.context_length)
-    fixed = PROCESS + sizes.dense + sizes.kv_per_token * context
+    fixed = PROCESS + sizes.dense + sizes.kv(context)
     room = min(sizes.all_experts, max(0, free - fixed))
     return Needs(
         context,

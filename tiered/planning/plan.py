@@ -131,7 +131,7 @@ def _steps(
     """One step more of each memory, as it is sold; none where it could not help any more."""
     found = []
     holds = ram or int(0.9 * hardware.host.ram)
-    if holds < model.total + context * model.kv_per_token:
+    if holds < model.total + model.kv(context):
         more = next((step for step in RAM_STEPS if step > 1.05 * hardware.host.ram), None)
         if more:
             found.append(("ram", more, hardware.with_sizes(ram=more)))

@@ -128,7 +128,7 @@ class Simulation:
         """The seconds that this token takes, after `context` others."""
         m, sizes, begin = self.machine, self.sizes, self.machine.now
         rates = m.rates
-        kv = sizes.kv_per_token * context / sizes.num_layers
+        kv = sizes.kv(context) / sizes.num_layers
         for layer, experts in enumerate(routed):
             self._spend("attention", m.dense_seconds(sizes.attention[layer] + kv))
             if sizes.shared[layer]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from tiered.checkpoints.checkpoint import Checkpoint
-from tiered.kv_cache import kv_bytes
+from tiered.kv_cache import kv_bytes, state_bytes
 from tiered.planning.shapes import Shape
 from tiered.policies import Space
 from tiered.store import ExpertStore
@@ -50,6 +50,7 @@ class ModelSizes:
     head: int  # all of it is read per token; what is tied counts as embed in memory
     tied: bool
     kv_per_token: int  # keys and values of one token, all layers
+    state: int  # what recurrent layers remember of a text, however long it is
     dense_values: int  # weights outside experts and embeddings that a token is multiplied with
     expert_values: int  # weights of one expert
     head_values: int
@@ -83,6 +84,10 @@ class ModelSizes:
     def floor(self) -> int:
         """Bytes of the experts that one layer needs at once: less memory cannot work."""
         return self.top_k * max(self.experts)
+
+    def kv(self, context: int) -> int:
+        """Bytes that are kept of a text of `context` tokens."""
+        return self.kv_per_token * context + self.state
 
     def space(self, capacity: int) -> Space:
         """What an eviction policy manages with `capacity` bytes for experts."""
@@ -118,6 +123,7 @@ def of_shape(shape: Shape, quant: str = "q4_0", kv_dtype: str = "f16") -> ModelS
         head=_bytes(shape.vocab_size * hidden, head),
         tied=shape.tied_embeddings,
         kv_per_token=int(shape.kv_values_per_token * kv_value),
+        state=4 * shape.state_values,
         dense_values=shape.num_layers * shape.attention_weights + sum(shared_values),
         expert_values=expert_values,
         head_values=shape.vocab_size * hidden,
@@ -158,7 +164,8 @@ def of_checkpoint(
         embed=embed,
         head=embed if tied else head,
         tied=tied,
-        kv_per_token=kv_bytes(config, 64, kv_dtype) // 64,
+        kv_per_token=kv_bytes(config, 64, kv_dtype, num_texts=0) // 64,
+        state=state_bytes(config),
         dense_values=dense_values,
         expert_values=3 * config.hidden_size * config.expert_size,
         head_values=config.vocab_size * config.hidden_size,

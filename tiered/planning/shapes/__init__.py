@@ -34,6 +34,7 @@ class Shape:
     tied_embeddings: bool = False
     attention_values: int = 0  # weights of one layer's attention, on average; 0: from the heads
     kv_values: int = 0  # values that a token adds to the KV cache, all layers; 0: from the heads
+    state_values: int = 0  # float32 values that recurrent layers remember of a text, all layers
     approximate: bool = False
 
     @property

@@ -132,14 +132,14 @@ def attention(layer, thread, num_threads, team):
     prepare_activations(normed, hidden_size, num_rows, hidden_size, prepared, thread, num_threads)
     barrier(team)
     out, width = word(batch, BATCH.projected), q_size + 2 * kv_size
-    multiply(word(layer, ATTENTION.q), prepared, num_rows, out, width, thread, num_threads)
+    multiply(word(layer, ATTENTION.q), prepared, num_rows, out, width, team, 1)
     out += 4 * q_size
-    multiply(word(layer, ATTENTION.k), prepared, num_rows, out, width, thread, num_threads)
+    multiply(word(layer, ATTENTION.k), prepared, num_rows, out, width, team, 2)
     out += 4 * kv_size
-    multiply(word(layer, ATTENTION.v), prepared, num_rows, out, width, thread, num_threads)
+    multiply(word(layer, ATTENTION.v), prepared, num_rows, out, width, team, 3)
     gate, gates = word(layer, ATTENTION.gate), word(batch, BATCH.gates)
     if gate:
-        multiply(gate, prepared, num_rows, gates, q_size, thread, num_threads)
+        multiply(gate, prepared, num_rows, gates, q_size, team, 4)
     barrier(team)
     _finish_heads(layer, thread, num_threads)
     barrier(team)
@@ -152,7 +152,7 @@ def attention(layer, thread, num_threads, team):
     prepare_activations(attended, q_size, num_rows, q_size, prepared, thread, num_threads)
     barrier(team)
     out = word(batch, BATCH.out)
-    multiply(word(layer, ATTENTION.o), prepared, num_rows, out, hidden_size, thread, num_threads)
+    multiply(word(layer, ATTENTION.o), prepared, num_rows, out, hidden_size, team, 5)
     barrier(team)
     norm = word(layer, ATTENTION.out_norm)
     if norm:

@@ -13,7 +13,7 @@ from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import choose
 from cpu_kernels.linear import Matrix, multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import address_of, aligned_bytes, record, word
-from cpu_kernels.team import Team, barrier, op
+from cpu_kernels.team import Team, barrier, op, restart_tasks
 
 SHAPES = (14336, 4096), (768, 2048)  # of one projection: Mixtral 8x7B's, Qwen3-30B-A3B's
 DECODE_BYTES = 384 << 20  # cycled over, so that caches do not help
@@ -33,7 +33,9 @@ def _products(arguments, thread, num_threads, team):
     barrier(team)
     for i in range(word(arguments, 1)):
         matrix = word(word(arguments, 0), i)
-        multiply(matrix, prepared, n, word(arguments, 6), word(arguments, 7), thread, num_threads)
+        multiply(matrix, prepared, n, word(arguments, 6), word(arguments, 7), team, i % 2)
+        if thread == 0:
+            restart_tasks(team, (i + 1) % 2)
         barrier(team)
 
 

@@ -111,13 +111,13 @@ def delta_net(layer, thread, num_threads, team):
     prepare_activations(normed, hidden_size, num_rows, hidden_size, prepared, thread, num_threads)
     barrier(team)
     out, width = word(batch, DELTA_BATCH.mixed_in), word(layer, DELTA.channels)
-    multiply(word(layer, DELTA.qkv), prepared, num_rows, out, width, thread, num_threads)
+    multiply(word(layer, DELTA.qkv), prepared, num_rows, out, width, team, 1)
     out, width = word(batch, DELTA_BATCH.z), value_heads * value_dim
-    multiply(word(layer, DELTA.z), prepared, num_rows, out, width, thread, num_threads)
+    multiply(word(layer, DELTA.z), prepared, num_rows, out, width, team, 2)
     out = word(batch, DELTA_BATCH.b)
-    multiply(word(layer, DELTA.b), prepared, num_rows, out, value_heads, thread, num_threads)
+    multiply(word(layer, DELTA.b), prepared, num_rows, out, value_heads, team, 3)
     out = word(batch, DELTA_BATCH.a)
-    multiply(word(layer, DELTA.a), prepared, num_rows, out, value_heads, thread, num_threads)
+    multiply(word(layer, DELTA.a), prepared, num_rows, out, value_heads, team, 4)
     barrier(team)
     convolve(
         word(batch, DELTA_BATCH.runs), word(batch, DELTA_BATCH.mixed_in),
@@ -140,7 +140,7 @@ def delta_net(layer, thread, num_threads, team):
     prepare_activations(gated, width, num_rows, width, prepared, thread, num_threads)
     barrier(team)
     out = word(batch, DELTA_BATCH.out)
-    multiply(word(layer, DELTA.o), prepared, num_rows, out, hidden_size, thread, num_threads)
+    multiply(word(layer, DELTA.o), prepared, num_rows, out, hidden_size, team, 5)
     barrier(team)
     lo, hi = share(num_rows * hidden_size, thread, num_threads)
     add(x + 4 * lo, out + 4 * lo, hi - lo)

@@ -21,7 +21,7 @@ from cpu_kernels.memory import call_kernel, load_f32, load_i32, word
 from cpu_kernels.norm import scaled_copy
 from cpu_kernels.record import Record, Scratch, fields
 from cpu_kernels.simd import emitted, f32
-from cpu_kernels.team import Team, barrier, op, share
+from cpu_kernels.team import Team, barrier, next_task, op, parts_of, share
 from cpu_kernels.workspace import Workspace
 
 # What it costs to decode a row of weights, in rows of activations multiplied with it.
@@ -93,15 +93,15 @@ def _bias(r, job, matrix):
 
 
 @njit(error_model="numpy")
-def _gate_and_up(r, thread, num_threads):
-    """This thread's share of the activated gate h, times up h, for every row of every job."""
+def _gate_and_up(r, part, num_parts):
+    """A part of the activated gate h, times up h, for every row of every job."""
     starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
     hidden, size = word(r, EXPERTS.hidden_size), word(r, EXPERTS.expert_size)
     prepared, identity = word(r, EXPERTS.prepared), word(r, EXPERTS.identity)
     gate_out, up_out = word(r, EXPERTS.gate_out), word(r, EXPERTS.up_out)
     pairs, top_k = word(r, EXPERTS.pairs), word(r, EXPERTS.top_k)
     activation, limit = word(r, EXPERTS.activation), load_f32(r, 2 * EXPERTS.limit)
-    low, high = share(_total_cost(starts, num_jobs, size), thread, num_threads)
+    low, high = share(_total_cost(starts, num_jobs, size), part, num_parts)
     before = 0
     for job in range(num_jobs):
         row, num_rows = _job_rows(starts, job)
@@ -132,13 +132,13 @@ def _gate_and_up(r, thread, num_threads):
 
 
 @njit(error_model="numpy")
-def _down(r, thread, num_threads):
-    """This thread's share of down @ inner, for every row of every job."""
+def _down(r, part, num_parts):
+    """A part of down @ inner, for every row of every job."""
     starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
     hidden, size = word(r, EXPERTS.hidden_size), word(r, EXPERTS.expert_size)
     prepared, identity = word(r, EXPERTS.inner_prepared), word(r, EXPERTS.identity)
     out, pairs = word(r, EXPERTS.out), word(r, EXPERTS.pairs)
-    low, high = share(_total_cost(starts, num_jobs, hidden), thread, num_threads)
+    low, high = share(_total_cost(starts, num_jobs, hidden), part, num_parts)
     before = 0
     for job in range(num_jobs):
         row, num_rows = _job_rows(starts, job)
@@ -164,12 +164,20 @@ def run_experts(r, thread, num_threads, team):
     starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
     num_pairs = np.int64(load_i32(starts, num_jobs)) - np.int64(load_i32(starts, 0))
     size, inner = word(r, EXPERTS.expert_size), word(r, EXPERTS.gate_out)
-    _gate_and_up(r, thread, num_threads)
+    num_parts = parts_of(team, num_jobs * _divide_up(size, ROW_BLOCK))
+    part = next_task(team, 0)
+    while part < num_parts:
+        _gate_and_up(r, part, num_parts)
+        part = next_task(team, 0)
     barrier(team)
     inner_prepared = word(r, EXPERTS.inner_prepared)
     prepare_activations(inner, size, num_pairs, size, inner_prepared, thread, num_threads)
     barrier(team)
-    _down(r, thread, num_threads)
+    num_parts = parts_of(team, num_jobs * _divide_up(word(r, EXPERTS.hidden_size), ROW_BLOCK))
+    part = next_task(team, 1)
+    while part < num_parts:
+        _down(r, part, num_parts)
+        part = next_task(team, 1)
 
 
 @njit(error_model="numpy")

@@ -43,7 +43,7 @@ def _feed_forward(r, thread, num_threads, team):
     barrier(team)
     if scale != 0:
         prepared = word(experts, EXPERTS.prepared)
-        multiply(scale, prepared, num_rows, scores, 1, thread, num_threads)
+        multiply(scale, prepared, num_rows, scores, 1, team, 2)
     run_experts(experts, thread, num_threads, team)
     barrier(team)
     out, target = word(experts, EXPERTS.out), word(r, FEED_FORWARD.target)

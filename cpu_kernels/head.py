@@ -34,7 +34,7 @@ def head(r, thread, num_threads, team):
     prepare_activations(normed, hidden_size, num_rows, hidden_size, prepared, thread, num_threads)
     barrier(team)
     logits, vocab_size = word(r, HEAD.logits), word(r, HEAD.vocab_size)
-    multiply(word(r, HEAD.head), prepared, num_rows, logits, vocab_size, thread, num_threads)
+    multiply(word(r, HEAD.head), prepared, num_rows, logits, vocab_size, team, 0)
     softcap = load_f32(r, 2 * HEAD.softcap)
     if softcap != np.float32(0.0):
         barrier(team)

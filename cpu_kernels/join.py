@@ -35,9 +35,7 @@ def join(r, thread, num_threads, team):
     barrier(team)
     prepare_activations(joined, 2 * size, num_rows, 2 * size, prepared, thread, num_threads)
     barrier(team)
-    multiply(
-        word(r, JOIN.projection), prepared, num_rows, word(r, JOIN.x), size, thread, num_threads
-    )
+    multiply(word(r, JOIN.projection), prepared, num_rows, word(r, JOIN.x), size, team, 0)
 
 
 class JoinLayer:

@@ -2,7 +2,7 @@
 
     prepare_activations(x, ldx, n, k, prepared, thread, num_threads)
     barrier(team)
-    multiply(matrix, prepared, n, y, ldy, thread, num_threads)
+    multiply(matrix, prepared, n, y, ldy, team, counter)
 
 inside an op; `matrix` is `Matrix.address`. A product with up to FEW_ROWS rows of activations gives
 each row exactly what it would get alone.
@@ -25,7 +25,7 @@ from cpu_kernels.products import (
     make_float_gemv,
     make_gemv,
 )
-from cpu_kernels.team import share
+from cpu_kernels.team import next_task, parts_of, share
 
 FEW_ROWS = 16
 ROW_BLOCK = 16  # threads share the rows of a matrix in blocks of this many
@@ -87,42 +87,50 @@ class Matrix:
 
 
 @njit(error_model="numpy")
-def multiply(matrix, prepared, n, y, ldy, thread, num_threads):
-    """This thread's share of the output features, for n rows: float32 y[i * ldy + feature]."""
+def multiply(matrix, prepared, n, y, ldy, team, counter):
+    """Output features, for n rows: float32 y[i * ldy + feature]. Threads take parts of them by a
+    counter of the op (see team.next_task) that nothing else uses."""
     rows = word(matrix, ROWS)
-    first, last = share((rows + ROW_BLOCK - 1) // ROW_BLOCK, thread, num_threads)
-    last = min(last * ROW_BLOCK, rows)
-    first *= ROW_BLOCK
-    if first < last:
-        product = word(matrix, FEW) if n <= FEW_ROWS else word(matrix, MANY)
+    blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
+    product = word(matrix, FEW) if n <= FEW_ROWS else word(matrix, MANY)
+    num_parts = parts_of(team, blocks)
+    part = next_task(team, counter)
+    while part < num_parts:
+        first, last = share(blocks, part, num_parts)
         arguments = (
-            word(matrix, DATA), word(matrix, COLUMNS), first, last,
+            word(matrix, DATA), word(matrix, COLUMNS),
+            first * ROW_BLOCK, min(last * ROW_BLOCK, rows),
             prepared, 0, 1, n, y, 0, ldy, word(matrix, BIAS),
         )  # fmt: skip
         call_kernel(product, arguments)
+        part = next_task(team, counter)
 
 
 @njit(error_model="numpy")
-def multiply_heads(matrix, num_heads, prepared, n, head_rows, y, ldy, thread, num_threads):
-    """This thread's share of a product in which each head has rows of the matrix, and rows of
-    activations, of its own: the matrix's rows are those of head 0, then of head 1, ...;
-    `head_rows` (address of int32 [num_heads, n]) says which prepared rows belong to a head, and
-    which rows of y (`ldy` float32 apart) their results go to."""
+def multiply_heads(matrix, num_heads, prepared, n, head_rows, y, ldy, team, counter):
+    """The same where each head has rows of the matrix, and rows of activations, of its own: the
+    matrix's rows are those of head 0, then of head 1, ...; `head_rows` (address of int32
+    [num_heads, n]) says which prepared rows belong to a head, and which rows of y (`ldy` float32
+    apart) their results go to."""
     per_head = word(matrix, ROWS) // num_heads
     blocks = (per_head + ROW_BLOCK - 1) // ROW_BLOCK
     product = word(matrix, FEW) if n <= FEW_ROWS else word(matrix, MANY)
-    task, end = share(num_heads * blocks, thread, num_threads)
-    while task < end:
-        head, block = task // blocks, task % blocks
-        stop = min(block + end - task, blocks)
-        weights = word(matrix, DATA) + head * per_head * word(matrix, ROW_BYTES)
-        rows, last = head_rows + 4 * head * n, min(stop * ROW_BLOCK, per_head)
-        arguments = (
-            weights, word(matrix, COLUMNS), block * ROW_BLOCK, last,
-            prepared, rows, 1, n, y, rows, ldy, 0,
-        )  # fmt: skip
-        call_kernel(product, arguments)
-        task += stop - block
+    num_parts = parts_of(team, num_heads * blocks)
+    part = next_task(team, counter)
+    while part < num_parts:
+        task, end = share(num_heads * blocks, part, num_parts)
+        while task < end:
+            head, block = task // blocks, task % blocks
+            stop = min(block + end - task, blocks)
+            weights = word(matrix, DATA) + head * per_head * word(matrix, ROW_BYTES)
+            rows, last = head_rows + 4 * head * n, min(stop * ROW_BLOCK, per_head)
+            arguments = (
+                weights, word(matrix, COLUMNS), block * ROW_BLOCK, last,
+                prepared, rows, 1, n, y, rows, ldy, 0,
+            )  # fmt: skip
+            call_kernel(product, arguments)
+            task += stop - block
+        part = next_task(team, counter)
 
 
 @njit(error_model="numpy")

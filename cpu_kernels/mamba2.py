@@ -111,10 +111,10 @@ def mamba2(layer, thread, num_threads, team):
     prepare_activations(normed, hidden_size, num_rows, hidden_size, prepared, thread, num_threads)
     barrier(team)
     gated, mixed_in = word(batch, MAMBA_BATCH.z), word(batch, MAMBA_BATCH.mixed_in)
-    multiply(word(layer, MAMBA.z), prepared, num_rows, gated, width, thread, num_threads)
-    multiply(word(layer, MAMBA.xbc), prepared, num_rows, mixed_in, channels, thread, num_threads)
+    multiply(word(layer, MAMBA.z), prepared, num_rows, gated, width, team, 1)
+    multiply(word(layer, MAMBA.xbc), prepared, num_rows, mixed_in, channels, team, 2)
     out = word(batch, MAMBA_BATCH.steps)
-    multiply(word(layer, MAMBA.dt), prepared, num_rows, out, num_heads, thread, num_threads)
+    multiply(word(layer, MAMBA.dt), prepared, num_rows, out, num_heads, team, 3)
     barrier(team)
     convolve(
         word(batch, MAMBA_BATCH.runs), mixed_in, word(batch, MAMBA_BATCH.mixed),
@@ -137,7 +137,7 @@ def mamba2(layer, thread, num_threads, team):
     prepare_activations(gated, width, num_rows, width, prepared, thread, num_threads)
     barrier(team)
     out = word(batch, MAMBA_BATCH.out)
-    multiply(word(layer, MAMBA.o), prepared, num_rows, out, hidden_size, thread, num_threads)
+    multiply(word(layer, MAMBA.o), prepared, num_rows, out, hidden_size, team, 4)
     barrier(team)
     lo, hi = share(num_rows * hidden_size, thread, num_threads)
     add(x + 4 * lo, out + 4 * lo, hi - lo)

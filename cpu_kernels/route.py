@@ -219,7 +219,7 @@ def route(r, thread, num_threads, team):
     barrier(team)
     logits, num_experts = word(r, ROUTER.logits), word(r, ROUTER.num_experts)
     router = word(r, ROUTER.router)
-    multiply(router, prepared, num_rows, logits, num_experts, thread, num_threads)
+    multiply(router, prepared, num_rows, logits, num_experts, team, 0)
     barrier(team)
     for row in range(lo, hi):
         _route_row(r, row)

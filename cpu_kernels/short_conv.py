@@ -32,7 +32,7 @@ def short_conv(layer, thread, num_threads, team):
     barrier(team)
     prepare_activations(normed, size, num_rows, size, prepared, thread, num_threads)
     barrier(team)
-    multiply(word(layer, CONV.gates), prepared, num_rows, gates, 3 * size, thread, num_threads)
+    multiply(word(layer, CONV.gates), prepared, num_rows, gates, 3 * size, team, 0)
     barrier(team)
     for row in range(lo, hi):
         b = gates + 12 * row * size
@@ -49,7 +49,7 @@ def short_conv(layer, thread, num_threads, team):
     barrier(team)
     prepare_activations(mixed, size, num_rows, size, prepared, thread, num_threads)
     barrier(team)
-    multiply(word(layer, CONV.o), prepared, num_rows, out, size, thread, num_threads)
+    multiply(word(layer, CONV.o), prepared, num_rows, out, size, team, 1)
     barrier(team)
     lo, hi = share(num_rows * size, thread, num_threads)
     add(x + 4 * lo, out + 4 * lo, hi - lo)

@@ -29,6 +29,8 @@ from cpu_kernels.atomic import (
 from cpu_kernels.cache import compiling
 
 NUM_COUNTERS = 8
+PARTS = 8  # of an op's work, for each thread
+LEAST_BLOCKS = 4  # of a part, where there are enough for all threads
 SPIN_MICROSECONDS = 200.0
 
 # Byte offsets in a team's memory. What different threads write lies on different cache lines.
@@ -74,6 +76,22 @@ def share(total, thread, num_threads):
 def next_task(team, counter):
     """Tasks 0, 1, 2, ... of counter 0 to 7, each given to one thread; all start at 0 in an op."""
     return atomic_add(team + _COUNTERS + 8 * counter, 1)
+
+
+@njit(cache=True, error_model="numpy")
+def restart_tasks(team, counter):
+    """The next task of a counter is 0 again: for one thread, and between two barriers."""
+    atomic_store(team + _COUNTERS + 8 * counter, 0)
+
+
+@njit(cache=True, error_model="numpy")
+def parts_of(team, blocks):
+    """How many parts to cut so many blocks of work into. Threads take them one after the other, so
+    that a core that is slow, or that others use too, takes fewer."""
+    num_threads = atomic_load(team + _NUM_THREADS)
+    if num_threads == 1:
+        return min(blocks, 1)
+    return min(max(num_threads, min(PARTS * num_threads, blocks // LEAST_BLOCKS)), blocks)
 
 
 @njit(cache=True, error_model="numpy")

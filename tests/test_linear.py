@@ -29,7 +29,7 @@ def product(arguments, thread, num_threads, team):
     prepare_activations(x, k, n, k, prepared, thread, num_threads)
     barrier(team)
     rows = word(arguments, 6)
-    multiply(word(arguments, 0), prepared, n, word(arguments, 5), rows, thread, num_threads)
+    multiply(word(arguments, 0), prepared, n, word(arguments, 5), rows, team, 0)
 
 
 @op

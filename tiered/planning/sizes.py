@@ -164,7 +164,7 @@ def of_checkpoint(
         embed=embed,
         head=embed if tied else head,
         tied=tied,
-        kv_per_token=kv_bytes(config, 64, kv_dtype, num_texts=0) // 64,
+        kv_per_token=kv_bytes(config, 64, kv_dtype, num_states=0) // 64,
         state=state_bytes(config),
         dense_values=dense_values,
         expert_values=3 * config.hidden_size * config.expert_size,

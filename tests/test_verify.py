@@ -33,8 +33,17 @@ def test_the_command_prints_both_side_by_side(tiered, model):
     for word in ("forecast", "measured", "error", "hit rate", "waiting", "50% of the experts"):
         assert word in out
     status, out, _ = tiered("verify", model, *sizes, "--json")
-    got = json.loads(out)
-    assert status == 0 and len(got["comparisons"]) == 2 and "error_pct" in got["comparisons"][0]
+    ((got,), worst) = json.loads(out).values()
+    assert status == 0 and len(got["comparisons"]) == 2
+    assert worst == max(abs(one["error_pct"]) for one in got["comparisons"])
+
+
+def test_several_models_in_one_table(tiered, model):
+    sizes = ("--prompt-tokens", 8, "--tokens", 6, "--threads", 1, "--shares", "100")
+    status, out, err = tiered("verify", model, model, *sizes)
+    assert status == 0, err
+    summary = out[out.index("forecast tokens/s") :]
+    assert summary.count(model.name) == 2 and "worst error" in summary
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from tiered.config import DEFAULT_POLICY, QUANTIZATIONS
 from tiered.memory import format_bytes
 
 if TYPE_CHECKING:
-    from tiered.measuring.verify import Comparison
+    from tiered.measuring.verify import Comparison, Verification
 
 
 @click.command("verify")
-@opt.model_argument
+@click.argument("models", type=click.Path(path_type=Path), nargs=-1, required=True)
 @opt.option(
     "--shares", default="100,60,40", metavar="PERCENT", help="Budgets, in per cent of all experts."
 )
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 @opt.option("--threads", type=click.IntRange(1), help="Threads that compute. Default: all cores.")
 @opt.option("--readers", type=click.IntRange(1), default=4, help="Threads that read from disk.")
 @opt.json_option
-def command(model: Path, shares: str, as_json: bool, **choices: Any) -> None:
-    """Forecast MODEL on this machine, run it, and print both side by side, term by term.
+def command(models: tuple[Path, ...], shares: str, as_json: bool, **choices: Any) -> None:
+    """Forecast MODELS on this machine, run them, and print both side by side, term by term.
 
-    Needs memory for all of the model at once. The routing is the model's own, on random tokens.
+    Needs memory for all of a model at once. The routing is the model's own, on random tokens.
     """
     try:
         budgets = [float(part.strip().rstrip("%")) / 100 for part in shares.split(",")]
@@ -48,22 +48,51 @@ def command(model: Path, shares: str, as_json: bool, **choices: Any) -> None:
         raise click.UsageError(f"--shares takes numbers, not {shares!r}") from error
     if not all(0 < share <= 1 for share in budgets):
         raise click.UsageError("--shares lie above 0 and are at most 100")
-    with notes.status("opening the model") as status:
-        from tiered.measuring.verify import verify  # imports numba
+    found = []
+    for model in models:
+        with notes.status(f"opening {model.name}") as status:
+            from tiered.measuring.verify import verify  # imports numba
 
-        found = verify(model, budgets, progress=status.update, **choices)
+            def progress(text: str, name: str = model.name) -> None:
+                status.update(f"{name}: {text}")
+
+            found.append(verify(model, budgets, progress=progress, **choices))
+        if not as_json:
+            _show(found[-1])
+    worst = max(one.worst_error_pct for one in found)
     if as_json:
-        print_json(found.as_dict())
+        print_json({"models": [one.as_dict() for one in found], "worst_error_pct": worst})
         return
+    if len(found) > 1:
+        results.print(_summary(found))
+    results.print(f"worst error {worst:.1f} %")
+
+
+def _show(found: Verification) -> None:
+    """All terms of one model."""
+    results.print(found.model.name, style="bold")
     for one in found.comparisons:
         results.print(_table(one))
     host, disk = found.hardware.host, found.hardware.disk
     results.print(
         f"memory {host.bandwidth:.1f} GB/s, {host.efficiency:.0%} of it by experts and "
-        f"{host.attention_efficiency:.0%} by dense weights; disk {disk.bandwidth:.2f} GB/s; "
-        f"worst error {found.worst_error_pct:.1f} %",
+        f"{host.attention_efficiency:.0%} by dense weights; disk {disk.bandwidth:.2f} GB/s\n",
         style="dim",
     )
+
+
+def _summary(found: list[Verification]) -> Table:
+    """A line for each model and budget."""
+    table = Table("model", "of the experts", box=None, padding=(0, 2, 0, 0))
+    for title in ("forecast tokens/s", "measured", "error"):
+        table.add_column(title, justify="right")
+    for one in found:
+        for budget in one.comparisons:
+            table.add_row(
+                one.model.name, f"{budget.share:.0%}", number(budget.forecast_tok_s),
+                number(budget.measured_tok_s), f"{budget.error_pct:+.1f} %",
+            )  # fmt: skip
+    return table
 
 
 def _table(one: Comparison) -> Table:

@@ -215,8 +215,8 @@ def test_points_that_cannot_run_say_why_and_end_nothing(tiered, model, text, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--quantize", "int3"), "--quantize takes int4, none"),
-        (("--quantize", ","), "--quantize takes int4, none"),
+        (("--quantize", "int3"), "--quantize takes int4, int4_g128, nf4, none"),
+        (("--quantize", ","), "--quantize takes int4, int4_g128, nf4, none"),
         (("--experts", "4"), "--calibration"),
         (("--experts", "four"), "whole numbers"),
         (("--top-p", "much"), "--top-p takes numbers"),

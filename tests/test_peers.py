@@ -11,13 +11,15 @@ from naive_formats import random_matrix, to_float64
 from numpy.random import _common as some_library
 
 from cpu_kernels.formats import FORMATS
-from tiered.checkpoints.gguf_header import TENSOR_TYPES
-from tiered.measuring.ggml_rates import Ggml, Products, library_folder
+from tiered.measuring.ggml_rates import TYPE_NUMBERS, Ggml, Products, library_folder
 from tiered.measuring.kernel_report import side_by_side
 from tiered.measuring.peers import rates_apart
 from tiered.measuring.timing import rate
 
 SHAPE = 24, 512
+needs_ggml = pytest.mark.skipif(
+    find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
+)
 
 
 def rounded_inputs(x, matrix):
@@ -25,7 +27,7 @@ def rounded_inputs(x, matrix):
     return np.abs(x).max(axis=1)[:, None] / 127 * np.abs(matrix).sum(axis=1)
 
 
-@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@needs_ggml
 @pytest.mark.parametrize("format", [name for name in FORMATS if FORMATS[name].is_ggmls])
 def test_what_ggml_is_measured_with(format):
     rng = np.random.default_rng(0)
@@ -44,6 +46,16 @@ def test_what_ggml_is_measured_with(format):
         assert computed
 
 
+@needs_ggml
+def test_a_format_that_another_version_has_otherwise(monkeypatch):
+    with Ggml(library_folder(), 1) as ggml:
+        assert ggml.has("q4_0")
+        monkeypatch.setitem(FORMATS, "q4_0", FORMATS["q4_1"])
+        assert not ggml.has("q4_0")
+        monkeypatch.setitem(TYPE_NUMBERS, "q4_1", 4)  # was q4_2
+        assert not ggml.has("q4_1")
+
+
 @pytest.mark.skipif(find_spec("kt_kernel") is None, reason="kt-kernel is not installed")
 def test_what_kt_kernel_is_measured_with():
     import kt_kernel
@@ -55,9 +67,8 @@ def test_what_kt_kernel_is_measured_with():
     weights = tuple(random_matrix(rng, "q8_0", shape).reshape(-1) for shape in shapes)
     x = rng.standard_normal((3, hidden), np.float32)
     pool = open_pool(kt_kernel.kt_kernel_ext, 2)
-    number = next(number for number, name in TENSOR_TYPES.items() if name == "q8_0")
     experts = Experts(
-        kt_kernel.kt_kernel_ext, pool, number, count, (size, hidden), weights, x
+        kt_kernel.kt_kernel_ext, pool, TYPE_NUMBERS["q8_0"], count, (size, hidden), weights, x
     )  # fmt: skip
     experts.run()
     gate, up, down = (
@@ -90,7 +101,7 @@ def test_libraries_that_lack_a_function(library):
     sys.modules.pop("llama_cpp", None)
     rows, notes = measure({"llama_cpp": "tiered.measuring.ggml_rates"})
     assert rows == []
-    assert len(notes) == 1 and "llama_cpp is left out" in notes[0] and "no ggml_init" in notes[0]
+    assert len(notes) == 1 and "left out" in notes[0] and "have no ggml_init" in notes[0]
 
 
 @pytest.mark.parametrize("files", [[], ["libggml-base.so"], ["libggml-base.so", "libggml-cpu.so"]])
@@ -106,13 +117,15 @@ def test_what_was_measured_before_a_library_dies_is_kept(library):
     (library / "peer_rates.py").write_text(
         "import os\n"
         "print('hello')\n"
-        'print(\'{"format": "peer q4_0"}\', flush=True)\n'
+        'print(\'{"note": "no q8_0"}\\n{"format": "peer q4_0"}\', flush=True)\n'
         "os.write(2, b'assertion failed')\n"
         "os.abort()\n"
     )
     rows, notes = measure({"some_peer": "peer_rates"})
     assert rows == [{"format": "peer q4_0"}]
-    assert notes == ["some_peer ended early: assertion failed"]
+    assert notes == [
+        "some_peer: no q8_0", "some_peer: left out from here on, code -6: assertion failed"
+    ]  # fmt: skip
 
 
 def test_libraries_that_are_not_there_are_not_spoken_of():

@@ -21,6 +21,8 @@ from cpu_kernels.formats import FORMATS
 from tiered.checkpoints.gguf_header import TENSOR_TYPES
 from tiered.measuring.timing import NUM_ROWS, best_seconds, rate
 
+TYPE_NUMBERS = {name: number for number, name in TENSOR_TYPES.items()}
+
 
 class InitParams(ctypes.Structure):
     """ggml_init_params: bytes for the descriptions of tensors, where, and whether data is apart."""
@@ -38,6 +40,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_free": (None, (POINTER,)),
     "ggml_tensor_overhead": (SIZE, ()),
     "ggml_graph_overhead_custom": (SIZE, (SIZE, ctypes.c_bool)),
+    "ggml_type_name": (ctypes.c_char_p, (INT,)),
     "ggml_row_size": (SIZE, (INT, LONG)),
     "ggml_new_tensor_2d": (POINTER, (POINTER, INT, LONG, LONG)),
     "ggml_mul_mat": (POINTER, (POINTER, POINTER, POINTER)),
@@ -92,13 +95,13 @@ class Ggml:
     def call(self, name: str, *arguments: Any) -> Any:
         return getattr(self, f"ggml_{name}")(*arguments)
 
-    def type_of(self, format: str) -> int:
-        """ggml's number of a format. Raises RuntimeError if its rows have another size here."""
-        number = next(number for number, name in TENSOR_TYPES.items() if name == format)
-        columns = 10 * FORMATS[format].block_size
-        if self.call("row_size", number, columns) != FORMATS[format].row_bytes(columns):
-            raise RuntimeError(f"this version of ggml has another {format}")
-        return number
+    def has(self, format: str) -> bool:
+        """Whether this version has the format, under its number and with rows of the same size."""
+        number, columns = TYPE_NUMBERS[format], 10 * FORMATS[format].block_size
+        if (self.call("type_name", number) or b"").decode().lower() != format:
+            return False
+        size: int = self.call("row_size", number, columns)
+        return size == FORMATS[format].row_bytes(columns)
 
     def buffer_types(self) -> list[int]:
         """Where weights may lie: as they are; then where they are rearranged for this processor, as
@@ -134,10 +137,12 @@ class Products:
         nbytes = (2 * count + 1) * ggml.call("tensor_overhead")
         nbytes += ggml.call("graph_overhead_custom", 2 * count + 1, False)
         self.context = context = ggml.call("init", InitParams(nbytes, None, True))
-        new, number = ggml.ggml_new_tensor_2d, ggml.type_of(format)
-        self.matrices = [new(context, number, columns, features) for _ in range(count)]
+        number, f32 = TYPE_NUMBERS[format], TYPE_NUMBERS["f32"]
+        self.matrices = [
+            ggml.call("new_tensor_2d", context, number, columns, features) for _ in range(count)
+        ]
         self.buffers = [ggml.call("backend_alloc_ctx_tensors_from_buft", context, buffer_type)]
-        self.x = new(context, ggml.type_of("f32"), columns, num_rows)
+        self.x = ggml.call("new_tensor_2d", context, f32, columns, num_rows)
         self.results = [ggml.call("mul_mat", context, matrix, self.x) for matrix in self.matrices]
         plain = ggml.call("backend_cpu_buffer_type")
         self.buffers.append(ggml.call("backend_alloc_ctx_tensors_from_buft", context, plain))
@@ -175,14 +180,18 @@ class Products:
 
 
 def ggml_rates(folder: Path, threads: int) -> Iterator[dict[str, Any]]:
-    """Rates of all formats that ggml has, at the shapes of `kernel_rates`: a row each. Raises
-    RuntimeError like Ggml."""
+    """Rates of all formats that ggml has, at the shapes of `kernel_rates`: a row each; and a note
+    for each that it lacks. Raises RuntimeError like Ggml."""
     with Ggml(folder, threads) as ggml:
         from cpu_kernels.bench import SHAPES  # compiles: not before it is known that ggml is there
 
         formats = [format for format in FORMATS.values() if format.is_ggmls]
+        for format in formats:
+            if not ggml.has(format.name):
+                yield {"note": f"this version has no {format.name}"}
         for format, shape, buffer_type, num_rows in product(
-            formats, SHAPES, ggml.buffer_types(), NUM_ROWS
+            [format for format in formats if ggml.has(format.name)],
+            *(SHAPES, ggml.buffer_types(), NUM_ROWS),
         ):
             size = shape[0] * format.row_bytes(shape[1])
             seconds = product_seconds(ggml, format.name, shape, size, num_rows, buffer_type)
@@ -205,7 +214,8 @@ def product_seconds(
         x = np.random.default_rng(1).standard_normal((num_rows, shape[1]), np.float32)
         products.fill(random_weights(format, size), x)
         products.run()  # warms up
-        return best_seconds([products.run]) / count
+        seconds: float = best_seconds([products.run])
+        return seconds / count
 
 
 def _load(folder: Path, name: str) -> ctypes.CDLL:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,25 +28,22 @@ MEASURED_APART = {
 def rates_apart(
     threads: int, progress: Progress, measured: dict[str, str] = MEASURED_APART
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rates of the libraries that are installed; and of each that failed, why: rows, notes."""
+    """Rates of the libraries that are installed, and what is to be said of what they lack."""
     rows: list[dict[str, Any]] = []
-    notes = []
+    notes: list[str] = []
     for library, module in measured.items():
-        if find_spec(library) is None:
-            continue
-        before = len(rows)
-        code, said = _run_apart(module, threads, rows, progress)
-        if code:
-            done = "ended early" if len(rows) > before else "is left out"
-            notes.append(f"{library} {done}: {said or f'its process ended with code {code}'}")
+        for row in _rows_of(module, threads) if find_spec(library) else ():
+            if "note" in row:
+                notes.append(f"{library}: {row['note']}")
+            else:
+                rows.append(row)
+                progress(row["format"], 1, 1)
     return rows, notes
 
 
-def _run_apart(
-    module: str, threads: int, rows: list[dict[str, Any]], progress: Progress
-) -> tuple[int, str]:
-    """Append the rows that `module` prints, as JSON; its exit code, and what else it said last."""
-    said = ""
+def _rows_of(module: str, threads: int) -> Iterator[dict[str, Any]]:
+    """What `module` prints, a row of JSON a line; and a note, if it did not come to its end."""
+    said = "no reason given"
     with subprocess.Popen(
         [sys.executable, "-m", module, str(threads)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -60,14 +57,14 @@ def _run_apart(
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith("{"):
-                    rows.append(json.loads(line))
-                    progress(rows[-1]["format"], 1, 1)
+                    yield json.loads(line)
                 else:
                     said = line.strip() or said
         except BaseException:
             process.kill()
             raise
-    return process.returncode, said
+    if process.returncode:
+        yield {"note": f"left out from here on, code {process.returncode}: {said}"}
 
 
 def dense_rates(shape: tuple[int, int]) -> list[dict[str, Any]]:

@@ -100,8 +100,8 @@ class Ggml:
         number, columns = TYPE_NUMBERS[format], 10 * FORMATS[format].block_size
         if (self.call("type_name", number) or b"").decode().lower() != format:
             return False
-        size: int = self.call("row_size", number, columns)
-        return size == FORMATS[format].row_bytes(columns)
+        size = self.call("row_size", number, columns)
+        return bool(size == FORMATS[format].row_bytes(columns))
 
     def buffer_types(self) -> list[int]:
         """Where weights may lie: as they are; then where they are rearranged for this processor, as
@@ -214,8 +214,7 @@ def product_seconds(
         x = np.random.default_rng(1).standard_normal((num_rows, shape[1]), np.float32)
         products.fill(random_weights(format, size), x)
         products.run()  # warms up
-        seconds: float = best_seconds([products.run])
-        return seconds / count
+        return float(best_seconds([products.run]) / count)
 
 
 def _load(folder: Path, name: str) -> ctypes.CDLL:

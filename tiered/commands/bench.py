@@ -107,7 +107,7 @@ def bench_kernels(threads: int | None, as_json: bool, plot: Path | None) -> None
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("format", "shape", "threads", "rows"):
-        table.add_column(title)
+        table.add_column(title, no_wrap=True)
     for title in ("GB/s", "of bandwidth", "GOPS", "of peak"):
         table.add_column(title, justify="right")
     for row in side_by_side(report):

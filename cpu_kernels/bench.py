@@ -17,6 +17,7 @@ from cpu_kernels.team import Team, barrier, op, restart_tasks
 
 SHAPES = (14336, 4096), (768, 2048)  # of one projection: Mixtral 8x7B's, Qwen3-30B-A3B's
 DECODE_BYTES = 384 << 20  # cycled over, so that caches do not help
+PREFILL_BYTES = 8 << 20  # or one matrix, if that is more
 REPEATS = 3
 
 
@@ -115,6 +116,8 @@ def kernel_rates(
                         "bandwidth_gb_s": bandwidth / 1e9,
                     }  # fmt: skip
                     for num_rows in prefill_rows:
-                        seconds, count = product_seconds(team, format, shape, num_rows, 8 << 20)
+                        seconds, count = product_seconds(
+                            team, format, shape, num_rows, PREFILL_BYTES
+                        )
                         operations = 2.0 * count * num_rows * shape[0] * shape[1]
                         yield {**common, "rows": num_rows, "gops": operations / seconds / 1e9}

@@ -88,7 +88,7 @@ def command(
 
 def bench_kernels(threads: int | None, as_json: bool, plot: Path | None) -> None:
     """Every number format at two expert shapes, beside memory and the libraries that are here."""
-    from tiered.measuring.kernel_report import kernel_report
+    from tiered.measuring.kernel_report import kernel_report, side_by_side
 
     with steps_progress() as bar:
         task = bar.add_task("compiling", total=None)
@@ -107,10 +107,10 @@ def bench_kernels(threads: int | None, as_json: bool, plot: Path | None) -> None
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("format", "shape", "threads", "rows"):
-        table.add_column(title)
+        table.add_column(title, no_wrap=True)
     for title in ("GB/s", "of bandwidth", "GOPS", "of peak"):
         table.add_column(title, justify="right")
-    for row in report["kernels"] + report["peers"]:
+    for row in side_by_side(report):
         table.add_row(
             row["format"], "x".join(map(str, row["shape"])), str(row["threads"]), str(row["rows"]),
             f"{row['gb_s']:.1f}" if "gb_s" in row else "",
@@ -119,3 +119,5 @@ def bench_kernels(threads: int | None, as_json: bool, plot: Path | None) -> None
             f"{row['of_peak']:.0%}" if "of_peak" in row else "",
         )  # fmt: skip
     results.print(table)
+    for note in report["notes"]:
+        notes.print(note)

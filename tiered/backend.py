@@ -303,7 +303,7 @@ def open_gpu(choices: EngineConfig) -> Backend:
     cards: list[Any] = []
     try:
         for name in names:
-            device = "cpu" if name.startswith("sim") else name
+            device = name.replace("sim", "cpu")
             tuning = load_tuning(tuning_file(), card_name(device))
             cards.append(GpuBackend(device, exact, tuning, host))
     except BaseException:

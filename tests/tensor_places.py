@@ -24,7 +24,7 @@ class TensorPlaces(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         given = [*args, *kwargs.values()]
         inputs = [value for value in flat(given) if isinstance(value, torch.Tensor)]
-        if function is DEVICE:
+        if function == DEVICE:
             place = place_of(args[0])
             return torch.device("cpu") if place is None else torch.device("cpu", place)
         inputs = [tensor for tensor in inputs if tensor.dim()] or inputs  # numbers go anywhere

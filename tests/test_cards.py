@@ -156,14 +156,25 @@ def test_cards_of_different_size_and_a_refusal_that_names_what_works(model):
 
 
 @pytest.mark.usefixtures("one_torch_thread")
-@pytest.mark.parametrize("model_type", ["granitemoehybrid", "mixtral"])
-def test_drafts_and_look_ahead_go_over_cards(model_type, folder):
-    model = tiny.hf_checkpoint(folder / f"drafts-{model_type}", model_type, layers=4)
+def test_drafts_and_look_ahead_go_over_cards(model):
     prompt, choices = PROMPT[:4] * 3, {"look_ahead": 3, "kv_dtype": "int8", "most": 16}
     _, tokens, engine = run(model, "sim", prompt, **choices)
     expert_ram = 4 * max(engine.store.blob_bytes)
-    _, got, engine = run(
-        model, "sim:3", prompt, speculate="lookup", expert_ram=expert_ram, **choices
-    )
+    choices |= {"speculate": "lookup", "expert_ram": expert_ram}
+    _, got, engine = run(model, "sim:3", prompt, **choices)
     assert got == tokens
     assert engine.stats.drafted
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+@pytest.mark.parametrize("device", ["sim", "sim:2"])
+def test_what_recurrent_layers_remember_is_taken_back(device, folder):
+    model = tiny.hf_checkpoint(folder / f"back-{device}", "granitemoehybrid", layers=4)
+    with Engine(model, device=device, threads=2, speculate="lookup") as engine:
+        text, decode = engine.open_sequence(), engine.generation._decode
+        engine.generation.begin(text, PROMPT)
+        engine.kv.set_mark(text)
+        first = decode(text, [5])
+        assert engine.kv.take_back(text, len(PROMPT)) == []
+        assert np.array_equal(decode(text, [5]), first)
+        assert not np.array_equal(decode(text, [5]), first)

@@ -1,6 +1,7 @@
 """`tiered plan`: from a name or headers to an answer."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -27,6 +28,18 @@ def test_a_known_model_on_a_described_machine(tiered):
     assert 0 < got["forecast"]["time_to_first_token"] < 60
     (step,) = got["steps"]  # RAM holds everything already
     assert step["memory"] == "vram" and step["tok_s"] > got["tok_s"]
+
+
+def test_cards_alike_have_the_memory_of_all(tiered, tmp_path):
+    shipped = Path(hardware.__file__).parent / "rtx4060ti-16gb.toml"
+    two = tmp_path / "two.toml"
+    two.write_text(shipped.read_text().replace("[gpu]", "[gpu]\ncount = 2"))
+    one, both = (
+        planned(tiered, "mixtral-8x7b", "--gpu", gpu, "--ram", "32G")["layout"]["vram_experts"]
+        for gpu in ("rtx4060ti-16gb", two)
+    )
+    card = hardware.find(str(two)).gpu
+    assert both - one == card.vram - card.reserved
 
 
 def test_the_text_says_that_it_is_simulated(tiered):

@@ -32,11 +32,11 @@ def test_a_known_model_on_a_described_machine(tiered):
 
 
 def test_cards_alike_have_the_memory_of_all(tmp_path):
-    shipped = Path(hardware.__file__).parent / "rtx4060ti-16gb.toml"
+    shipped = Path(hardware.__file__).parent / "rtx4060-laptop.toml"
     two = tmp_path / "two.toml"
     two.write_text(shipped.read_text().replace("[gpu]", "[gpu]\ncount = 2"))
     model = sizes.of_shape(shapes.find("mixtral-8x7b"), "q4_0", "f16")
-    one, both = (share_out(model, hardware.find(f), 4096) for f in ("rtx4060ti-16gb", str(two)))
+    one, both = (share_out(model, hardware.find(f), 4096) for f in ("rtx4060-laptop", str(two)))
     card = hardware.find(str(two)).gpu
     assert both.vram_experts - one.vram_experts == card.vram - card.reserved
 

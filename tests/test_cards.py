@@ -47,6 +47,8 @@ def test_sizes_are_each_cards_or_theirs_in_turn():
     assert parse_vram(None, 2) == [None, None]
     assert parse_vram(5, 2) == parse_vram("5", 2) == [5, 5]
     assert parse_vram("2K, 3K", 2) == [2048, 3072]
+    with pytest.raises(ValueError, match="no size"):
+        parse_vram(-5, 2)
     with pytest.raises(ValueError, match="has 2 sizes and --device 3 GPUs"):
         parse_vram("2K,3K", 3)
 
@@ -56,7 +58,14 @@ EVEN = LayerBytes([MIB] * 12, [9 * MIB] * 12, 0, 3 * MIB)
 
 @pytest.mark.parametrize(
     ("memory", "counts"),
-    [([1], [12]), ([1, 1], [6, 6]), ([16, 8], [8, 4]), ([1, 2, 3], [2, 4, 6]), ([0, 9], [1, 11])],
+    [
+        ([1], [12]),
+        ([1, 1], [6, 6]),
+        ([16, 8], [8, 4]),
+        ([1, 2, 3], [2, 4, 6]),
+        ([0, 9], [1, 11]),
+        ([0, 0], [1, 11]),
+    ],
 )
 def test_layers_are_shared_out_in_proportion_to_memory(memory, counts):
     shares = share_out(EVEN, memory)

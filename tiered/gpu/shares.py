@@ -46,7 +46,7 @@ def share_out(model: LayerBytes, memory: Sequence[int]) -> list[Share]:
     middles = [end - size / 2 for end, size in zip(ends, sizes, strict=True)]
     total, starts = ends[-1] + model.output, [0]
     for number, before in enumerate(list(accumulate(memory))[:-1], 1):
-        start = bisect_left(middles, total * before / sum(memory))
+        start = bisect_left(middles, total * before / max(1, sum(memory)))
         starts.append(min(max(start, starts[-1] + 1), num_layers - num_cards + number))
     ranges = [range(*pair) for pair in zip(starts, [*starts[1:], num_layers], strict=True)]
     return [_share(model, layers) for layers in ranges]
@@ -87,9 +87,9 @@ def enough(model: LayerBytes, memory: Sequence[int]) -> list[int]:
 
 def parse_vram(vram: int | str | None, num_cards: int) -> list[int | None]:
     """Bytes for each card: "16G" is each one's, "16G,8G" is theirs in turn; None: not limited."""
-    if vram is None or isinstance(vram, int):
-        return [vram] * num_cards
-    sizes = [parse_bytes(size) for size in vram.split(",")]
+    if vram is None:
+        return [None] * num_cards
+    sizes = [parse_bytes(size) for size in str(vram).split(",")]
     if len(sizes) not in (1, num_cards):
         raise ValueError(
             f"--vram {vram} has {len(sizes)} sizes and --device {num_cards} GPUs: "

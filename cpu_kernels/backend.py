@@ -91,6 +91,9 @@ class CpuBackend:
     def recurrent_state(self, config: Any) -> RecurrentState:
         return RecurrentState(config)
 
+    def of_layer(self, index: int) -> CpuBackend:
+        return self
+
     def copy_state(self, source: RecurrentState, target: RecurrentState) -> None:
         np.copyto(target.values, source.values)
 
@@ -123,6 +126,9 @@ class CpuBackend:
 
     def embed(self, table: Matrix, tokens: np.ndarray, scale: float = 1.0) -> np.ndarray:
         return self._embedding.run(table, tokens, scale)
+
+    def take(self, x: np.ndarray) -> np.ndarray:
+        return x
 
     def attention(self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
         if isinstance(layer, DeltaLayer):

@@ -24,7 +24,7 @@ from gpu_backend.latent import LatentAttentionLayer
 from gpu_backend.mamba2 import Mamba2Layer
 from gpu_backend.matrix import Matrix, Rows
 from gpu_backend.merge import MergeLayer
-from gpu_backend.recurrent import RecurrentState
+from gpu_backend.recurrent import RecurrentState, copy_state
 from gpu_backend.route import RouterLayer, Routing
 from gpu_backend.short_conv import ConvLayer
 from gpu_backend.slots import ON_DEVICE, GpuSlots
@@ -58,7 +58,7 @@ class GpuBackend:
         if self._torch.type == "cuda" or _interpreted():
             from gpu_backend.launch import Launcher
 
-            self.arithmetic = Launcher(tuning, self.device.capability)
+            self.arithmetic = Launcher(tuning, self.device.capability, self.device.index)
         self._attention = Attention(self._torch, self.arithmetic)
         self._slots: GpuSlots | None = None
         self._hidden_size = 0
@@ -117,7 +117,10 @@ class GpuBackend:
 
     def recurrent_state(self, config: Any) -> RecurrentState:
         with self.device.allocating("what recurrent layers remember of a text"):
-            return RecurrentState(config, self._torch)
+            return RecurrentState(config, self._everywhere(config))
+
+    def copy_state(self, source: RecurrentState, target: RecurrentState) -> None:
+        copy_state(source, target)
 
     def router_layer(self, weights: Any, config: Any) -> RouterLayer:
         return RouterLayer(weights, config, self._torch)
@@ -140,13 +143,22 @@ class GpuBackend:
 
     def kv_pages(self, config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages:
         with self.device.allocating("the KV cache"):
-            return kv_pages(config, num_pages, page_size, dtype, self._torch)
+            return kv_pages(config, num_pages, page_size, dtype, self._everywhere(config))
+
+    def _everywhere(self, config: Any) -> list[torch.device]:
+        return [self._torch] * config.num_layers
+
+    def of_layer(self, index: int) -> GpuBackend:
+        return self
 
     # -- a forward pass --
 
     def embed(self, table: Matrix, tokens: np.ndarray, scale: float = 1.0) -> torch.Tensor:
         rows = table.rows(tokens)
         return rows if scale == 1.0 else rows * scale
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self._torch, non_blocking=True)
 
     def attention(self, x: torch.Tensor, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
         if isinstance(layer, RECURRENT):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +20,17 @@ def cuda_is_available() -> bool:
     return torch.cuda.is_available()
 
 
+def num_cards() -> int:
+    """CUDA devices that torch finds."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def card_name(device: str) -> str:
     """What its maker calls a CUDA device; the names of others are as good."""
-    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+    card = torch.device(device)
+    if card.type != "cuda" or (card.index or 0) >= num_cards():
         return device
-    return str(torch.cuda.get_device_name(torch.device(device)))
+    return str(torch.cuda.get_device_name(card))
 
 
 class Staging(NamedTuple):
@@ -34,17 +40,34 @@ class Staging(NamedTuple):
     device: torch.Tensor  # uint8
 
 
+@contextmanager
+def allocating(what: str, where: Any) -> Iterator[None]:
+    """Turns torch's out-of-memory error into a MemoryError that says for what."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{what} does not fit on {where}: {error}") from error
+
+
 class TorchDevice:
     def __init__(self, name: str) -> None:
         self.torch_device = torch.device(name)
         self.is_cuda = self.torch_device.type == "cuda"
         self.capability = (0, 0)
+        self.index = -1  # of a CUDA device
         if self.is_cuda:
             if not torch.cuda.is_available():
                 raise RuntimeError(
                     "no CUDA device was found by torch: use device='cpu', or install a torch "
                     "built for this machine's driver"
                 )
+            self.index = self.torch_device.index or 0
+            if self.index >= torch.cuda.device_count():
+                raise RuntimeError(
+                    f"there is no device {name!r}: torch finds {torch.cuda.device_count()} here, "
+                    "which are counted from cuda:0"
+                )
+            self.torch_device = torch.device("cuda", self.index)
             self.capability = torch.cuda.get_device_capability(self.torch_device)
             self._copies = torch.cuda.Stream(self.torch_device)
             self._downloads = torch.cuda.Stream(self.torch_device)
@@ -60,13 +83,8 @@ class TorchDevice:
         cached = torch.cuda.memory_reserved(self.torch_device)
         return int(free + cached - torch.cuda.memory_allocated(self.torch_device))
 
-    @contextmanager
-    def allocating(self, what: str) -> Iterator[None]:
-        """Turns torch's out-of-memory error into a MemoryError that says for what."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(f"{what} does not fit on {self.torch_device}: {error}") from error
+    def allocating(self, what: str) -> AbstractContextManager[None]:
+        return allocating(what, self.torch_device)
 
     def allocate(self, nbytes: int, what: str) -> torch.Tensor:
         """uint8 [nbytes] on the device. Raises MemoryError."""

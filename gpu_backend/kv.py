@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,8 @@ class KVShape(NamedTuple):
 
 
 class KVPages:
-    """Keys and values of `num_pages` pages in each layer of `shapes`; int8 has a scale per token
-    and head."""
+    """Keys and values of `num_pages` pages in each layer of `shapes`, on that layer's device; int8
+    has a scale per token and head."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class KVPages:
         num_pages: int,
         page_size: int,
         dtype: str,
-        device: torch.device,
+        devices: Sequence[torch.device],
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"the KV cache is kept as f32, f16 or int8, not {dtype!r}")
@@ -37,14 +37,14 @@ class KVPages:
         length = num_pages * page_size
         self._data = {
             (layer, kind): torch.zeros(
-                (length, shape.num_heads, size), dtype=DTYPES[dtype], device=device
+                (length, shape.num_heads, size), dtype=DTYPES[dtype], device=devices[layer]
             )
             for layer, shape in shapes.items()
             for kind, size in ((KEYS, shape.key_dim), (VALUES, shape.value_dim))
             if size
         }
         self._scales = {
-            key: torch.zeros((length, data.shape[1], 1), device=device)
+            key: torch.zeros((length, data.shape[1], 1), device=data.device)
             for key, data in self._data.items()
             if dtype == "int8"
         }
@@ -83,13 +83,13 @@ class KVPages:
 
 
 def kv_pages(
-    config: Any, num_pages: int, page_size: int, dtype: str, device: torch.device
+    config: Any, num_pages: int, page_size: int, dtype: str, devices: Sequence[torch.device]
 ) -> KVPages:
-    """Room for the keys and values of all layers of a model that have them."""
+    """Room for the keys and values of all layers of a model that have them; `devices`: by layer."""
     shapes = {layer: config.attention_shape(layer) for layer in config.attention_layers}
     is_latent = config.latent.kv_rank > 0
     sizes = {
         layer: KVShape(s.num_kv_heads, s.head_dim, 0 if is_latent else s.head_dim)
         for layer, s in shapes.items()
     }
-    return KVPages(sizes, num_pages, page_size, dtype, device)
+    return KVPages(sizes, num_pages, page_size, dtype, devices)

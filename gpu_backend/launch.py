@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -31,13 +32,35 @@ def emulated() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-class Launcher:
-    """`tuning` says how the work is divided; it never changes a result."""
+Method = TypeVar("Method", bound=Callable[..., Any])
 
-    def __init__(self, tuning: Tuning | None = None, capability: tuple[int, int] = (8, 0)) -> None:
+
+def on_card(method: Method) -> Method:
+    """Triton launches on the current device, of which each thread has one."""
+
+    @wraps(method)
+    def launch(self: Launcher, *arguments: Any) -> Any:
+        with torch.cuda.device(self.index):
+            return method(self, *arguments)
+
+    return cast(Method, launch)
+
+
+class Launcher:
+    """`tuning` says how the work is divided; it never changes a result. `index` is the CUDA
+    device's; -1: there is none."""
+
+    def __init__(
+        self,
+        tuning: Tuning | None = None,
+        capability: tuple[int, int] = (8, 0),
+        index: int = -1,
+    ) -> None:
         self.tuning = tuning or Tuning()
+        self.index = index
         self.float_dot = capability < (8, 0)
 
+    @on_card
     def quantize(self, x: torch.Tensor) -> Activations:
         """float32 [M, K] to int8 groups. K is a multiple of 32."""
         num_rows, size = x.shape
@@ -51,6 +74,7 @@ class Launcher:
         quantize_kernel[grid](x.contiguous(), values, factors, plane, num_groups, 64, **EXACT)
         return Activations(values, factors)
 
+    @on_card
     def linear(self, a: Activations, matrix: Quantized) -> torch.Tensor:
         """a @ matrix.T: float32 [M, out_features]."""
         check_format(matrix.format)
@@ -67,6 +91,7 @@ class Launcher:
         )  # fmt: skip
         return y
 
+    @on_card
     def linear_heads(self, a: Activations, matrix: Quantized, num_heads: int) -> torch.Tensor:
         """Row i of a times head i % num_heads of the matrix, whose heads lie in planes one after
         the other: float32 [M, out_features / num_heads]. Heads are experts with one matrix."""
@@ -82,6 +107,7 @@ class Launcher:
         )  # fmt: skip
         return y
 
+    @on_card
     def experts(
         self, slab: torch.Tensor, layer: ExpertWeights, jobs: Jobs, h: Activations,
         out: torch.Tensor,
@@ -110,6 +136,7 @@ class Launcher:
         self._gate_up(slab, layer, begins, owners, tokens, h, inner)
         self._down(slab, layer, begins, owners, pairs, self.quantize(inner), out)
 
+    @on_card
     def rearrange(
         self, blocks: torch.Tensor, planes: torch.Tensor, format: str, num_blocks: int
     ) -> None:
@@ -122,6 +149,7 @@ class Launcher:
                 FORMATS[format].block_bytes, width,
             )  # fmt: skip
 
+    @on_card
     def combine(self, x: torch.Tensor, out: torch.Tensor, weights: torch.Tensor) -> None:
         """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * top_k + rank]."""
         width = 1024

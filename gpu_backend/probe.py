@@ -112,7 +112,8 @@ class CudaProbe:
         return self._product(tuning, 256)
 
     def _product(self, tuning: Tuning, num_rows: int) -> float:
-        launcher = Launcher(tuning, torch.cuda.get_device_capability(self._device))
+        capability = torch.cuda.get_device_capability(self._device)
+        launcher = Launcher(tuning, capability, self._device.index or 0)
         a = launcher.quantize(torch.ones(num_rows, EXPERT_SHAPE[1], device=self._device))
         launcher.linear(a, self._matrix)  # compiled now
         return min(self._seconds(lambda: launcher.linear(a, self._matrix)) for _ in range(5))

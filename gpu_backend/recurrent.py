@@ -3,6 +3,7 @@ of tokens that are computed at once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +17,18 @@ CHUNK = 64  # tokens that are computed at once
 class RecurrentState:
     """What the recurrent layers remember of one text. Undefined until the text begins."""
 
-    def __init__(self, config: Any, device: torch.device) -> None:
-        """`config` has the attributes of tiered.config.ModelConfig."""
-        shape = len(config.recurrent_layers), config.state_values
-        self.values = torch.empty(shape, device=device)
+    def __init__(self, config: Any, devices: Sequence[torch.device]) -> None:
+        """`config` has the attributes of tiered.config.ModelConfig; `devices`: by layer."""
+        self.values = [
+            torch.empty(config.state_values, device=devices[layer])
+            for layer in sorted(config.recurrent_layers)
+        ]
+
+
+def copy_state(source: RecurrentState, target: RecurrentState) -> None:
+    """Make `target` remember what `source` does."""
+    for values, copies in zip(source.values, target.values, strict=True):
+        copies.copy_(values)
 
 
 class Run(NamedTuple):

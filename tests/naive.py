@@ -147,6 +147,12 @@ class NaiveBackend:
     def feed_forward_layer(self, weights, config, norm=None):
         return weights, config, norm
 
+    def of_layer(self, index):
+        return self
+
+    def take(self, x):
+        return x
+
     def kv_pages(self, config, num_pages, page_size, dtype):
         shapes = [config.attention_shape(layer) for layer in range(config.num_layers)]
         return [

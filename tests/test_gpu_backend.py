@@ -148,7 +148,7 @@ def test_attention_agrees_with_plain_numpy():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 1e-3), ("int8", 1 / 200), ("f32", 0)])
 def test_kv_pages_keep_what_they_are_given(dtype, tolerance):
-    pages = KVPages(dict.fromkeys(range(2), KVShape(3, 8, 8)), 4, 16, dtype, CPU)
+    pages = KVPages(dict.fromkeys(range(2), KVShape(3, 8, 8)), 4, 16, dtype, [CPU] * 2)
     keys, values = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
     at = torch.tensor([3, 17, 18, 40, 63])
     pages.append(1, at, keys, values)
@@ -161,7 +161,7 @@ def test_kv_pages_keep_what_they_are_given(dtype, tolerance):
 
 def test_kv_pages_of_unknown_type_are_refused():
     with pytest.raises(ValueError, match="f32, f16 or int8"):
-        KVPages({}, 1, 16, "f8", CPU)
+        KVPages({}, 1, 16, "f8", [])
 
 
 def test_what_is_visible():

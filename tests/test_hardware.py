@@ -51,6 +51,7 @@ def test_a_file_of_the_user(tmp_path):
         ('vram = "8G"', 'vram = "eight"', "is no size"),
         ("cores = 8", "cores = 2.5", "whole number"),
         ("cores = 8", "cores = 8\nefficiency = 1.5", "at most 1"),
+        ("link = 12.5", "link = 12.5\ncount = 1.5", "'count' is 1.5, but must be a whole number"),
         ("cores = 8", "cores = nan", "'cores' is nan"),
         ("cores = 8", "cores = true", "must be a number"),
         ("[disk]", "[disc]", "table"),

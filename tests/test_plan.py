@@ -1,6 +1,7 @@
 """`tiered plan`: from a name or headers to an answer."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -9,6 +10,7 @@ from tiered.demo import random_tiny_model
 from tiered.formats import open_checkpoint
 from tiered.kv_cache import kv_bytes, state_bytes
 from tiered.planning import hardware, shapes, sizes
+from tiered.planning.forecast import share_out
 from tiered.planning.hardware import GB
 from tiered.planning.plan import make_plan
 
@@ -27,6 +29,16 @@ def test_a_known_model_on_a_described_machine(tiered):
     assert 0 < got["forecast"]["time_to_first_token"] < 60
     (step,) = got["steps"]  # RAM holds everything already
     assert step["memory"] == "vram" and step["tok_s"] > got["tok_s"]
+
+
+def test_cards_alike_have_the_memory_of_all(tmp_path):
+    shipped = Path(hardware.__file__).parent / "rtx4060-laptop.toml"
+    two = tmp_path / "two.toml"
+    two.write_text(shipped.read_text().replace("[gpu]", "[gpu]\ncount = 2"))
+    model = sizes.of_shape(shapes.find("mixtral-8x7b"), "q4_0", "f16")
+    one, both = (share_out(model, hardware.find(f), 4096) for f in ("rtx4060-laptop", str(two)))
+    card = hardware.find(str(two)).gpu
+    assert both.vram_experts - one.vram_experts == card.vram - card.reserved
 
 
 def test_the_text_says_that_it_is_simulated(tiered):

@@ -19,6 +19,7 @@ import psutil
 
 from tiered.config import EngineConfig, ModelConfig
 from tiered.experts import ExpertJobs, ExpertLayout, Routing
+from tiered.gpu.devices import device_names
 from tiered.user_cache import gpu_file, tuning_file
 
 Array = Any
@@ -205,11 +206,18 @@ class Backend(Protocol):
     def join_layer(self, weights: JoinWeights, config: ModelConfig) -> Any:
         """Prepare the beginning of a layer that drafts tokens; the result goes to `join`."""
 
+    def of_layer(self, index: int) -> Backend:
+        """The backend that layer `index` lies on, and that is asked for all of its calls; the
+        first layer's embeds, the last one's has the head. Itself, but for several GPUs."""
+
     def kv_pages(self, config: ModelConfig, num_pages: int, page_size: int, dtype: str) -> Any:
         """KV cache memory for all layers; `dtype` is "f32", "f16" or "int8"."""
 
     def embed(self, table: Matrix, tokens: np.ndarray, scale: float = 1.0) -> Array:
         """x: rows of the embedding table, times `scale`; starts a new forward pass."""
+
+    def take(self, x: Array) -> Array:
+        """x or h in this backend's memory: itself, or a copy of another backend's."""
 
     def attention(self, x: Array, layer: Any, kv: Any, index: int, batch: Batch) -> None:
         """x += attention(norm(x)); appends this batch's keys and values to layer `index` of kv."""
@@ -278,19 +286,30 @@ def open_backend(choices: EngineConfig) -> Backend:
 
 
 def open_gpu(choices: EngineConfig) -> Backend:
-    """A GPU, with the CPU beside it. RuntimeError says what is missing."""
+    """A GPU, or several, with the CPU beside them. RuntimeError says what is missing."""
     try:
         from gpu_backend.backend import GpuBackend
-        from gpu_backend.device import card_name
+        from gpu_backend.cards import Cards
+        from gpu_backend.device import card_name, num_cards
         from gpu_backend.tuning import load_tuning
     except ImportError as error:
         raise RuntimeError(
             f"device {choices.device!r} needs torch: pip install 'tiered[gpu]'"
         ) from error
-    name = {"auto": "cuda", "sim": "cpu"}.get(choices.device, choices.device)
-    exact = choices.quantize == "none"
-    tuning = load_tuning(tuning_file(), card_name(name))
-    backend: Backend = GpuBackend(name, exact, tuning, open_cpu(choices))
+    names = device_names("cuda" if choices.device == "auto" else choices.device)
+    if names == ["cuda:all"]:
+        names = [f"cuda:{number}" for number in range(num_cards())] or ["cuda"]
+    exact, host = choices.quantize == "none", open_cpu(choices)
+    cards: list[Any] = []
+    try:
+        for name in names:
+            device = name.replace("sim", "cpu")
+            tuning = load_tuning(tuning_file(), card_name(device))
+            cards.append(GpuBackend(device, exact, tuning, host))
+    except BaseException:
+        host.close()
+        raise
+    backend: Backend = Cards(cards, names)
     return backend
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from os import PathLike
 
+from tiered.gpu.devices import device_names
+
 # What float experts become as they are read, by the name of the choice.
 EXPERT_FORMATS = {"int4": "q4_0", "int4_g128": "int4_g128", "nf4": "nf4"}
 QUANTIZATIONS = (*EXPERT_FORMATS, "none")
@@ -309,9 +311,11 @@ class EngineConfig:
     speculate: str = "off"  # or one of SPECULATIONS: see tiered.speculation
     isa: str = "auto"  # see `tiered info`
     # cpu, auto, cuda, cuda:1, ..., or sim: a GPU's arithmetic on the CPU. A GPU has to be asked
-    # for: its code is tested without one and has not run on a real card yet.
+    # for: its code is tested without one and has not run on a real card yet. Several cards, as
+    # "cuda:0,cuda:1" or "cuda:all", share a model's layers.
     device: str = "cpu"
-    vram: int | str | None = None  # what may be used of the GPU's memory; None: what is free
+    # What may be used of the GPU's memory; of several, each one's, or "16G,8G". None: what is free.
+    vram: int | str | None = None
     # Rules for the routers' choices: see tiered.routing.
     expert_top_k: int | None = None
     expert_layer_k: str | PathLike[str] | None = None  # a table: see tiered.layer_k
@@ -331,8 +335,7 @@ class EngineConfig:
             raise ValueError("a model drafts on the CPU alone: give no --speculate mtp on a GPU")
         if self.kv_dtype not in ("f32", "f16", "int8"):
             raise ValueError(f"kv_dtype must be f32, f16 or int8, not {self.kv_dtype!r}")
-        if self.device not in ("auto", "cpu", "sim") and not self.device.startswith("cuda"):
-            raise ValueError(f"device must be auto, cpu, cuda, cuda:N or sim, not {self.device!r}")
+        device_names(self.device)
         if not 0 <= self.look_ahead <= 3:
             raise ValueError(f"look_ahead is 0 (off) to 3 layers, not {self.look_ahead}")
         if not 0 <= self.drop_cold <= 1:

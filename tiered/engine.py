@@ -24,7 +24,8 @@ from tiered.experts import ExpertKey
 from tiered.formats import open_checkpoint
 from tiered.generation import Generation, texts
 from tiered.governor import Governor, Governors, depths
-from tiered.gpu.accelerator import place_experts
+from tiered.gpu.accelerator import model_bytes, place_experts, spread
+from tiered.gpu.shares import Share
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
 from tiered.prefetch import Prefetcher
@@ -113,7 +114,14 @@ class Engine:
             read_depth = Governor(depths(choices.readers), "read depth", patience=4)
             tier.loaders.depth = read_depth
             governors.append(read_depth)
+        self.shares: list[Share] = []  # of GPUs
+        if hasattr(self.backend, "cards"):
+            model = model_bytes(
+                self.checkpoint, self.store, choices, self.kv_tokens, self._num_states
+            )
+            self.shares = spread(self.backend, model, choices)
         loader = WeightLoader(self.checkpoint, self.backend, choices.quantize)
+        loaders = [loader.for_layer(index) for index in range(config.num_layers)]
         self.cold_copy: ColdCopy | None = None
         if self.copy is not None and isinstance(self.source, TieredExperts):
             experts = copy_tier(self.copy, choices.readers, stack)
@@ -123,9 +131,9 @@ class Engine:
         self.decoder = Decoder(
             config,
             self.backend,
-            loader.embedding(),
-            [loader.layer(index, self.store) for index in range(config.num_layers)],
-            loader.output(),
+            loaders[0].embedding(),
+            [loaders[index].layer(index, self.store) for index in range(config.num_layers)],
+            loaders[-1].output(),
             self.source,
             self.prefetcher,
             open_rules(choices, config, self._is_resident),
@@ -133,14 +141,14 @@ class Engine:
         )
         config = self.checkpoint.config
         self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype, self.num_texts)
-        on_gpu = choices.device != "cpu" and hasattr(self.backend, "slots")
-        if on_gpu and self.store and self.source:
-            # Last, because experts get what the rest has left of the device's memory.
-            used = self.plan.dense + self.plan.kv
-            self.decoder.source = placed = place_experts(
-                self.backend, self.store, self.source, config, choices, used, stack
+        if self.shares and self.store and self.source:
+            # Last, because experts get what the rest has left of the devices' memory.
+            self.decoder.source = experts_of_cards = place_experts(
+                self.backend, self.shares, self.store, self.source, choices, stack
             )
-            placed.promotion = promotion = Governor((0, 1), "promotion", patience=4)
+            promotion = Governor((0, 1), "promotion", patience=4)
+            for placed in experts_of_cards.cards:
+                placed.promotion = promotion
             governors.append(promotion)
         self.governors = Governors(governors)
         self.generation = Generation(
@@ -307,10 +315,11 @@ class Engine:
         """An output layer that ends with the norm: its head is the identity, on any device."""
         size = self.config.hidden_size
         identity = np.eye(size, dtype=np.float32).view(np.uint8).reshape(-1)
-        head = self.backend.matrix(identity, "f32", (size, size))
-        loader = WeightLoader(self.checkpoint, self.backend, self.choices.quantize)
+        backend = self.backend.of_layer(self.config.num_layers - 1)
+        head = backend.matrix(identity, "f32", (size, size))
+        loader = WeightLoader(self.checkpoint, backend, self.choices.quantize)
         plain = replace(self.config, logit_softcap=0.0)
-        return self.backend.output_layer(loader.norm("norm"), head, plain)
+        return backend.output_layer(loader.norm("norm"), head, plain)
 
     def score_tokens(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
         """Decode a given answer token by token, as if it had been sampled.

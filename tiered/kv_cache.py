@@ -18,15 +18,21 @@ BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "int8": 1.0}
 def kv_bytes(config: ModelConfig, num_tokens: int, dtype: str, num_states: int = 1) -> int:
     """Bytes that the keys and values of `num_tokens` tokens take, in whole pages, and `num_states`
     of what recurrent layers remember of a text."""
-    num_pages = -(-num_tokens // PAGE_SIZE)
-    scales = 2 * 4 if dtype == "int8" else 0
-    per_token = 0.0
-    for layer in config.attention_layers:
-        shape = config.attention_shape(layer)
-        padded = -(-shape.head_dim // VECTOR) * VECTOR
-        per_head = (shape.head_dim + padded) * BYTES_PER_VALUE[dtype] + scales
-        per_token += shape.num_kv_heads * per_head
-    return int(num_pages * PAGE_SIZE * per_token) + num_states * state_bytes(config)
+    layers = range(config.num_layers)
+    return sum(layer_bytes(config, layer, num_tokens, dtype, num_states) for layer in layers)
+
+
+def layer_bytes(
+    config: ModelConfig, layer: int, num_tokens: int, dtype: str, num_states: int = 1
+) -> int:
+    """The same for one layer."""
+    if layer in config.recurrent_layers:
+        return num_states * 4 * config.state_values
+    shape = config.attention_shape(layer)
+    padded = -(-shape.head_dim // VECTOR) * VECTOR
+    per_head = (shape.head_dim + padded) * BYTES_PER_VALUE[dtype]
+    per_head += 2 * 4 if dtype == "int8" else 0  # scales
+    return int(-(-num_tokens // PAGE_SIZE) * PAGE_SIZE * shape.num_kv_heads * per_head)
 
 
 def state_bytes(config: ModelConfig) -> int:

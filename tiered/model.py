@@ -110,15 +110,17 @@ class Decoder:
             self.trace.begin(PREFILL if len(batch.tokens) > 1 else DECODE)
         if self.rules is not None:
             self.rules.begin(len(batch.tokens))
+        b = self.backend.of_layer(0)
         # [num_tokens, hidden_size]
-        x = self.backend.embed(self.embedding, batch.tokens, self.config.embedding_scale)
+        x = b.embed(self.embedding, batch.tokens, self.config.embedding_scale)
         for index in range(len(self.layers)):
+            x = self.backend.of_layer(index).take(x)  # to the next GPU, where there are several
             self.layer(x, index, batch, kv)
         return x
 
     def layer(self, x: Array, index: int, batch: Batch, kv: Any) -> None:
         """Attention, then experts or what a dense layer has instead."""
-        b, clock, layer = self.backend, self.clock, self.layers[index]
+        b, clock, layer = self.backend.of_layer(index), self.clock, self.layers[index]
         b.attention(x, layer.attention, kv, index, batch)
         clock.lap("attention")
         if layer.experts is None:
@@ -130,13 +132,14 @@ class Decoder:
     def head(self, x: Array, rows: np.ndarray, output: Any = None) -> np.ndarray:
         """Logits after the tokens at `rows` of `x`, as `forward` tells."""
         self.clock.start()
-        logits = self.backend.head(x, rows, output or self.output)
+        last = self.backend.of_layer(len(self.layers) - 1)
+        logits = last.head(x, rows, output or self.output)
         self.clock.lap("head")
         return logits
 
     def experts(self, x: Array, index: int, batch: Batch) -> None:
         """Route, look ahead, fetch, run, combine: x += experts(norm(x))."""
-        b, clock, layer = self.backend, self.clock, self.layers[index]
+        b, clock, layer = self.backend.of_layer(index), self.clock, self.layers[index]
         h, routing = b.route(x, layer.router)  # [num_tokens, hidden_size]
         clock.lap("router")
         if self.rules is not None:
@@ -190,7 +193,8 @@ class Decoder:
         for distance in self.look_ahead.distances(index):
             ahead = self.layers[index + distance]
             if ahead.router is not None:
-                guess = self.backend.guess(x, h, ahead.router)
+                b = self.backend.of_layer(index + distance)
+                guess = b.guess(b.take(x), b.take(h), ahead.router)
                 if self.rules is not None:
                     guess = self.rules.apply(index + distance, guess, is_guess=True)
                 self.look_ahead.submit(index + distance, guess)

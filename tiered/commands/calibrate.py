@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def command(disk_folder: Path | None, device: str, threads: int | None, as_json:
     )
     from tiered.user_cache import user_cache
 
-    if device not in ("auto", "cpu") and not device.startswith("cuda"):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise click.UsageError(f"--device is cpu, cuda, cuda:N or auto, not {device!r}")
     with notes.status("measuring") as status:
         speed = measure_host(

@@ -1,60 +1,132 @@
-"""A GPU's part of the memory hierarchy: its slots, the tier above RAM, placement between them."""
+"""GPUs' part of the memory hierarchy: which layers are whose, slots, the tiers above RAM."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import Any
 
-from tiered import memory, policies
-from tiered.config import EngineConfig, ModelConfig
-from tiered.gpu.placement import Balanced, PlacedExperts
+from tiered import policies
+from tiered.checkpoints.checkpoint import Checkpoint
+from tiered.config import EngineConfig
+from tiered.gpu.placement import Balanced, ExpertsOfCards, PlacedExperts
+from tiered.gpu.shares import LayerBytes, Share, check_shares, parse_vram, share_out
 from tiered.gpu.uploads import MappedBlobs, Uploads
+from tiered.kv_cache import layer_bytes
+from tiered.memory import format_bytes
 from tiered.planning.admission import Admission
 from tiered.planning.costs import Costs
 from tiered.policies import Space
 from tiered.source import MappedExperts, TieredExperts
 from tiered.store import ExpertStore
 from tiered.tier import Tier
+from tiered.weights.dense import dense_bytes_by_layer
 
 SHRINK = 0.9  # when the device has less memory than it said
 RESERVE = 0.05  # of what is free: workspace, and what the driver takes later
 
 
+def model_bytes(
+    checkpoint: Checkpoint,
+    store: ExpertStore | None,
+    choices: EngineConfig,
+    num_tokens: int,
+    num_texts: int,
+) -> LayerBytes:
+    """What a model, with a KV cache of `num_tokens` tokens of `num_texts` texts, takes on GPUs.
+
+    All slots of a card are as large as the largest expert. Embeddings are not there: their rows are
+    looked up in RAM.
+    """
+    config = checkpoint.config
+    *dense, output = dense_bytes_by_layer(checkpoint, choices.quantize)
+    kept = [
+        layer_bytes(config, layer, num_tokens, choices.kv_dtype, num_texts)
+        for layer in range(config.num_layers)
+    ]
+    blobs = store.blob_bytes if store else [0] * config.num_layers
+    return LayerBytes(
+        [sum(pair) for pair in zip(dense, kept, strict=True)],
+        [nbytes * config.num_experts for nbytes in blobs],
+        output,
+        max(blobs) * (config.top_k + 1),
+    )
+
+
+def spread(cards: Any, model: LayerBytes, choices: EngineConfig) -> list[Share]:
+    """Tell the cards of a backend which layers are whose, before anything is there.
+
+    Raises MemoryError with the numbers that would work.
+    """
+    limits = parse_vram(choices.vram, len(cards.cards))
+    rooms = [_room(card, limit) for card, limit in zip(cards.cards, limits, strict=True)]
+    known = [room for room in rooms if room is not None]
+    if len(known) < len(rooms):  # simulated cards have what they need
+        shares = share_out(model, [1] * len(rooms))
+    else:
+        shares = share_out(model, known)
+        check_shares(model, shares, known, cards.names)
+    cards.spread([share.layers for share in shares])
+    return shares
+
+
+def _room(card: Any, limit: int | None) -> int | None:
+    """Bytes of a card that may be used from now on; None: as many as are wanted."""
+    free = card.device.free_bytes
+    rooms = [] if free is None else [int(free * (1 - RESERVE))]
+    return min([*rooms, *([] if limit is None else [limit])], default=None)
+
+
 def place_experts(
-    backend: Any,
+    cards: Any,
+    shares: list[Share],
     store: ExpertStore,
     below: MappedExperts | TieredExperts,
-    config: ModelConfig,
     choices: EngineConfig,
-    used: int,
+    stack: ExitStack,
+) -> ExpertsOfCards:
+    """Give what is left of each card's memory to the experts of its layers, and say where each
+    runs.
+
+    Call it last: dense weights and the KV cache are there already. `stack` closes the tiers.
+    Raises MemoryError that names the card.
+    """
+    sources: dict[int, PlacedExperts] = {}
+    limits = parse_vram(choices.vram, len(cards.cards))
+    for card, name, share, limit in zip(cards.cards, cards.names, shares, limits, strict=True):
+        layers = [layer for layer in share.layers if store.blob_bytes[layer]]
+        if layers:
+            left = None if limit is None else limit - share.fixed
+            room = _room(card, left)
+            placed = _place_on(card, name, layers, room, store, below, choices, stack)
+            sources |= dict.fromkeys(layers, placed)
+    return ExpertsOfCards(sources)
+
+
+def _place_on(
+    card: Any,
+    name: str,
+    layers: list[int],
+    room: int | None,
+    store: ExpertStore,
+    below: MappedExperts | TieredExperts,
+    choices: EngineConfig,
     stack: ExitStack,
 ) -> PlacedExperts:
-    """Give what is left of the GPU's memory to experts, and say where each runs.
-
-    Call it last: `used` bytes (dense weights, KV cache) are there already. `stack` closes the tier.
-    Raises MemoryError with the number that would work.
-    """
-    nbytes = max(store.blob_bytes)
-    per_layer = tuple(nbytes if size else 0 for size in store.blob_bytes)
-    num_experts = len(config.sparse_layers) * config.num_experts
-    free = backend.device.free_bytes
-    budget = num_experts * nbytes if free is None else int(free * (1 - RESERVE))
-    if choices.vram is not None:
-        budget = min(budget, memory.parse_bytes(choices.vram) - used)
-    least = config.top_k + 1
-    wanted = min(num_experts, budget // nbytes)
+    config, nbytes = store.checkpoint.config, max(store.blob_bytes)
+    per_layer = tuple(nbytes if layer in layers else 0 for layer in range(config.num_layers))
+    num_experts, least = len(layers) * config.num_experts, config.top_k + 1
+    wanted = num_experts if room is None else min(num_experts, room // nbytes)
     if wanted < least:
         raise MemoryError(
-            f"the GPU has {memory.format_bytes(max(0, budget))} left for experts, and "
-            f"{memory.format_bytes(least * nbytes)} is the least: give --vram at least "
-            f"{memory.format_bytes(used + least * nbytes)}, or a smaller --context"
+            f"{name} has {format_bytes(max(0, room or 0))} left for experts, and "
+            f"{format_bytes(least * nbytes)} is the least: give a smaller --context, or more GPUs"
         )
-    layouts = {layer: store.layout(layer) for layer in config.sparse_layers}
+    layouts = {layer: store.layout(layer) for layer in layers}
     slots = None
     while slots is None:
         space = Space(wanted * nbytes, per_layer)
         try:
-            slots = backend.slots(space, layouts, config.num_experts)
+            slots = card.slots(space, layouts, config.num_experts)
         except MemoryError:
             if wanted == least:
                 raise
@@ -69,6 +141,6 @@ def place_experts(
         store,
         Balanced(costs),
         costs,
-        few_rows=backend.few_rows,
+        few_rows=card.few_rows,
         admission=Admission(space, costs),
     )

@@ -2,7 +2,8 @@
 
 Devices are data: `[cpu]` has one source of experts, whose addresses are in RAM; `[gpu, cpu]` has
 `PlacedExperts`, which hands out slots of the GPU's memory and addresses in RAM in an order that
-keeps both busy. No other part of the control asks where an expert runs.
+keeps both busy. Several GPUs have one each, for the experts of their layers. No other part of the
+control asks where an expert runs.
 """
 
 from __future__ import annotations
@@ -195,3 +196,29 @@ class PlacedExperts:
         """What this layer has just used stays."""
         pinned = self.vram.pinned_keys()
         return lambda other: other.layer != key.layer and other not in pinned
+
+
+class ExpertsOfCards:
+    """Where a decoder's experts come from whose layers lie on one GPU or several: `sources` by
+    layer, of which those of a card's layers are the same."""
+
+    def __init__(self, sources: dict[int, PlacedExperts]) -> None:
+        self.sources = sources
+        self.cards = list(dict.fromkeys(sources.values()))
+
+    def fetch(
+        self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
+    ) -> Iterator[Group]:
+        return self.sources[layer].fetch(layer, experts, starts)
+
+    @property
+    def hits(self) -> int:
+        return sum(card.hits for card in self.cards)
+
+    @property
+    def copies(self) -> int:
+        return sum(card.copies for card in self.cards)
+
+    @property
+    def computed_in_ram(self) -> int:
+        return sum(card.computed_in_ram for card in self.cards)

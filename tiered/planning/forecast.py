@@ -56,7 +56,7 @@ def share_out(
     gpu, kv = hardware.gpu, sizes.kv(context)
     limit = int(0.9 * hardware.host.ram) if ram is None else ram
     on_device = sizes.dense - (0 if sizes.tied else sizes.embed)
-    room = gpu.vram - gpu.reserved - on_device - kv if gpu else -1
+    room = gpu.room - on_device - kv if gpu else -1
     in_ram = PROCESS + (sizes.embed if room >= 0 else sizes.dense + kv)
     left = limit - in_ram
     if left < sizes.floor:

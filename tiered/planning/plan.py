@@ -135,7 +135,7 @@ def _steps(
         more = next((step for step in RAM_STEPS if step > 1.05 * hardware.host.ram), None)
         if more:
             found.append(("ram", more, hardware.with_sizes(ram=more)))
-    if hardware.gpu and hardware.gpu.vram < model.total + hardware.gpu.reserved:
+    if hardware.gpu and hardware.gpu.room < model.total:
         more = next((step for step in VRAM_STEPS if step > 1.05 * hardware.gpu.vram), None)
         if more:
             found.append(("vram", more, hardware.with_sizes(vram=more)))

@@ -49,6 +49,19 @@ def dense_bytes(checkpoint: Checkpoint, quantize: str) -> int:
     )
 
 
+def dense_bytes_by_layer(checkpoint: Checkpoint, quantize: str) -> list[int]:
+    """The same by layer; at the end, what the output needs: the last norm, and the head, which in
+    many models is the embedding table."""
+    nbytes = [0] * (checkpoint.config.num_layers + 1)
+    is_tied = "head" not in checkpoint.tensors
+    for tensor in dense_tensors(checkpoint):
+        match = re.match(r"layers\.(\d+)\.", tensor.name)
+        if match is not None or tensor.name != "embed" or is_tied:
+            place = int(match[1]) if match else -1
+            nbytes[place] += matrix_bytes(dense_format(tensor, quantize), tensor.shape)
+    return nbytes
+
+
 def dense_tensors(checkpoint: Checkpoint) -> list[Tensor]:
     """All tensors that belong to no expert."""
     return [tensor for name, tensor in checkpoint.tensors.items() if ".experts." not in name]

@@ -46,6 +46,10 @@ class WeightLoader:
         self.backend = backend
         self.quantize = quantize
 
+    def for_layer(self, index: int) -> WeightLoader:
+        """The same, into the backend that a layer lies on."""
+        return WeightLoader(self.checkpoint, self.backend.of_layer(index), self.quantize)
+
     def vector(self, name: str) -> np.ndarray | None:
         """A small tensor as float32, or None where the model has none of this name."""
         if name not in self.checkpoint.tensors:

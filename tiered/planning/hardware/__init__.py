@@ -31,6 +31,14 @@ class Gpu:
     launch: float = 1.0  # µs of each kernel, launched in a graph
     sync: float = 15.0  # µs until the host knows what the router chose
     reserved: int = 1_200_000_000  # bytes that the driver, the context and workspace take
+    # Cards like this, each with some of the layers: a token passes one after the other, so they
+    # have the memory of all and the speed of one.
+    count: int = 1
+
+    @property
+    def room(self) -> int:
+        """Bytes for a model, on all cards."""
+        return self.count * (self.vram - self.reserved)
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,6 @@ def _value(name: str, value: Any, where: str) -> int | float:
             f"{where} {name!r} is {value}, but must be {'0 or' if may_be_zero else 'above 0,'} "
             f"at most {largest:g}"
         )
-    if name == "cores" and not isinstance(value, int):
-        raise ValueError(f"{where} 'cores' is {value}, but must be a whole number")
+    if name in ("cores", "count") and not isinstance(value, int):
+        raise ValueError(f"{where} {name!r} is {value}, but must be a whole number")
     return value

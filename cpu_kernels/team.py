@@ -226,6 +226,9 @@ class Team:
         self._set(_PATIENCE, int(50 * pauses_per_microsecond))
         patience = int(spin_microseconds * pauses_per_microsecond)
         self._lock = threading.Lock()
+        with compiling():  # the machine code itself: to look for it takes as long as to run it
+            _run_if_awake.compile((types.int64,) * 3)
+        self._run_if_awake = _run_if_awake.get_overload((types.int64,) * 3)
         self._closed = False
         self.seconds = 0.0  # spent in ops, so far
         self._semaphores = [threading.Semaphore(0) for _ in range(num_threads)]
@@ -250,7 +253,7 @@ class Team:
             if self._closed:
                 finished = True
                 raise ValueError("this team of threads is closed")
-            finished = _run_if_awake(self._address, function, record)
+            finished = self._run_if_awake(self._address, function, record)
         finally:  # also when Ctrl-C arrives while the op waits for workers to wake up
             if not finished:
                 self._wake()

@@ -46,7 +46,7 @@ class MappedExperts:
         if self.journal is not None:
             keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
             self.journal.fetched(keys, [True] * len(keys))
-        yield range(len(experts)), self._addresses[layer][experts]
+        yield range(len(experts)), self._addresses[layer].take(experts, 0)
 
 
 class TieredExperts:

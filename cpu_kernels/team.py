@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cached_property
+from time import perf_counter
 
 import numpy as np
 from numba import cfunc, njit, types
@@ -248,7 +249,7 @@ class Team:
         """Run the op at address `function` on all threads; returns when all have finished."""
         self._lock.acquire()  # half the price of `with`, and this runs several times per layer
         finished = False
-        start = time.perf_counter()
+        start = perf_counter()
         try:
             if self._closed:
                 finished = True
@@ -258,7 +259,7 @@ class Team:
             if not finished:
                 self._wake()
                 _finish(self._address)
-            self.seconds += time.perf_counter() - start
+            self.seconds += perf_counter() - start
             self._lock.release()
 
     def close(self) -> None:

@@ -158,7 +158,7 @@ class Decoder:
             jobs, cold = self.cold_copy.split(index, routing, jobs)
             if cold is not None:
                 late = self.cold_copy.fetch(index, cold)
-        guessed = False
+        guessed = self.look_ahead is None
         assert self.source is not None
         with late as copies:
             for ready, addresses in self.source.fetch(index, jobs.experts, jobs.starts):

@@ -102,7 +102,6 @@ class PreparedBatch:
         num_chunks = -(-self.num_positions // CHUNK)
         if self._reserved == (num_rows, num_chunks, g):
             return
-        self._reserved = num_rows, num_chunks, g
         partial = partial_bytes(g.padded_dim)
         partials = num_chunks * num_rows * g.num_heads * partial
         split = num_rows <= SPLIT_ROWS and partials <= SPLIT_BYTES
@@ -120,6 +119,7 @@ class PreparedBatch:
             head_rows=g.head_rows(num_rows),
             **{name: room(name, nbytes) for name, nbytes in g.rooms(num_rows).items()},
         )
+        self._reserved = num_rows, num_chunks, g
 
 
 def _check(array: np.ndarray, name: str, dtype: Any, shape: tuple[int, ...]) -> None:

@@ -299,16 +299,16 @@ class Attention:
     def _use(self, layer: Any, kv: KVPages, index: int) -> None:
         """Keep keys and values in layer `index` of kv; be ready for the batch's positions."""
         g, record, rope = layer.geometry, layer.attention, layer.rope
-        if kv.shapes[index] != (g.num_kv_heads, g.head_dim):
-            heads, size = kv.shapes[index]
-            raise ValueError(
-                f"the KV cache has {heads} heads of {size} values, "
-                f"the layer {g.num_kv_heads} of {g.head_dim}"
-            )
         rope.reserve(self._batch.num_positions)
         if not record.is_filled_for(kv.records[index], rope.coarse):
+            if kv.shapes[index] != (g.num_kv_heads, g.head_dim):
+                heads, size = kv.shapes[index]
+                raise ValueError(
+                    f"the KV cache has {heads} heads of {size} values, "
+                    f"the layer {g.num_kv_heads} of {g.head_dim}"
+                )
             record.set(kv=kv.records[index].address, coarse=rope.coarse)
-            record.filled_for = kv.records[index], rope.coarse
+            record.mark_filled_for(kv.records[index], rope.coarse)
 
 
 def kv_pages(config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages:

@@ -65,6 +65,7 @@ class PreparedBatch:
         self._num_threads = num_threads
         self._scratch = Scratch()
         self._current: tuple[Any, ...] = (None,) * 4
+        self._reserved: tuple[Any, ...] = ()
 
     def prepare(self, x: np.ndarray, batch: Any, kv: KVPages, geometry: Any) -> None:
         """Make the record say what attention on `x` needs; quick if it does already.
@@ -99,6 +100,8 @@ class PreparedBatch:
 
     def _reserve(self, num_rows: int, g: Any) -> None:
         num_chunks = -(-self.num_positions // CHUNK)
+        if self._reserved == (num_rows, num_chunks, g):
+            return
         partial = partial_bytes(g.padded_dim)
         partials = num_chunks * num_rows * g.num_heads * partial
         split = num_rows <= SPLIT_ROWS and partials <= SPLIT_BYTES
@@ -116,6 +119,7 @@ class PreparedBatch:
             head_rows=g.head_rows(num_rows),
             **{name: room(name, nbytes) for name, nbytes in g.rooms(num_rows).items()},
         )
+        self._reserved = num_rows, num_chunks, g
 
 
 def _check(array: np.ndarray, name: str, dtype: Any, shape: tuple[int, ...]) -> None:

@@ -239,7 +239,7 @@ class DeltaNet:
         self._team.run(delta_net.address, layer.record.address)
 
     def _fill(self, x: np.ndarray, layer: DeltaLayer, batch: Any) -> None:
-        self._batch.filled_for = ()
+        self._batch.mark_filled_for()
         n, d = len(x), layer.delta
         if x.dtype != np.float32 or x.shape != (n, layer.hidden_size):
             raise ValueError(f"x must be float32 [num_tokens, {layer.hidden_size}]")
@@ -262,4 +262,4 @@ class DeltaNet:
             out=room("out", 4 * n * layer.hidden_size),
             values=room("values", 4 * n * width),
         )
-        self._batch.filled_for = x, batch
+        self._batch.mark_filled_for(x, batch)

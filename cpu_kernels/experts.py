@@ -272,7 +272,8 @@ class ExpertLayer:
     def run(
         self, team: Team, h: np.ndarray, addresses: np.ndarray, jobs: Any, out: np.ndarray
     ) -> None:
-        """See Backend.experts. `jobs` has `experts`, `starts` and `pairs`."""
+        """See Backend.experts. `jobs` has `experts`, `starts` and `pairs`; of the last two nobody
+        may change what they hold."""
         num_jobs, num_pairs = len(jobs.starts) - 1, len(jobs.pairs)
         if num_jobs < 1:
             return
@@ -283,8 +284,8 @@ class ExpertLayer:
             self._fill(h, out, num_jobs, num_pairs)
         # Copied, because that is quicker than to ask for the address of a new array.
         space.arrays["addresses"][:num_jobs] = addresses
-        space.arrays["starts"][: num_jobs + 1] = jobs.starts
-        space.arrays["pairs"][:num_pairs] = jobs.pairs
+        if space.starts is not jobs.starts or space.pairs is not jobs.pairs:
+            space.place(jobs.starts, jobs.pairs)
         if self._has_biases:
             space.arrays["experts"][:num_jobs] = jobs.experts
         team.run(_experts.address, self.record.address)
@@ -300,14 +301,14 @@ class ExpertLayer:
         self.record.set(
             **space.arrays, h=h, out=out, num_rows=len(h), num_jobs=num_jobs, top_k=top_k
         )
-        self.record.filled_for = h, out, num_jobs, num_pairs, space.version
+        self.record.mark_filled_for(h, out, num_jobs, num_pairs, space.version)
 
 
 class Combine:
     """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * top_k + rank]."""
 
     def __init__(self) -> None:
-        self._weights = np.zeros(64, np.float32)
+        self._weights = np.zeros((0, 0), np.float32)
         self.record = Record(COMBINE)
 
     def run(self, team: Team, x: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
@@ -317,15 +318,14 @@ class Combine:
                 raise ValueError(
                     f"shapes do not fit: x {x.shape}, out {out.shape}, weights {weights.shape}"
                 )
-            if len(self._weights) < weights.size:
-                self._weights = np.zeros(2 * weights.size, np.float32)
+            self._weights = np.empty((num_rows, top_k), np.float32)
             self.record.set(
                 x=x, out=out, weights=self._weights, num_rows=num_rows, top_k=top_k,
                 hidden_size=x.shape[1],
             )  # fmt: skip
-            self.record.filled_for = x, out, num_rows, top_k
+            self.record.mark_filled_for(x, out, num_rows, top_k)
         # Copied, because that is quicker than to ask for the address of a new array.
-        self._weights[: weights.size] = weights.reshape(-1)
+        self._weights[:] = weights
         team.run(_combine.address, self.record.address)
 
 

@@ -100,6 +100,7 @@ class FeedForwardLayer:
             self.layer.record.set(**(space.arrays | own))
             self._version = space.version
         space.arrays["starts"][:2] = 0, num_rows
+        space.starts = None
         self.layer.record.set(
             h=space.dense["h"] if h is None else h, num_rows=num_rows, out=space.dense["out"]
         )

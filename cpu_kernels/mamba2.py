@@ -217,7 +217,7 @@ class Mamba2:
         self._team.run(mamba2.address, layer.record.address)
 
     def _fill(self, x: np.ndarray, layer: Mamba2Layer, batch: Any) -> None:
-        self._batch.filled_for = ()
+        self._batch.mark_filled_for()
         n, m = len(x), layer.mamba2
         if x.dtype != np.float32 or x.shape != (n, layer.hidden_size):
             raise ValueError(f"x must be float32 [num_tokens, {layer.hidden_size}]")
@@ -236,4 +236,4 @@ class Mamba2:
             values=room("values", 4 * n * m.inner_size),
             out=room("out", x.nbytes),
         )
-        self._batch.filled_for = x, batch
+        self._batch.mark_filled_for(x, batch)

@@ -65,5 +65,5 @@ class Merge:
             if not x.shape == dense.shape == routed.shape:
                 raise ValueError(f"shapes differ: {x.shape}, {dense.shape}, {routed.shape}")
             layer.record.set(x=x, dense=dense, routed=routed, num_rows=len(x))
-            layer.record.filled_for = x, dense, routed
+            layer.record.mark_filled_for(x, dense, routed)
         self._team.run(_merge.address, layer.record.address)

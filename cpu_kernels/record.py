@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from operator import is_
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,8 @@ class Record:
         self._words = memoryview(array)  # written to in half the time of an array
         self._floats = memoryview(array.view(np.float32))
         self._kept: dict[str, np.ndarray] = {}
-        self.filled_for: tuple[Any, ...] = ()  # the arguments of the call that filled it
+        self._filled_for: tuple[Any, ...] = ()  # kept, so that nothing else gets their ids
+        self._ids: tuple[int, ...] = ()
         self.set(**values)
 
     def set(self, **values: Any) -> None:
@@ -56,8 +56,10 @@ class Record:
         A decoder's calls are mostly alike, and what Python does between two ops costs as much as
         some of the ops do.
         """
-        filled = self.filled_for
-        return len(filled) == len(arguments) and all(map(is_, filled, arguments))
+        return self._ids == tuple(map(id, arguments))
+
+    def mark_filled_for(self, *arguments: Any) -> None:
+        self._filled_for, self._ids = arguments, tuple(map(id, arguments))
 
 
 class Scratch:

@@ -331,5 +331,5 @@ class Router:
         )
         if record is not layer.guess_record:
             record.set(**layer.norm)
-        record.filled_for = x, h, chosen
+        record.mark_filled_for(x, h, chosen)
         return chosen

@@ -110,7 +110,7 @@ class ShortConv:
         self._team.run(short_conv.address, layer.record.address)
 
     def _fill(self, x: np.ndarray, size: int, batch: Any) -> None:
-        self._batch.filled_for = ()
+        self._batch.mark_filled_for()
         if x.dtype != np.float32 or x.shape != (len(x), size):
             raise ValueError(f"x must be float32 [num_tokens, {size}]")
         runs, room = runs_of(batch), self._scratch.room
@@ -122,4 +122,4 @@ class ShortConv:
             gates=room("gates", 3 * x.nbytes),
             **{name: room(name, x.nbytes) for name in ("normed", "gated", "mixed", "out")},
         )
-        self._batch.filled_for = x, batch
+        self._batch.mark_filled_for(x, batch)

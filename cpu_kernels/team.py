@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cached_property
+from time import perf_counter
 
 import numpy as np
 from numba import cfunc, njit, types
@@ -226,6 +227,9 @@ class Team:
         self._set(_PATIENCE, int(50 * pauses_per_microsecond))
         patience = int(spin_microseconds * pauses_per_microsecond)
         self._lock = threading.Lock()
+        with compiling():  # the machine code itself: to look for it takes as long as to run it
+            _run_if_awake.compile((types.int64,) * 3)
+        self._run_if_awake = _run_if_awake.get_overload((types.int64,) * 3)
         self._closed = False
         self.seconds = 0.0  # spent in ops, so far
         self._semaphores = [threading.Semaphore(0) for _ in range(num_threads)]
@@ -245,17 +249,17 @@ class Team:
         """Run the op at address `function` on all threads; returns when all have finished."""
         self._lock.acquire()  # half the price of `with`, and this runs several times per layer
         finished = False
-        start = time.perf_counter()
+        start = perf_counter()
         try:
             if self._closed:
                 finished = True
                 raise ValueError("this team of threads is closed")
-            finished = _run_if_awake(self._address, function, record)
+            finished = self._run_if_awake(self._address, function, record)
         finally:  # also when Ctrl-C arrives while the op waits for workers to wake up
             if not finished:
                 self._wake()
                 _finish(self._address)
-            self.seconds += time.perf_counter() - start
+            self.seconds += perf_counter() - start
             self._lock.release()
 
     def close(self) -> None:

@@ -24,6 +24,10 @@ class Workspace:
         self.arrays: dict[str, np.ndarray] = {}
         self.dense: dict[str, np.ndarray] = {}
         self.version = 0  # changes whenever one of `arrays` is replaced
+        # Whose values are in the arrays of these names: a token's experts have one pair each, in
+        # every layer.
+        self.starts: np.ndarray | None = None
+        self.pairs: np.ndarray | None = None
         self._reserved = (0, 0, 0)
 
     def reserve(
@@ -45,8 +49,14 @@ class Workspace:
                 self.arrays[name] = np.zeros(count, np.int32)
             self.arrays["identity"] = np.arange(count, dtype=np.int32)
             self.arrays["addresses"] = np.zeros((count, 3), np.int64)
+            self.starts = self.pairs = None
         self._reserved = prepared, inner, count
         self.version += 1
+
+    def place(self, starts: np.ndarray, pairs: np.ndarray) -> None:
+        self.arrays["starts"][: len(starts)] = starts
+        self.arrays["pairs"][: len(pairs)] = pairs
+        self.starts, self.pairs = starts, pairs
 
     def reserve_dense(self, num_rows: int, hidden_size: int) -> None:
         _grow(self.dense, "h", 4 * num_rows * hidden_size)

@@ -136,7 +136,6 @@ def test_close_without_a_run():
 def test_an_interrupted_run_leaves_the_team_usable(monkeypatch):
     memory = np.zeros(64, np.int64)
     with Team(2) as team:
-        run = "cpu_kernels.team._run_if_awake"
 
         def started_then_interrupted(address, function, record):
             from cpu_kernels.team import _start
@@ -145,7 +144,7 @@ def test_an_interrupted_run_leaves_the_team_usable(monkeypatch):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(run, started_then_interrupted)
+            patch.setattr(team, "_run_if_awake", started_then_interrupted)
             with pytest.raises(KeyboardInterrupt):
                 team.run(count_calls.address, memory.ctypes.data)
         team.run(count_calls.address, memory.ctypes.data)

@@ -96,10 +96,15 @@ class ExpertJobs(NamedTuple):
 
     def take(self, selected: Sequence[int] | np.ndarray) -> ExpertJobs:
         """The jobs of some of the experts, given by their position in `experts`."""
-        if len(selected) == len(self.experts) and (
-            isinstance(selected, range) or all(a == b for b, a in enumerate(selected))
+        count = len(self.experts)
+        if len(selected) == count and (
+            isinstance(selected, range) or list(selected) == list(range(count))
         ):
             return self
+        if len(self.pairs) == count:  # one each
+            chosen = np.asarray(selected)
+            starts, _ = _one_pair_each(len(chosen))
+            return ExpertJobs(self.experts[chosen], starts, self.pairs[chosen])
         spans = [self.pairs[self.starts[i] : self.starts[i + 1]] for i in selected]
         starts = np.zeros(len(spans) + 1, np.int32)
         np.cumsum([len(span) for span in spans], out=starts[1:])
@@ -118,7 +123,8 @@ def group_by_expert(routing: Routing) -> ExpertJobs:
     """Group a layer's (token, expert) pairs by expert, experts in ascending order."""
     flat = routing.experts.reshape(-1)
     if len(routing.experts) == 1:  # decode: each choice is an expert of its own
-        return ExpertJobs(flat, *_one_pair_each(len(flat)))
+        starts, pairs = _one_pair_each(len(flat))
+        return ExpertJobs(flat, starts, pairs)
     pairs = np.argsort(flat, kind="stable").astype(np.int32)
     experts, starts = np.unique(flat[pairs], return_index=True)
     return ExpertJobs(experts, np.append(starts, len(flat)).astype(np.int32), pairs)

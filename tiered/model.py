@@ -71,6 +71,9 @@ class Layer(NamedTuple):
     merge: Any = None  # where what experts and the shared expert say is normed
 
 
+NOTHING_LATE = nullcontext[Iterable[tuple[Any, np.ndarray, ExpertJobs]]](())
+
+
 class Decoder:
     """Dense weights lie in the backend's memory; experts come from `source`, layer by layer."""
 
@@ -153,12 +156,12 @@ class Decoder:
         else:
             jobs, dropped = group_kept(routing)
             out[dropped] = 0.0  # nobody computes these, and 0 times garbage may be no number
-        late: AbstractContextManager[Iterable[tuple[Any, np.ndarray, ExpertJobs]]] = nullcontext(())
+        late: AbstractContextManager[Iterable[tuple[Any, np.ndarray, ExpertJobs]]] = NOTHING_LATE
         if self.cold_copy is not None:
             jobs, cold = self.cold_copy.split(index, routing, jobs)
             if cold is not None:
                 late = self.cold_copy.fetch(index, cold)
-        guessed = False
+        guessed = self.look_ahead is None
         assert self.source is not None
         with late as copies:
             for ready, addresses in self.source.fetch(index, jobs.experts, jobs.starts):

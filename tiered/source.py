@@ -46,7 +46,7 @@ class MappedExperts:
         if self.journal is not None:
             keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
             self.journal.fetched(keys, [True] * len(keys))
-        yield range(len(experts)), self._addresses[layer][experts]
+        yield range(len(experts)), self._addresses[layer].take(experts, 0)
 
 
 class TieredExperts:
@@ -55,12 +55,17 @@ class TieredExperts:
     def __init__(self, tier: Tier, offsets: Mapping[int, np.ndarray]) -> None:
         """`offsets`: where gate, up and down lie in a slot, by layer: int64 [num_experts, 3]."""
         self.tier = tier
-        self._offsets = offsets
+        self._offsets = {layer: np.ascontiguousarray(table) for layer, table in offsets.items()}
+        self._keys = {  # made once: each of them takes half a microsecond
+            layer: [ExpertKey(layer, expert) for expert in range(len(table))]
+            for layer, table in offsets.items()
+        }
 
     def fetch(
         self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
     ) -> Iterator[tuple[Any, np.ndarray]]:
-        keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
+        of_layer = self._keys[layer]
+        keys = [of_layer[expert] for expert in experts.tolist()]
         with self.tier.fetch(keys) as groups:
             yield from self.addressed(groups, layer, experts)
 
@@ -68,10 +73,12 @@ class TieredExperts:
         self, groups: Iterable[Group], layer: int, experts: np.ndarray
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """Groups of the tier's places, as ExpertSource.fetch gives them."""
-        offsets = self._offsets[layer][experts]
+        offsets = self._offsets[layer].take(experts, 0)
+        whole = tuple(range(len(experts)))
         for group in groups:
             ready, slots = zip(*group, strict=True)
-            yield ready, np.array(slots, np.int64)[:, None] + offsets[list(ready)]
+            within = offsets if ready == whole else offsets.take(ready, 0)
+            yield ready, within + np.array(slots, np.int64)[:, None]
 
 
 def open_source(

@@ -24,7 +24,7 @@ from tiered.planning.sizes import ModelSizes
 from tiered.reader import BLOCK
 from tiered.store import ExpertStore
 
-REPEATS = 12  # tokens timed for each number of experts; the median counts
+REPEATS = 24  # tokens timed for each number of experts
 READS = 48  # experts read to measure the disk
 
 
@@ -78,7 +78,8 @@ def touch_all(engine: Engine) -> None:
 
 
 def _parts(engine: Engine, text: Text, count: int) -> dict[str, float]:
-    """Median seconds of a token's parts, with `count` random experts in each layer."""
+    """Seconds of a token's parts, with `count` random experts in each layer: the quicker quarter's,
+    because other programs can only make it slower."""
     random = np.random.default_rng(count)
     times: defaultdict[str, list[float]] = defaultdict(list)
     length = len(text.tokens)
@@ -86,7 +87,7 @@ def _parts(engine: Engine, text: Text, count: int) -> dict[str, float]:
         for name, seconds in _token(engine, text, count, random).items():
             times[name].append(seconds)
         engine.kv.truncate(text, length)
-    return {name: float(np.median(values)) for name, values in times.items()}
+    return {name: float(np.percentile(values, 25)) for name, values in times.items()}
 
 
 def _token(engine: Engine, text: Text, count: int, random: np.random.Generator) -> dict[str, float]:
@@ -183,7 +184,7 @@ def _busy_share(engine: Engine, text: Text, disk: Disk) -> float:
         futures = [pool.submit(reads.run, worker, True) for worker in range(reads.readers)]
         start = perf_counter()
         try:
-            for _ in range(REPEATS // 2):
+            for _ in range(REPEATS // 4):
                 _token(engine, text, engine.config.top_k, random)
                 engine.kv.truncate(text, length)
         finally:

@@ -76,6 +76,10 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
+    def of_layer(self, index: int) -> Any:
+        """This one hears every layer."""
+        return self
+
     def attention(self, x: Array, layer: Any, kv: Any, index: int, batch: Batch) -> None:
         self._layer, self._latest = index, None
         self._backend.attention(x, layer, kv, index, batch)

@@ -42,6 +42,10 @@ class LayerTap:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
+    def of_layer(self, index: int) -> Any:
+        """This one hears every layer."""
+        return self
+
     def attention(self, x: Array, layer: Any, kv: Any, index: int, batch: Batch) -> None:
         self._layer = index
         self._backend.attention(x, layer, kv, index, batch)

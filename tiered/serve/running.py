@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+CLOCK_SECONDS = 5.0  # a process began "at another time" when the system's clock has been adjusted
+
 
 def folder() -> Path:
     """Where the files are: of this user alone, and gone with the session where that can be."""
@@ -45,7 +47,8 @@ def running() -> list[dict[str, Any]]:
     for file in folder().glob("*.json"):
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))
-            alive = psutil.Process(facts["pid"]).create_time() == facts["created"]
+            created = psutil.Process(facts["pid"]).create_time()
+            alive = abs(created - facts["created"]) < CLOCK_SECONDS
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             alive = False
         if alive:

@@ -35,7 +35,7 @@ def tiered(capsys):
 @pytest.fixture(scope="module")
 def one_torch_thread():
     """Tiny tensors are sooner computed than handed out to threads, which others need."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)

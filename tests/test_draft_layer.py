@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tiny
-from test_speculation import PLAIN, REPEATING, always_on
+from test_speculation import PLAIN, REPEATING, always_on, cut_short
 
 from cpu_kernels.backend import CpuBackend
 from tiered import Engine
@@ -146,11 +146,7 @@ def test_a_conversation_goes_on(model):
         always_on(engine)
         sequence = engine.open_sequence()
         for length in (30, 33):
-            said = []
-            for token in engine.generate_tokens(REPEATING, 100, sequence=sequence):
-                said.append(token)
-                if len(said) == length:
-                    break
+            said = cut_short(engine, sequence, length)
             assert said == list(plain.generate_tokens(REPEATING, length))
             longer = [*REPEATING, *said, 7, 8, 9]
             got = list(engine.generate_tokens(longer, 20, sequence=sequence))

@@ -32,26 +32,24 @@ def random_text(num_tokens, seed=0):
     return Text(q, k, v, logs, rng.uniform(0, 1, (num_tokens, HEADS)))
 
 
-def naive_delta(state, text):
+def naive_scan(state, text, written):
+    """One token and head after the other; `written(S, k, v, factor)` is stored at its key."""
     out = np.empty_like(text.v)
     for token in range(len(out)):
         for head in range(HEADS):
             S, k, v = state[head], text.k[token, head], text.v[token, head]
             S *= np.exp(text.logs[token, head])
-            S += np.outer(k, (v - k @ S) * text.factors[token, head])
+            S += np.outer(k, written(S, k, v, text.factors[token, head]))
             out[token, head] = text.q[token, head] @ S
     return out
+
+
+def naive_delta(state, text):
+    return naive_scan(state, text, lambda S, k, v, beta: (v - k @ S) * beta)
 
 
 def naive_mamba2(state, text):
-    out = np.empty_like(text.v)
-    for token in range(len(out)):
-        for head in range(HEADS):
-            S, k, v = state[head], text.k[token, head], text.v[token, head]
-            S *= np.exp(text.logs[token, head])
-            S += np.outer(k, text.factors[token, head] * v)
-            out[token, head] = text.q[token, head] @ S
-    return out
+    return naive_scan(state, text, lambda S, k, v, step: step * v)
 
 
 def in_torch(text):

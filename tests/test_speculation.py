@@ -1,6 +1,6 @@
 """Speculation: the same tokens as without it, and fewer steps where a text repeats itself."""
 
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -38,6 +38,14 @@ def both(model, prompt, count, sampling=None, **choices):
             results.append(list(engine.generate_tokens(prompt, count, **(sampling or {}))))
             stats = engine.stats
     return *results, stats
+
+
+def cut_short(engine, sequence, length):
+    """The first tokens of a text that nobody listens to any longer."""
+    tokens = engine.generate_tokens(REPEATING, 100, sequence=sequence)
+    said = list(islice(tokens, length))
+    tokens.close()
+    return said
 
 
 @pytest.mark.parametrize("model_type", sorted(tiny.ARCHITECTURES))
@@ -97,11 +105,7 @@ def test_a_conversation_goes_on_from_a_text_that_was_cut_short(model):
         always_on(engine)
         sequence = engine.open_sequence()
         for length in (30, 31, 33, 40):
-            said = []
-            for token in engine.generate_tokens(REPEATING, 100, sequence=sequence):
-                said.append(token)
-                if len(said) == length:
-                    break
+            said = cut_short(engine, sequence, length)
             assert said == list(plain.generate_tokens(REPEATING, length))
             longer = [*REPEATING, *said, 7, 8, 9]
             got = list(engine.generate_tokens(longer, 20, sequence=sequence))

@@ -12,7 +12,7 @@ from tiered.backend import Array, Backend, Batch
 from tiered.config import ModelConfig
 from tiered.engine import Engine
 from tiered.quality.importance import CRITERIA, Meter, Scores
-from tiered.quality.layer_tap import read
+from tiered.quality.layer_tap import Listener, read
 
 BLOCK = 64  # neighbouring tokens that are trained on or held out together ...
 HELD_OUT = 8  # ... every so many-th block
@@ -52,7 +52,7 @@ def read_samples(folder: Path, layer: int) -> Samples:
     return Samples(rows[:, :size], rows[:, size : 2 * size], rows[:, -1])
 
 
-class Recorder:
+class Recorder(Listener):
     """A backend that writes down what passes through experts; everything else it hands on.
 
     With `shared`, what the shared expert says belongs to the output.
@@ -61,24 +61,17 @@ class Recorder:
     def __init__(
         self, backend: Backend, config: ModelConfig, folder: Path, num_tokens: int, shared: bool
     ) -> None:
+        super().__init__(backend)
         shape = num_tokens, 2 * config.hidden_size + 1
         self.rows = {
             layer: np.lib.format.open_memmap(sample_file(folder, layer), "w+", np.float32, shape)
             for layer in config.sparse_layers
         }
-        self._backend = backend
         self._size = config.hidden_size
         self._shared = shared
         self._layer = 0
         self._next = dict.fromkeys(self.rows, 0)  # by layer: how many tokens it has seen
         self._latest: np.ndarray | None = None  # rows of the layer that is being computed
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def of_layer(self, index: int) -> Any:
-        """This one hears every layer."""
-        return self
 
     def attention(self, x: Array, layer: Any, kv: Any, index: int, batch: Batch) -> None:
         self._layer, self._latest = index, None

@@ -27,17 +27,11 @@ class Heard(NamedTuple):
     out: np.ndarray  # float32 [num_tokens, top_k, hidden_size]
 
 
-class LayerTap:
-    """A CPU's backend, and `hear`, which is called once per layer and forward pass."""
+class Listener:
+    """A CPU's backend that others build on: what they do not hear themselves, it hands on."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._layer = 0
-        self._residual = np.zeros(0)
-        self._experts = np.zeros((0, 0), np.int32)  # of the latest routing
-
-    @abstractmethod
-    def hear(self, heard: Heard) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -45,6 +39,19 @@ class LayerTap:
     def of_layer(self, index: int) -> Any:
         """This one hears every layer."""
         return self
+
+
+class LayerTap(Listener):
+    """A CPU's backend, and `hear`, which is called once per layer and forward pass."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self._layer = 0
+        self._residual = np.zeros(0)
+        self._experts = np.zeros((0, 0), np.int32)  # of the latest routing
+
+    @abstractmethod
+    def hear(self, heard: Heard) -> None: ...
 
     def attention(self, x: Array, layer: Any, kv: Any, index: int, batch: Batch) -> None:
         self._layer = index

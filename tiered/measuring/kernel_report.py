@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 from tiered.backend import default_threads
 from tiered.measuring.peers import Progress, dense_rates, rates_apart
+from tiered.measuring.this_machine import processor_name
 from tiered.version import __version__
 
 
@@ -29,7 +29,7 @@ def kernel_report(threads: int | None, progress: Progress) -> dict[str, Any]:
     others, notes = rates_apart(counts[-1], progress)
     return {
         "tiered": __version__,
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "isa": isa.choose("auto").name,
         "kernels": kernels,
         "peers": peers + others,

@@ -6,6 +6,7 @@ was prepared; a call only adds what changes with the batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -100,8 +101,17 @@ class CpuBackend:
     def router_layer(self, weights: Any, config: Any) -> RouterLayer:
         return RouterLayer(weights, config)
 
-    def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> ExpertLayer:
-        layer = ExpertLayer(layout, config, self._isa, self.exact, self._workspace, biases)
+    def expert_layer(
+        self,
+        layout: Any,
+        config: Any,
+        biases: Any = None,
+        others: Sequence[Any] = (),
+        kinds: np.ndarray | None = None,
+    ) -> ExpertLayer:
+        layer = ExpertLayer(
+            layout, config, self._isa, self.exact, self._workspace, biases, others, kinds
+        )
         self._hidden_size = layer.hidden_size  # of all layers
         return layer
 

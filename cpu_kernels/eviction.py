@@ -29,9 +29,9 @@ NONE = -1  # no expert
 TIER = fields(
     "policy capacity num_layers num_experts num_sparse num_slots largest_blob used now last_layer "
     # by expert:
-    "lists ties uses wanted is_protected is_guess is_known ahead ahead_end "
+    "lists ties uses wanted is_protected is_guess is_known ahead ahead_end nbytes "
     # by layer; `lowest` is who leaves first of FIRST and SECOND, found again if it is stale:
-    "nbytes held lowest is_stale "
+    "held lowest is_stale "
     # by list: how many are in it; of two of them, who came to it, with their ties, in order
     "lengths queue queue_begin queue_end "
     "future "  # when each expert is demanded, one expert after the other: see ahead, ahead_end
@@ -51,12 +51,12 @@ def make_tier(
 ) -> Record:
     """An empty tier of `capacity` bytes.
 
-    `options` are those of the policy's constructor; `nbytes` (int64 [num_layers]) a blob's size,
-    0 in layers without experts; `num_asked` how often the trace names an expert. Expert `i` is
-    demanded at the times `future[starts[i]:starts[i + 1]]` (int64), for belady.
+    `options` are those of the policy's constructor; `nbytes` (int64 [num_layers, num_experts]) the
+    blobs' sizes, 0 in layers without experts; `num_asked` how often the trace names an expert.
+    Expert `i` is demanded at the times `future[starts[i]:starts[i + 1]]` (int64), for belady.
     """
-    num_layers, num = len(nbytes), len(nbytes) * num_experts
-    num_sparse = int((nbytes > 0).sum())
+    num_layers, num = len(nbytes), nbytes.size
+    num_sparse = int((nbytes > 0).any(axis=1).sum())
     ints = {name: np.zeros(num, np.int64) for name in (
         "lists", "ties", "uses", "wanted", "is_protected", "is_guess", "is_known",
     )}  # fmt: skip
@@ -81,7 +81,7 @@ def make_tier(
         last_layer=-1,
         ahead=np.array(starts[:-1], np.int64),
         ahead_end=np.array(starts[1:], np.int64),
-        nbytes=np.array(nbytes, np.int64),
+        nbytes=np.array(nbytes, np.int64).reshape(-1),
         held=np.zeros(num_layers, np.int64),
         lowest=np.full(2 * num_layers, NONE, np.int64),
         is_stale=np.ones(num_layers, np.int64),
@@ -220,7 +220,7 @@ def touch_arc(t, key):
 def touch_keep_last(t, key, uses):
     layer = layer_of(t, key)
     if uses == 1:
-        more = number(t, TIER.options, 1) * get(t, TIER.nbytes, layer)
+        more = number(t, TIER.options, 1) * get(t, TIER.nbytes, key)
         floor = min(number(t, TIER.floors, layer) + more, number(t, TIER.share, 0))
         put_number(t, TIER.floors, layer, floor)
     if get(t, TIER.lists, key) != SECOND:
@@ -373,15 +373,15 @@ def of_the_greediest(t, where):
 
 
 @inner
-def victim(t, layer, is_surplus):
-    """Who leaves so that an expert of `layer` can come; or, if the room has been exceeded already,
-    who leaves after the layer's batch. NONE: all are protected, or nobody has to."""
+def victim(t, layer, nbytes, is_surplus):
+    """Who leaves so that an expert of `layer` can come; or, with 0 bytes, if the room has been
+    exceeded already, who leaves after the layer's batch. NONE: all are protected, or nobody has
+    to."""
     refresh(t)
-    policy, nbytes, key = word(t, TIER.policy), get(t, TIER.nbytes, layer), NONE
+    policy, key = word(t, TIER.policy), NONE
     first, last, above_floor = FIRST, SECOND, False
     if policy in (LAYER_LRU, LAYER_LFU):
-        more = 0 if is_surplus else nbytes
-        if get(t, TIER.held, layer) - number(t, TIER.share, 0) + more > 0:
+        if get(t, TIER.held, layer) - number(t, TIER.share, 0) + nbytes > 0:
             key = lowest(t, FIRST, layer)
         if key == NONE and not is_surplus:
             key = of_the_greediest(t, FIRST)
@@ -392,7 +392,6 @@ def victim(t, layer, is_surplus):
         first, last = SECOND, FIRST
     elif policy == KEEP_LAST:
         last, above_floor = FIRST, True
-        nbytes = 0 if is_surplus else nbytes
         put(t, TIER.held, layer, get(t, TIER.held, layer) + nbytes)
     key = lowest_of_all(t, first, above_floor)
     if key == NONE:

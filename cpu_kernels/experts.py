@@ -7,6 +7,7 @@ their work, so that a few small experts keep all of them busy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,15 @@ from cpu_kernels.workspace import Workspace
 # What it costs to decode a row of weights, in rows of activations multiplied with it.
 DECODING_COST = 2
 
-# `biases`, if any: float32 [num_experts, 2 * expert_size + hidden_size] of gate, up and down, of
-# which job i takes row experts[i].
+GATE, UP, DOWN = range(3)
+NUM_KERNELS = 6  # of one layout: for few rows and for many, of gate, up and down
+
+# `kernels`: int64 [num_layouts, NUM_KERNELS]. `kinds`, if experts have several layouts: int32
+# [num_experts], which of them each has. `biases`, if any: float32 [num_experts, 2 * expert_size +
+# hidden_size] of gate, up and down. Job i takes the kind and the row of experts[i].
 EXPERTS = fields(
     "h num_rows hidden_size expert_size num_jobs addresses starts pairs experts top_k out "
-    "gate_few gate_many up_few up_many down_few down_many activation limit biases "
+    "kernels kinds activation limit biases "
     "prepared gate_out up_out inner_prepared identity"
 )
 COMBINE = fields("x out weights num_rows top_k hidden_size")
@@ -83,8 +88,18 @@ def _part_of_job(before, num_rows, features, low, high):
 
 
 @njit(error_model="numpy")
+def _kernel(r, job, matrix, num_rows):
+    """Address of what multiplies so many rows with a job's GATE, UP or DOWN."""
+    kind = 0
+    if word(r, EXPERTS.kinds) != 0:
+        kind = np.int64(load_i32(word(r, EXPERTS.kinds), load_i32(word(r, EXPERTS.experts), job)))
+    many = 0 if num_rows <= FEW_ROWS else 1
+    return word(word(r, EXPERTS.kernels), NUM_KERNELS * kind + 2 * matrix + many)
+
+
+@njit(error_model="numpy")
 def _bias(r, job, matrix):
-    """Address of what a job's gate (0), up (1) or down (2) adds; 0: nothing."""
+    """Address of what a job's GATE, UP or DOWN adds; 0: nothing."""
     if word(r, EXPERTS.biases) == 0:
         return 0
     size, expert = word(r, EXPERTS.expert_size), load_i32(word(r, EXPERTS.experts), job)
@@ -110,16 +125,12 @@ def _gate_and_up(r, part, num_parts):
         first, last, before = _part_of_job(before, num_rows, size, low, high)
         if first >= last:
             continue
-        few = num_rows <= FEW_ROWS
         addresses = word(r, EXPERTS.addresses) + 24 * job
         x_rows = pairs + 4 * (row + np.int64(load_i32(starts, 0)))
         y_rows = identity + 4 * row
         for matrix in range(2):
-            if matrix == 0:
-                kernel = word(r, EXPERTS.gate_few) if few else word(r, EXPERTS.gate_many)
-            else:
-                kernel = word(r, EXPERTS.up_few) if few else word(r, EXPERTS.up_many)
-            y = gate_out if matrix == 0 else up_out
+            kernel = _kernel(r, job, matrix, num_rows)
+            y = gate_out if matrix == GATE else up_out
             weights, bias = word(addresses, matrix), _bias(r, job, matrix)
             arguments = (
                 weights, hidden, first, last, prepared, x_rows, top_k, num_rows, y, y_rows, size,
@@ -146,11 +157,10 @@ def _down(r, part, num_parts):
             continue
         first, last, before = _part_of_job(before, num_rows, hidden, low, high)
         if first < last:
-            few = num_rows <= FEW_ROWS
-            kernel = word(r, EXPERTS.down_few) if few else word(r, EXPERTS.down_many)
-            weights = word(word(r, EXPERTS.addresses) + 24 * job, 2)
+            kernel = _kernel(r, job, DOWN, num_rows)
+            weights = word(word(r, EXPERTS.addresses) + 24 * job, DOWN)
             x_rows = identity + 4 * row
-            y_rows, bias = pairs + 4 * (row + np.int64(load_i32(starts, 0))), _bias(r, job, 2)
+            y_rows, bias = pairs + 4 * (row + np.int64(load_i32(starts, 0))), _bias(r, job, DOWN)
             arguments = (
                 weights, size, first, last, prepared, x_rows, 1, num_rows, out, y_rows, hidden,
                 bias,
@@ -225,6 +235,8 @@ class ExpertLayer:
 
     `layout`'s gate, up and down have `format` and `shape`; `config` says `activation` and
     `activation_limit`; `biases`, if any, has float32 arrays gate, up and down, a row per expert.
+    With `others`, layouts of the same shapes, expert e has the `kinds[e]`-th (int32
+    [num_experts]) of `layout` and these.
     """
 
     def __init__(
@@ -235,13 +247,14 @@ class ExpertLayer:
         exact: bool,
         workspace: Workspace,
         biases: Any = None,
+        others: Sequence[Any] = (),
+        kinds: np.ndarray | None = None,
     ) -> None:
         self.expert_size, self.hidden_size = layout.gate.shape
-        if layout.up.shape != layout.gate.shape or layout.down.shape != layout.gate.shape[::-1]:
-            raise ValueError(
-                f"gate, up and down do not fit together: {layout.gate.shape}, "
-                f"{layout.up.shape}, {layout.down.shape}"
-            )
+        for each in (layout, *others):
+            shapes = each.gate.shape, each.up.shape, each.down.shape
+            if shapes != (layout.gate.shape, layout.gate.shape, layout.gate.shape[::-1]):
+                raise ValueError(f"gate, up and down do not fit together: {shapes}")
         self.workspace = workspace
         if config.activation not in ACTIVATIONS:
             raise ValueError(
@@ -254,13 +267,23 @@ class ExpertLayer:
             activation=ACTIVATIONS.index(config.activation),
             limit=float(config.activation_limit),
         )
-        self._has_biases = biases is not None
+        kernels = [
+            products_of(isa, tensor.format, exact)
+            for each in (layout, *others)
+            for tensor in (each.gate, each.up, each.down)
+        ]
+        self.record.set(kernels=np.array(kernels, np.int64))
+        if others:
+            self._set_kinds(kinds, 1 + len(others))
         if biases is not None:
             self._set_biases(biases)
-        for name in ("gate", "up", "down"):
-            few, many = products_of(isa, getattr(layout, name).format, exact)
-            self.record.set(**{f"{name}_few": few, f"{name}_many": many})
+        self._asks_who = bool(others) or biases is not None
         _ = _experts.address  # compiled now rather than in the first token
+
+    def _set_kinds(self, kinds: np.ndarray | None, count: int) -> None:
+        if kinds is None or kinds.dtype != np.int32 or not 0 <= kinds.min() <= kinds.max() < count:
+            raise ValueError(f"kinds must be int32, each less than {count}, the number of layouts")
+        self.record.set(kinds=np.ascontiguousarray(kinds))
 
     def _set_biases(self, biases: Any) -> None:
         count, sizes = len(biases.gate), (self.expert_size, self.expert_size, self.hidden_size)
@@ -286,7 +309,7 @@ class ExpertLayer:
         space.arrays["addresses"][:num_jobs] = addresses
         if space.starts is not jobs.starts or space.pairs is not jobs.pairs:
             space.place(jobs.starts, jobs.pairs)
-        if self._has_biases:
+        if self._asks_who:
             space.arrays["experts"][:num_jobs] = jobs.experts
         team.run(_experts.address, self.record.address)
 

@@ -57,7 +57,7 @@ def is_resident(t, key):
 
 @inner
 def bytes_of(t, key):
-    return get(t, TIER.nbytes, layer_of(t, key))
+    return get(t, TIER.nbytes, key)
 
 
 @inner
@@ -86,7 +86,7 @@ def leave(t, stats, key):
 def make_room(t, stats, layer, nbytes, is_surplus):
     """Evict until there is room for `nbytes` of a layer; or who is a surplus after its batch."""
     while is_surplus or word(t, TIER.used) + nbytes > word(t, TIER.capacity):
-        key = victim(t, layer, is_surplus)
+        key = victim(t, layer, nbytes, is_surplus)
         if key == NONE:
             add(stats, STATS.stuck, not is_surplus)
             return

@@ -43,7 +43,7 @@ def generate(model, **choices):
 def least(model, **choices):
     """The smallest expert budget there is: most experts have to be read."""
     with Engine(model, threads=1, **choices) as engine:
-        return engine.config.top_k * max(engine._blob_bytes)
+        return engine.config.top_k * max((engine.blocks or engine.store).blob_bytes)
 
 
 def test_who_is_cold():

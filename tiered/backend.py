@@ -12,6 +12,7 @@ Where a model has `layer_norms`, the `norm` of attention, router and output laye
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -191,9 +192,15 @@ class Backend(Protocol):
         """Prepare the norm before the experts and the router; the result goes to `route`."""
 
     def expert_layer(
-        self, layout: ExpertLayout, config: ModelConfig, biases: ExpertBiases | None = None
+        self,
+        layout: ExpertLayout,
+        config: ModelConfig,
+        biases: ExpertBiases | None = None,
+        others: Sequence[ExpertLayout] = (),
+        kinds: np.ndarray | None = None,
     ) -> Any:
-        """Prepare a layer's experts once; the result goes to `experts`."""
+        """Prepare a layer's experts once; the result goes to `experts`. With `others`, expert e has
+        the `kinds[e]`-th (int32 [num_experts]) of `layout` and these; on the CPU only."""
 
     def feed_forward_layer(
         self, weights: FeedForwardWeights, config: ModelConfig, norm: np.ndarray | None = None

@@ -18,7 +18,6 @@ from tiered import policies
 from tiered.experts import ExpertJobs, ExpertKey, Routing
 from tiered.formats import CheckpointError, open_checkpoint
 from tiered.memory import format_bytes
-from tiered.policies import Space
 from tiered.routing import Cold
 from tiered.slots import RamMemory
 from tiered.source import TieredExperts
@@ -107,7 +106,7 @@ def open_copy(path: Path, store: ExpertStore, quantize: str, stack: ExitStack) -
         )
     copy = ExpertStore(checkpoint, quantize)
     stack.callback(copy.close)
-    if sum(copy.blob_bytes) >= sum(store.blob_bytes[: config.num_layers]):
+    if sum(copy.layer_bytes) >= sum(store.layer_bytes[: config.num_layers]):
         sizes = [format_bytes(max(each.blob_bytes)) for each in (copy, store)]
         raise CheckpointError(
             f"{path} has experts of {sizes[0]}, and {model} of {sizes[1]}: a cold copy saves "
@@ -123,7 +122,7 @@ def copy_bytes(copy: ExpertStore) -> int:
 
 def copy_tier(copy: ExpertStore, readers: int, stack: ExitStack) -> TieredExperts:
     """Experts of the copy on their way through a tier that `stack` closes."""
-    space = Space(copy_bytes(copy), tuple(copy.blob_bytes))
+    space = copy.space(copy_bytes(copy))
     tier = Tier(RamMemory(space), copy, policies.create("lru", space), readers)
     stack.callback(tier.close)
     return TieredExperts(tier, copy.offsets)

@@ -86,6 +86,12 @@ class Engine:
         if config.sparse_layers:
             self.store = ExpertStore(self.checkpoint, choices.quantize)
             stack.callback(self.store.close)
+            if self.store.is_mix and hasattr(self.backend, "cards"):
+                raise ValueError(
+                    f"{self.checkpoint.path}: experts of one layer have different number formats, "
+                    "which GPUs cannot compute yet: use --device cpu, or quantize with --mix-by "
+                    "layer"
+                )
             blocks = WholeBlocks(self.store)
             # What goes on to a GPU is a blob of the store's layout.
             if choices.device == "cpu" and blocks.pays:
@@ -178,7 +184,7 @@ class Engine:
         config, choices = self.checkpoint.config, self.choices
         limit = None if choices.ram is None else memory.parse_bytes(choices.ram)
         expert_ram = None if choices.expert_ram is None else memory.parse_bytes(choices.expert_ram)
-        blobs = self._blob_bytes
+        below = self.blocks or self.store
         slots = copy_bytes(self.copy) if self.copy else 0
         return plan_memory(
             limit=memory.default_limit() if limit is None else limit,
@@ -187,8 +193,8 @@ class Engine:
             dense=dense_bytes(self.checkpoint, choices.quantize),
             kv=kv_cache.kv_bytes(config, self.kv_tokens, choices.kv_dtype, self._num_states),
             workspace=workspace_bytes(config, choices.prefill_chunk) + slots,
-            experts=sum(blobs) * config.num_experts,
-            floor=max(blobs) * config.top_k,
+            experts=sum(below.layer_bytes) if below else 0,
+            floor=max(below.blob_bytes) * config.top_k if below else 0,
             mappable=self.store is not None and self.store.mappable,
         )
 
@@ -196,12 +202,6 @@ class Engine:
     def _num_states(self) -> int:
         """What recurrent layers remember is kept twice where drafts may have to be taken back."""
         return self.num_texts * (1 if self.choices.speculate == "off" else 2)
-
-    @property
-    def _blob_bytes(self) -> list[int]:
-        """Bytes that one expert takes in a slot, by layer."""
-        source = self.blocks or self.store
-        return source.blob_bytes if source else [0]
 
     # --- text ---
 
@@ -359,13 +359,15 @@ class Engine:
         if self.store is None or self.source is None:
             raise ValueError(f"{self.checkpoint.path} is a dense model: it routes nothing")
         tiered = isinstance(self.source, TieredExperts)
+        space = (self.blocks or self.store).space(self.plan.slots if tiered else 0)
         info = TraceInfo(
             model=self.checkpoint.path.name,
             num_experts=self.config.num_experts,
             top_k=self.config.top_k,
-            blob_bytes=tuple(self._blob_bytes),
+            blob_bytes=space.blob_bytes,
             policy=str(self.choices.policy) if tiered else "",
-            capacity=self.plan.slots if tiered else 0,
+            capacity=space.capacity,
+            mixes=space.mixes,
         )
         journaled = self.source.tier if isinstance(self.source, TieredExperts) else self.source
         with TraceWriter(Path(path), info) as writer:

@@ -34,7 +34,7 @@ class TensorLayout(NamedTuple):
 
 
 class ExpertLayout(NamedTuple):
-    """Where gate, up and down lie in an expert's blob. All experts of one layer share it."""
+    """Where gate, up and down lie in an expert's blob."""
 
     gate: TensorLayout
     up: TensorLayout
@@ -48,6 +48,38 @@ class ExpertLayout(NamedTuple):
     def offsets(self) -> np.ndarray:
         """Byte offsets of gate, up and down: int64 [3]."""
         return np.array([self.gate.offset, self.up.offset, self.down.offset], np.int64)
+
+
+class LayerLayouts(NamedTuple):
+    """The layouts of a layer's experts: mostly one for all of them, else a mix of a few."""
+
+    distinct: tuple[ExpertLayout, ...]
+    kinds: np.ndarray  # int32 [num_experts]: which of `distinct` an expert has
+
+    @classmethod
+    def of(cls, layouts: Sequence[ExpertLayout]) -> LayerLayouts:
+        """From the layout of each expert."""
+        distinct = tuple(dict.fromkeys(layouts))
+        return cls(distinct, np.array([distinct.index(each) for each in layouts], np.int32))
+
+    @property
+    def is_mix(self) -> bool:
+        return len(self.distinct) > 1
+
+    def layout(self, expert: int) -> ExpertLayout:
+        return self.distinct[int(self.kinds[expert])]
+
+    @property
+    def blob_bytes(self) -> tuple[int, ...]:
+        """Of each expert."""
+        sizes = [layout.nbytes for layout in self.distinct]
+        return tuple(sizes[kind] for kind in self.kinds)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Byte offsets of gate, up and down in each expert's blob: int64 [num_experts, 3]."""
+        table: np.ndarray = np.stack([layout.offsets for layout in self.distinct])[self.kinds]
+        return table
 
 
 def aligned(nbytes: int, alignment: int = BLOB_ALIGNMENT) -> int:
@@ -81,6 +113,13 @@ def weighted_once(
     if not config.weighted_inputs:
         return h, weights
     return backend.weighted(h, weights), np.ones_like(weights)
+
+
+def prepared(backend: Any, layouts: LayerLayouts, config: ModelConfig, biases: Any = None) -> Any:
+    """What the backend computes a layer's experts with: see Backend.expert_layer."""
+    first, *others = layouts.distinct
+    mix = (others, layouts.kinds) if layouts.is_mix else ()
+    return backend.expert_layer(first, config, biases, *mix)
 
 
 class ExpertJobs(NamedTuple):

@@ -59,15 +59,15 @@ class NullMemory:
 class RamMemory:
     """Slots in RAM, page-aligned; `slack` bytes of each are room for what a read drags along.
 
-    Layers of a mixed-precision model have blobs of different sizes. Slots are addresses, all far
-    enough apart for the largest blob; only the pages under a blob take memory, and pages beyond
-    it are given back (`fit`). So any blob goes into any slot and the budget is still exact.
+    Layers or experts of a mixed-precision model have blobs of different sizes. Slots are addresses,
+    all far enough apart for the largest blob; only the pages under a blob take memory, and pages
+    beyond it are given back (`fit`). So any blob goes into any slot and the budget is still exact.
     """
 
     def __init__(self, space: Space, slack: int = 0) -> None:
         self.space = space
         self.stride = aligned(max(space.blob_bytes) + slack, PAGE)
-        self._mixed = len({nbytes for nbytes in space.blob_bytes if nbytes}) > 1
+        self._mixed = bool(space.mixes) or len(set(filter(None, space.blob_bytes))) > 1
         self._slack = slack
         self._extent = [0] * space.num_slots  # bytes that take memory, whole pages
         self._map = _reserve(max(1, space.num_slots) * self.stride, huge=not self._mixed)

@@ -15,7 +15,6 @@ from tiered.cache.floors import check_budget
 from tiered.config import EngineConfig
 from tiered.experts import ExpertKey
 from tiered.fetch import Group
-from tiered.policies import Space
 from tiered.slots import RamMemory
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
@@ -92,7 +91,7 @@ def open_source(
     if plan.mapped:
         return MappedExperts(store)
     below = blocks or store
-    space = Space(plan.slots, tuple(below.blob_bytes))
+    space = below.space(plan.slots)
     policy = policies.create(choices.policy, space)
     for warning in check_budget(space, store.checkpoint.config.top_k, policy):
         log.warning(warning)

@@ -13,7 +13,7 @@ from tiered import memory
 from tiered.backend import open_cpu
 from tiered.budget import plan_memory, workspace_bytes
 from tiered.config import EngineConfig
-from tiered.experts import Routing, group_by_expert, weighted_once
+from tiered.experts import Routing, group_by_expert, prepared, weighted_once
 from tiered.formats import open_checkpoint
 from tiered.source import count, open_source
 from tiered.stats import EngineStats
@@ -44,7 +44,7 @@ class StandaloneExperts:
             self.store = stack.enter_context(ExpertStore(self.checkpoint, choices.quantize))
             blocks = WholeBlocks(self.store)
             self._blocks = blocks if blocks.pays else None
-            blob_bytes = (self._blocks or self.store).blob_bytes
+            below = self._blocks or self.store
             self.plan = plan_memory(
                 limit=_bytes(choices.ram) or memory.default_limit(),
                 expert_ram=_bytes(choices.expert_ram),
@@ -52,13 +52,13 @@ class StandaloneExperts:
                 dense=others,
                 kv=0,
                 workspace=workspace_bytes(self.config, choices.prefill_chunk),
-                experts=sum(blob_bytes) * self.config.num_experts,
-                floor=max(blob_bytes) * self.config.top_k,
+                experts=sum(below.layer_bytes),
+                floor=max(below.blob_bytes) * self.config.top_k,
                 mappable=self.store.mappable,
             )
             self.source = open_source(self.store, self._blocks, self.plan, choices, stack)
             self._layers = {
-                layer: self.backend.expert_layer(self.store.layout(layer), self.config)
+                layer: prepared(self.backend, self.store.layouts(layer), self.config)
                 for layer in self.config.sparse_layers
             }
             self._closing = stack.pop_all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 
@@ -14,7 +14,15 @@ import numpy as np
 from cpu_kernels.formats import FORMATS
 from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.config import EXPERT_FORMATS, check_quantization
-from tiered.experts import ExpertKey, ExpertLayout, TensorLayout, aligned, expert_layout
+from tiered.experts import (
+    ExpertKey,
+    ExpertLayout,
+    LayerLayouts,
+    TensorLayout,
+    aligned,
+    expert_layout,
+)
+from tiered.policies import Space
 from tiered.reader import BLOCK, FileReader
 from tiered.weights.dense import is_usable
 from tiered.weights.quantize import quantize_rows
@@ -41,7 +49,7 @@ class ExpertStore:
         self.bytes_read = 0
         self.seconds = 0.0  # that reading took, all threads together
         self._layouts = {
-            layer: self._layer_layout(layer) for layer in checkpoint.config.sparse_layers
+            layer: self._layer_layouts(layer) for layer in checkpoint.config.sparse_layers
         }
         self.mappable = all(self._is_mappable(layer) for layer in self._layouts)
         self._direct = direct
@@ -56,24 +64,50 @@ class ExpertStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def layout(self, layer: int) -> ExpertLayout:
+    def layouts(self, layer: int) -> LayerLayouts:
         """Where gate, up and down lie in the blobs of this layer's experts."""
         return self._layouts[layer]
 
+    def layout(self, layer: int) -> ExpertLayout:
+        """The same, of a layer whose experts are all alike. ValueError if they are not."""
+        layouts = self._layouts[layer]
+        if layouts.is_mix:
+            raise ValueError(
+                f"{self.checkpoint.path}: experts of layer {layer} differ in their number formats"
+            )
+        return layouts.distinct[0]
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether the experts of some layer differ in their number formats."""
+        return any(layouts.is_mix for layouts in self._layouts.values())
+
     @property
     def blob_bytes(self) -> list[int]:
-        """Bytes of one expert's blob, by layer; 0 for a layer without experts."""
-        config = self.checkpoint.config
+        """Bytes of an expert's blob, by layer, of the largest where they differ; 0 for a layer
+        without experts."""
+        return self._by_layer(max)
+
+    @property
+    def layer_bytes(self) -> list[int]:
+        """Bytes of all experts, by layer."""
+        return self._by_layer(sum)
+
+    def _by_layer(self, of: Callable[[Iterable[int]], int]) -> list[int]:
+        layers = range(self.checkpoint.config.num_layers)
         return [
-            self._layouts[layer].nbytes if config.is_sparse(layer) else 0
-            for layer in range(config.num_layers)
+            of(self._layouts[layer].blob_bytes) if layer in self._layouts else 0 for layer in layers
         ]
+
+    def space(self, capacity: int) -> Space:
+        """What a tier with so many bytes for these experts manages."""
+        mixes = {n: each.blob_bytes for n, each in self._layouts.items() if each.is_mix}
+        return Space(capacity, tuple(self.blob_bytes), mixes)
 
     @property
     def offsets(self) -> dict[int, np.ndarray]:
         """Where gate, up and down lie in each expert's blob, by layer: int64 [num_experts, 3]."""
-        shape = self.checkpoint.config.num_experts, 3
-        return {n: np.broadcast_to(layout.offsets, shape) for n, layout in self._layouts.items()}
+        return {layer: layouts.offsets for layer, layouts in self._layouts.items()}
 
     def addresses(self, key: ExpertKey) -> np.ndarray:
         """int64 [3]: where gate, up and down lie in the memory map. For a `mappable` store."""
@@ -144,20 +178,17 @@ class ExpertStore:
         prefix = f"layers.{key.layer}.experts.{key.expert}."
         return [self.checkpoint.tensors[prefix + name] for name in PROJECTIONS]
 
-    def _layer_layout(self, layer: int) -> ExpertLayout:
+    def _layer_layouts(self, layer: int) -> LayerLayouts:
         config = self.checkpoint.config
-        kinds = {
-            tuple(tensor.format for tensor in self.tensors(ExpertKey(layer, expert)))
-            for expert in range(config.num_experts)
-        }
-        if len(kinds) > 1:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: experts of layer {layer} differ in their number "
-                f"formats ({sorted(kinds)}); they must be alike within a layer"
-            )
         sizes = config.hidden_size, config.hidden_size, config.expert_size  # in_features
-        formats = [self._format(*pair) for pair in zip(kinds.pop(), sizes, strict=True)]
-        return expert_layout(config.hidden_size, config.expert_size, *formats)
+
+        @cache
+        def layout(*stored: str) -> ExpertLayout:
+            formats = [self._format(*pair) for pair in zip(stored, sizes, strict=True)]
+            return expert_layout(config.hidden_size, config.expert_size, *formats)
+
+        keys = (ExpertKey(layer, expert) for expert in range(config.num_experts))
+        return LayerLayouts.of([layout(*(t.format for t in self.tensors(key))) for key in keys])
 
     def _format(self, stored: str, in_features: int) -> str:
         """The number format that a stored expert matrix is computed in."""
@@ -173,18 +204,18 @@ class ExpertStore:
 
     def _is_mappable(self, layer: int) -> bool:
         """Whether the file's own bytes can be computed with."""
-        formats = [tensor.format for tensor in self._layouts[layer]]
+        layouts = self._layouts[layer]
         return all(
-            [tensor.format for tensor in tensors] == formats and all(map(is_usable, tensors))
-            for tensors in (
-                self.tensors(ExpertKey(layer, expert))
-                for expert in range(self.checkpoint.config.num_experts)
+            tensor.format == target.format and is_usable(tensor)
+            for expert in range(self.checkpoint.config.num_experts)
+            for tensor, target in zip(
+                self.tensors(ExpertKey(layer, expert)), layouts.layout(expert), strict=True
             )
         )
 
     def _tasks(self, key: ExpertKey, slot: np.ndarray) -> Iterator[Task]:
         """What fills the slot; each task writes to a part of its own."""
-        layout, tensors = self._layouts[key.layer], self.tensors(key)
+        layout, tensors = self._layouts[key.layer].layout(key.expert), self.tensors(key)
         if len(slot) < layout.nbytes:
             raise ValueError(f"{key} takes {layout.nbytes} bytes, but the slot has {len(slot)}")
         if self.is_blob(key):  # as in our own stores: the blob in one run
@@ -205,7 +236,7 @@ class ExpertStore:
 
     def is_blob(self, key: ExpertKey) -> bool:
         """Whether the file has this expert as a blob: in its layout, in one run."""
-        layout, tensors = self._layouts[key.layer], self.tensors(key)
+        layout, tensors = self._layouts[key.layer].layout(key.expert), self.tensors(key)
         first = tensors[0]
         return all(
             tensor.packed is None

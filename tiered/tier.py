@@ -114,7 +114,7 @@ class Tier:
 
     def read_into(self, key: ExpertKey, buffer: Any) -> None:
         """A tier is a source for the tier above it."""
-        nbytes = self.memory.space.blob_bytes[key.layer]
+        nbytes = self.memory.space.nbytes(key)
         with self.fetch([key]) as groups:
             next(groups)
             np.copyto(buffer[:nbytes], self.memory.slot(self.residency.slot(key))[:nbytes])
@@ -225,7 +225,7 @@ class Tier:
         self.residency.recycle()
 
     def _read(self, load: Load) -> None:
-        self.memory.fit(load.slot, self.memory.space.blob_bytes[load.key.layer])
+        self.memory.fit(load.slot, self.memory.space.nbytes(load.key))
         self.source.read_into(load.key, self.memory.slot(load.slot))
 
     def _finished(self, load: Load) -> None:

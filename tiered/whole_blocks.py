@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from tiered.experts import ExpertKey, aligned
+from tiered.policies import Space
 from tiered.reader import BLOCK
 from tiered.store import ExpertStore, Task
 
@@ -21,6 +22,7 @@ class WholeBlocks:
     """A tier's source: a store's experts, each matrix where `offsets` says.
 
     `blob_bytes` (by layer) is the room that one takes, `offsets[layer]` is int64 [num_experts, 3].
+    A mix by expert is read as the store reads it.
     """
 
     def __init__(self, store: ExpertStore) -> None:
@@ -44,12 +46,26 @@ class WholeBlocks:
         """Whether the file has the experts' own bytes, in matrices that are large beside a block,
         and not yet in blobs that begin at one."""
         store = self._store
-        return store.mappable and all(
-            not store.is_blob(ExpertKey(layer, 0))
-            and self.blob_bytes[layer] - store.layout(layer).nbytes
-            <= LARGEST_SHARE * self.blob_bytes[layer]
-            for layer in self.offsets
+        return (
+            store.mappable
+            and not store.is_mix
+            and all(
+                not store.is_blob(ExpertKey(layer, 0))
+                and self.blob_bytes[layer] - store.layout(layer).nbytes
+                <= LARGEST_SHARE * self.blob_bytes[layer]
+                for layer in self.offsets
+            )
         )
+
+    @property
+    def layer_bytes(self) -> list[int]:
+        """Room that all experts take, by layer."""
+        num_experts = self._store.checkpoint.config.num_experts
+        return [num_experts * nbytes for nbytes in self.blob_bytes]
+
+    def space(self, capacity: int) -> Space:
+        """What a tier with so many bytes for these experts manages."""
+        return Space(capacity, tuple(self.blob_bytes))
 
     def read_into(self, key: ExpertKey, slot: np.ndarray) -> None:
         """Fill `slot`, which begins at a multiple of 4096. Raises OSError naming the file."""

@@ -7,13 +7,13 @@ from tiered.policies import Policy, Space
 
 
 def floor_bytes(space: Space, top_k: int) -> int:
-    """The experts of one token in one layer: a tier must hold them at the same time."""
+    """The experts of one token in one layer: a tier must hold them at the same time, whichever."""
     return top_k * max(space.blob_bytes)
 
 
 def cycle_bytes(space: Space, top_k: int) -> int:
     """One token cycle: the experts that one token needs in all layers."""
-    return top_k * sum(space.blob_bytes)
+    return round(top_k * sum(space.average_bytes))
 
 
 def check_budget(space: Space, top_k: int, policy: Policy) -> list[str]:

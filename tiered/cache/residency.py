@@ -65,7 +65,7 @@ class Residency:
         self.policy = policy
         self.stats = TierStats()
         self.used = 0  # bytes
-        self._blob_bytes = space.blob_bytes
+        self._nbytes = space.nbytes
         self._largest = max(space.blob_bytes)
         self._slots: dict[ExpertKey, int] = {}
         self._unused: list[int] = list(range(space.num_slots - 1, -1, -1))
@@ -107,7 +107,7 @@ class Residency:
         """Whether these (distinct) experts can be resident at the same time."""
         if len(keys) * self._largest <= self.space.capacity:
             return True
-        return sum(self._blob_bytes[key.layer] for key in keys) <= self.space.capacity
+        return sum(map(self._nbytes, keys)) <= self.space.capacity
 
     def can_admit(self, keys: Sequence[ExpertKey], pinned: Collection[ExpertKey]) -> bool:
         """Whether `keys` can be looked up while `pinned` stay."""
@@ -122,9 +122,9 @@ class Residency:
         if self.fits(keys):
             return [list(range(len(keys)))]
         pieces: list[list[int]] = [[]]
-        room = half = max(self.space.capacity // 2, max(self._blob_bytes))
+        room = half = max(self.space.capacity // 2, self._largest)
         for position in sorted(range(len(keys)), key=lambda i: keys[i] not in self._slots):
-            nbytes = self._blob_bytes[keys[position].layer]
+            nbytes = self._nbytes(keys[position])
             if nbytes > room:
                 pieces.append([])
                 room = half
@@ -159,7 +159,7 @@ class Residency:
             touch(key)
         stats.hits += len(slots) - len(missing)
         stats.misses += len(missing)
-        stats.bytes_read += sum([self._blob_bytes[keys[i][0]] for i in missing])
+        stats.bytes_read += sum([self._nbytes(keys[i]) for i in missing])
         if self._guesses:
             self._use_guesses(keys)
         return slots, missing  # type: ignore[return-value]
@@ -191,13 +191,13 @@ class Residency:
         """
         protected = {*keys, *also}
         room = self.space.capacity - sum(
-            self._blob_bytes[key.layer] for key in protected if key in self._slots
+            self._nbytes(key) for key in protected if key in self._slots
         )
         issued: list[ExpertKey] = []
         for key in keys:
             if len(issued) >= limit:
                 break
-            nbytes = self._blob_bytes[key.layer]
+            nbytes = self._nbytes(key)
             if key in self._slots or nbytes > room:
                 continue
             room -= nbytes
@@ -217,11 +217,11 @@ class Residency:
     def cancel(self, key: ExpertKey) -> None:
         """A guess was given up before its load started: nothing was read."""
         if key in self._guesses:
-            self.stats.bytes_prefetched -= self._blob_bytes[key.layer]
+            self.stats.bytes_prefetched -= self._nbytes(key)
             self._leave(key)
 
     def _admit(self, key: ExpertKey, evictable: Evictable) -> int:
-        nbytes = self._blob_bytes[key[0]]
+        nbytes = self._nbytes(key)
         while self.used + nbytes > self.space.capacity:
             self.evict(key, evictable)
         # Room for the bytes means a free slot: no blob is smaller than capacity / num_slots.
@@ -250,7 +250,7 @@ class Residency:
 
     def _leave(self, key: ExpertKey) -> None:
         self._forget(key)
-        self.used -= self._blob_bytes[key[0]]
+        self.used -= self._nbytes(key)
         self.vacated.append(self._slots.pop(key))
         if self._guesses and key in self._guesses:
             self._guesses.discard(key)

@@ -15,7 +15,7 @@ class Shares:
     """
 
     def __init__(self, space: Space, layer_policy: Callable[[Space], Policy]) -> None:
-        self.blob_bytes = space.blob_bytes
+        self.nbytes = space.nbytes
         equal = space.capacity / space.num_sparse_layers
         self.share = [equal if nbytes else 0.0 for nbytes in space.blob_bytes]  # bytes by layer
         self.used = [0] * space.num_layers
@@ -34,7 +34,7 @@ class Shares:
 
     def forget(self, key: ExpertKey) -> None:
         self.resident.discard(key)
-        self.used[key[0]] -= self.blob_bytes[key[0]]
+        self.used[key[0]] -= self.nbytes(key)
         self.policies[key[0]].forget(key)
 
     def surplus(self, layer: int, excess: int, evictable: Evictable) -> ExpertKey | None:
@@ -50,7 +50,7 @@ class Shares:
 
     def victim_for(self, key: ExpertKey, evictable: Evictable) -> ExpertKey | None:
         layer = key[0]
-        if self.excess(layer) + self.blob_bytes[layer] > 0:
+        if self.excess(layer) + self.nbytes(key) > 0:
             victim = self.policies[layer].victim(evictable)
             if victim is not None:
                 return victim
@@ -58,7 +58,7 @@ class Shares:
 
     def _enter(self, key: ExpertKey) -> None:
         self.resident.add(key)
-        self.used[key[0]] += self.blob_bytes[key[0]]
+        self.used[key[0]] += self.nbytes(key)
 
     def _of_the_greediest(self, evictable: Evictable) -> ExpertKey | None:
         for layer in sorted(range(len(self.used)), key=self.excess, reverse=True):

@@ -72,4 +72,4 @@ def half_of_experts(model: Path) -> int:
     from tiered.store import ExpertStore
 
     with open_checkpoint(model) as checkpoint, ExpertStore(checkpoint) as store:
-        return sum(store.blob_bytes) * checkpoint.config.num_experts // 2
+        return sum(store.layer_bytes) // 2

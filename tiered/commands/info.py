@@ -119,16 +119,16 @@ def describe_model(path: Path, context: int, quantize: str) -> dict[str, Any]:
                   "workspace_bytes": work}  # fmt: skip
         if config.sparse_layers:
             with ExpertStore(checkpoint, quantize) as store:
-                sizes = store.blob_bytes
-            experts = sum(sizes) * config.num_experts
+                largest, experts = max(store.blob_bytes), sum(store.layer_bytes)
+            of_token = experts * config.top_k // config.num_experts
             free = available_bytes()
             room = max(0, free - dense - kv - work)
             facts |= {
-                "expert_bytes": max(sizes),
+                "expert_bytes": largest,
                 "experts_bytes": experts,
-                "read_per_token_bytes": dense + sum(sizes) * config.top_k,
-                "least_expert_ram_bytes": max(sizes) * config.top_k,
-                "one_token_cycle_bytes": sum(sizes) * config.top_k,
+                "read_per_token_bytes": dense + of_token,
+                "least_expert_ram_bytes": largest * config.top_k,
+                "one_token_cycle_bytes": of_token,
                 "free_for_us_bytes": free,
                 "experts_in_memory": f"{min(1.0, room / experts):.0%}",
             }

@@ -127,7 +127,7 @@ def measured(path: Path, model: ModelSizes, quant: str, threads: int | None) -> 
         with open_checkpoint(path) as checkpoint, ExpertStore(checkpoint, readers=1) as store:
             config = checkpoint.config
             hidden, size = config.hidden_size, config.expert_size
-            layout = store.layout(config.sparse_layers[0])
+            layout = store.layouts(config.sparse_layers[0]).layout(0)
             file = max((t.file for t in checkpoint.tensors.values()), key=_size)
     else:
         shape = shapes.find(path.name)

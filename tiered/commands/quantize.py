@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,9 @@ def lower(_context: Any, _parameter: Any, value: str) -> str:
             "measured sensitivity, so that an expert's weight has X bits on average.")  # fmt: skip
 @opt.option("--formats", metavar="NAME,...", callback=names,
             help="Which --bits may choose from. Default: all that fit.")  # fmt: skip
+@opt.option("--mix-by", type=click.Choice(["layer", "expert"]), default="layer",
+            help="With --bits, whether a layer's experts share what is chosen, or each has its "
+            "own; GGUF has no mix by expert.")  # fmt: skip
 @opt.option("--text", metavar="FILE", type=click.Path(path_type=Path), help="The calibration text, "
             "in UTF-8: of the kind that the model is meant for.")  # fmt: skip
 @opt.option("--max-tokens", type=click.IntRange(2), default=32768, help="Of the text.")  # fmt: skip
@@ -97,19 +102,27 @@ def report(destination: Path, recipe: Recipe, result: Result, num_tokens: int) -
     return {
         "destination": str(destination), "bytes": result.nbytes, "method": recipe.method,
         "bits": result.bits, "tokens": num_tokens, "fewest": recipe.fewest, "few": result.few,
-        "formats": {str(layer): formats for layer, formats in result.formats.items()},
+        "formats": {
+            str(layer): formats if len(set(formats)) > 1 else formats[0]
+            for layer, formats in result.formats.items()
+        },
         "sensitivity": [
             {"layer": unit.layer, "part": unit.part, **option._asdict()}
             for unit, options in result.options.items()
             for option in options
         ],
+        "shares": [
+            {"layer": unit.layer, "part": unit.part, "experts": shares}
+            for unit, shares in result.shares.items()
+        ],
     }  # fmt: skip
 
 
 def summary(destination: Path, recipe: Recipe, result: Result) -> str:
-    kinds = [name for formats in result.formats.values() for name in formats]
+    of_experts = chain.from_iterable(result.formats.values())
+    kinds = Counter(chain.from_iterable(of_experts))  # of matrices
     shares = ", ".join(
-        f"{kinds.count(name) / len(kinds):.0%} {name}" for name in sorted(set(kinds))
+        f"{count / kinds.total():.0%} {name}" for name, count in sorted(kinds.items())
     )
     few = ""
     if result.few:

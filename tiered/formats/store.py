@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.checkpoints.config_json import config_from_json
@@ -19,7 +20,7 @@ from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.json_file import read_json
 from tiered.checkpoints.tensor_names import check_tensors
 from tiered.config import ModelConfig
-from tiered.experts import expert_layout
+from tiered.experts import ExpertLayout, expert_layout
 from tiered.models import read_config
 from tiered.weights.dense import matrix_bytes
 
@@ -131,27 +132,49 @@ def _dense(path: Path, facts: Facts, sizes: Mapping[str, int]) -> Iterator[Tenso
         yield Tensor(name, format, tuple(shape), path / DENSE, offset, nbytes)
 
 
+class Run(NamedTuple):
+    """Experts of a layer that are alike, in rows of an array that follow each other."""
+
+    array: int
+    first_row: int
+    stride: int  # bytes of a row
+    formats: list[str]  # of gate, up and down
+    experts: Sequence[int]  # in the order of the rows
+
+
 def _experts(
     path: Path, facts: Facts, config: ModelConfig, sizes: Mapping[str, int]
 ) -> Iterator[Tensor]:
-    """Tensors inside the blobs. Each layer has [array number, first row, stride, formats]."""
+    """Tensors inside the blobs. Each layer has [array number, first row, stride, formats]; or, if
+    its experts differ in their formats, a list of these, each with the numbers of its experts."""
+    everyone = list(range(config.num_experts))
     for layer, entry in facts.mapping("experts").items():
         try:
-            array, first_row, stride, formats = entry
-            layout = expert_layout(config.hidden_size, config.expert_size, *formats)
-            end = (first_row + config.num_experts) * stride
-            valid = end <= sizes[array_file(array)] and layout.nbytes <= stride and first_row >= 0
-        except (TypeError, KeyError, ValueError):
+            is_mix = isinstance(entry[0], list)
+            runs = [Run._make(run) for run in (entry if is_mix else [[*entry, everyone]])]
+            layouts = [_layout(run, config, sizes) for run in runs]
+            valid = sorted(chain.from_iterable(run.experts for run in runs)) == everyone
+        except (TypeError, KeyError, ValueError, IndexError):
             valid = False
         if not valid:
             raise CheckpointError(f"{facts.source}: the entry of layer {layer} is damaged")
-        file = path / array_file(array)
-        for expert in range(config.num_experts):
-            row = (first_row + expert) * stride
-            for part, tensor in layout._asdict().items():
-                name = f"layers.{layer}.experts.{expert}.{part}"
-                offset = row + tensor.offset
-                yield Tensor(name, tensor.format, tensor.shape, file, offset, tensor.nbytes)
+        for run, layout in zip(runs, layouts, strict=True):
+            for row, expert in enumerate(run.experts, run.first_row):
+                for part, tensor in layout._asdict().items():
+                    name = f"layers.{layer}.experts.{expert}.{part}"
+                    file, offset = path / array_file(run.array), row * run.stride + tensor.offset
+                    yield Tensor(name, tensor.format, tensor.shape, file, offset, tensor.nbytes)
+
+
+def _layout(run: Run, config: ModelConfig, sizes: Mapping[str, int]) -> ExpertLayout:
+    """Of a run's experts. Raises what a damaged entry leads to."""
+    if any(type(n) is not int for n in (run.array, run.first_row, run.stride, *run.experts)):
+        raise TypeError("no whole numbers")
+    layout = expert_layout(config.hidden_size, config.expert_size, *run.formats)
+    end = (run.first_row + len(run.experts)) * run.stride
+    if end > sizes[array_file(run.array)] or layout.nbytes > run.stride or run.first_row < 0:
+        raise ValueError("beyond the file")
+    return layout
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:

@@ -22,7 +22,8 @@ def weights_per_token(engine: Engine, dropped: float = 0.0) -> float:
     if "head" in engine.checkpoint.tensors:  # else the embedding is the head, and is read whole
         embedding = engine.checkpoint.tensors["embed"]
         dense -= matrix_bytes(dense_format(embedding, engine.choices.quantize), embedding.shape)
-    return dense + (1 - dropped) * (config.top_k * sum(store.blob_bytes) if store else 0)
+    experts = config.top_k * sum(store.layer_bytes) / config.num_experts if store else 0
+    return dense + (1 - dropped) * experts
 
 
 class Speed(NamedTuple):

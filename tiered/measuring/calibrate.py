@@ -150,7 +150,7 @@ class Reads:
             if self.stopped:
                 return
             self.store.read_into(key, self.slots[worker])
-            self.done[worker] += self.store.blob_bytes[key.layer]
+            self.done[worker] += self.store.layouts(key.layer).layout(key.expert).nbytes
             if not repeat and key is self.keys[worker :: self.readers][-1]:
                 return
 

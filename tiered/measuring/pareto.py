@@ -141,10 +141,10 @@ def expert_bytes(checkpoint: Checkpoint, quantize: str) -> int:
     store = ExpertStore(checkpoint, quantize)
     try:
         blocks = WholeBlocks(store)
-        blobs = (blocks if blocks.pays else store).blob_bytes  # as an engine has them in slots
+        by_layer = (blocks if blocks.pays else store).layer_bytes  # as an engine has them in slots
     finally:
         store.close()
-    return checkpoint.config.num_experts * sum(blobs)
+    return sum(by_layer)
 
 
 def frontier(rows: Sequence[Mapping[str, str]]) -> list[int]:

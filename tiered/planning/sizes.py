@@ -57,6 +57,7 @@ class ModelSizes:
     attention_width: int  # of all query heads together
     context_length: int
     approximate: bool = False
+    largest: int = 0  # the largest expert's blob, if layers have experts of several sizes
 
     @property
     def num_layers(self) -> int:
@@ -83,7 +84,7 @@ class ModelSizes:
     @property
     def floor(self) -> int:
         """Bytes of the experts that one layer needs at once: less memory cannot work."""
-        return self.top_k * max(self.experts)
+        return self.top_k * max(self.largest, *self.experts)
 
     def kv(self, context: int) -> int:
         """Bytes that are kept of a text of `context` tokens."""
@@ -153,14 +154,17 @@ def of_checkpoint(
             head += nbytes
     tied = "head" not in checkpoint.tensors
     with ExpertStore(checkpoint, quantize, readers=1) as store:
-        blobs = {layer: store.layout(layer).nbytes for layer in config.sparse_layers}
+        # Of a mix by expert, what they have on average: forecasts take a layer's to be alike.
+        blobs = [-(-nbytes // max(1, config.num_experts)) for nbytes in store.layer_bytes]
+        largest = max(store.blob_bytes)
     return ModelSizes(
         name=checkpoint.path.name,
         num_experts=config.num_experts,
         top_k=config.top_k,
         attention=tuple(attention),
         shared=tuple(shared),
-        experts=tuple(blobs.get(layer, 0) for layer in range(config.num_layers)),
+        experts=tuple(blobs),
+        largest=largest,
         embed=embed,
         head=embed if tied else head,
         tied=tied,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
@@ -13,21 +14,37 @@ from typing import Any, NamedTuple, Protocol
 from tiered.experts import ExpertKey
 
 Evictable = Callable[[ExpertKey], bool]
+NO_MIXES: Mapping[int, Sequence[int]] = {}
 
 
 class Space(NamedTuple):
     """What a policy manages: `capacity` bytes, for blobs of `blob_bytes[layer]` bytes each.
 
-    A dense layer has blobs of 0 bytes.
+    A dense layer has blobs of 0 bytes. Where a layer's experts differ, that is its largest, and
+    `mixes[layer]` has each one's.
     """
 
     capacity: int
     blob_bytes: tuple[int, ...]
+    mixes: Mapping[int, Sequence[int]] = NO_MIXES
 
     @classmethod
     def of_slots(cls, num_slots: int, num_layers: int) -> Space:
         """Room for `num_slots` experts that are all of one size."""
         return cls(num_slots, (1,) * num_layers)
+
+    def nbytes(self, key: ExpertKey) -> int:
+        """Of an expert's blob."""
+        mix = self.mixes.get(key[0])
+        return self.blob_bytes[key[0]] if mix is None else mix[key[1]]
+
+    @property
+    def average_bytes(self) -> list[float]:
+        """Of a layer's experts, by layer."""
+        averages: list[float] = list(self.blob_bytes)
+        for layer, sizes in self.mixes.items():
+            averages[layer] = sum(sizes) / len(sizes)
+        return averages
 
     @property
     def num_layers(self) -> int:
@@ -40,7 +57,8 @@ class Space(NamedTuple):
     @property
     def num_slots(self) -> int:
         """No more experts than this are ever resident."""
-        return self.capacity // min(nbytes for nbytes in self.blob_bytes if nbytes)
+        smallest = min(chain(filter(None, self.blob_bytes), *self.mixes.values()))
+        return self.capacity // smallest
 
 
 class Policy(Protocol):

@@ -18,7 +18,7 @@ from tiered.policies import Evictable, Space
 
 class Policy:
     def __init__(self, space: Space, patience: float = 5.0, floor: float = 0.5) -> None:
-        self._blob_bytes = space.blob_bytes
+        self._nbytes = space.nbytes
         self._share = space.capacity / space.num_sparse_layers
         self._floor = floor
         self._held = [0] * space.num_layers  # bytes
@@ -44,7 +44,7 @@ class Policy:
         layer = key[0]
         self._uses[key] += 1
         if self._uses[key] == 1:
-            floor = self._floors[layer] + self._floor * self._blob_bytes[layer]
+            floor = self._floors[layer] + self._floor * self._nbytes(key)
             self._floors[layer] = min(floor, self._share)
         kept = self._kept[layer]
         if key not in kept:
@@ -53,15 +53,15 @@ class Policy:
             if key in ranking.entered:
                 ranking.remove(key)
             else:
-                self._held[layer] += self._blob_bytes[layer]
+                self._held[layer] += self._nbytes(key)
 
     def insert(self, key: ExpertKey) -> None:
         self._rank(key)
-        self._held[key[0]] += self._blob_bytes[key[0]]
+        self._held[key[0]] += self._nbytes(key)
 
     def forget(self, key: ExpertKey) -> None:
         layer = key[0]
-        self._held[layer] -= self._blob_bytes[layer]
+        self._held[layer] -= self._nbytes(key)
         if key in self._kept[layer]:
             del self._kept[layer][key]
         else:
@@ -79,7 +79,7 @@ class Policy:
         return victim
 
     def victim_for(self, key: ExpertKey, evictable: Evictable) -> ExpertKey | None:
-        nbytes = self._blob_bytes[key[0]]
+        nbytes = self._nbytes(key)
         self._held[key[0]] += nbytes
         victim = self.victim(evictable)
         self._held[key[0]] -= nbytes

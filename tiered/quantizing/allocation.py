@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """What has one format: `part` of all experts of a layer is "gate_up" or "down"."""
+    """What has one format: `part` is "gate_up" or "down", of an expert of a layer or of all."""
 
     layer: int
     part: str
+    expert: int | None = None
 
 
 class Option(NamedTuple):

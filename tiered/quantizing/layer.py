@@ -9,8 +9,9 @@ import numpy as np
 
 from tiered.checkpoints.checkpoint import Checkpoint
 from tiered.config import ModelConfig
+from tiered.experts import LayerLayouts
 from tiered.quantizing.inputs import Inputs, activated, expert_inputs
-from tiered.quantizing.rewritten import ExpertFiles, Rewritten
+from tiered.quantizing.rewritten import ExpertFiles, Formats, Rewritten
 from tiered.quantizing.rounding import round_gptq, round_nearest
 from tiered.quantizing.scaling import (
     Pair,
@@ -25,8 +26,6 @@ from tiered.store import PROJECTIONS
 from tiered.weights.dequantize import dequantize
 
 SCALED_TOGETHER = 8  # experts that a layer's scale is chosen for: the ones used most
-
-Formats = tuple[str, str, str]  # of gate, up and down
 
 
 class Method(NamedTuple):
@@ -84,22 +83,18 @@ def round_layer(
     """Fill `files` with the layer's experts. Returns how many tokens each was routed (int64
     [num_experts]). With a scaled method, norm, router and shared expert change, too."""
     config, source = checkpoint.config, checkpoint.original
-    formats = files.layout.gate.format, files.layout.up.format, files.layout.down.format
     scale = np.ones(config.hidden_size, np.float32)
     if method.scaled and scales_inputs(config):
-        scale = layer_scale(source, layer, given, formats[0], fewest)
+        scale = layer_scale(source, layer, given, files.layouts, fewest)
         divide_inputs(checkpoint, layer, scale)
 
     def quantize(number: int) -> int:
         inputs, num_own = expert_inputs(given, number, fewest)
         expert = read_expert(source, layer, number)
         expert = expert._replace(gate=expert.gate * scale, up=expert.up * scale)
-        for array, data in zip(
-            files.arrays,
-            round_expert(config, expert, formats, inputs.divided(scale), method),
-            strict=True,
-        ):
-            array[number] = data.reshape(-1)
+        gate, up, down = (tensor.format for tensor in files.layouts.layout(number))
+        formats, scaled = (gate, up, down), inputs.divided(scale)
+        files.write(number, round_expert(config, expert, formats, scaled, method))
         return num_own
 
     with expert_threads(num_threads) as pool:
@@ -113,9 +108,12 @@ def round_layer_plainly(
 
     def quantize(number: int) -> None:
         gate, up, down, *_ = read_expert(checkpoint.original, layer, number)
-        for array, target, values in zip(files.arrays, files.layout, (gate, up, down), strict=True):
-            alike = np.ones(values.shape[1], np.float32)
-            array[number] = round_nearest(values, target.format, alike).reshape(-1)
+        targets = zip((gate, up, down), files.layouts.layout(number), strict=True)
+        data = [
+            round_nearest(values, target.format, np.ones(values.shape[1], np.float32))
+            for values, target in targets
+        ]
+        files.write(number, data)
 
     with expert_threads(num_threads) as pool:
         list(pool.map(quantize, range(checkpoint.config.num_experts)))
@@ -152,12 +150,15 @@ def inside(
 
 
 def layer_scale(
-    checkpoint: Checkpoint, layer: int, given: Given, format: str, fewest: int
+    checkpoint: Checkpoint, layer: int, given: Given, layouts: LayerLayouts, fewest: int
 ) -> np.ndarray:
-    """What the inputs of a layer's experts are best divided by: float32 [hidden_size]."""
+    """What the inputs of a layer's experts are best divided by, if all had the format of the one
+    that is used most: float32 [hidden_size]."""
     counts = np.bincount(given.experts, minlength=checkpoint.config.num_experts)
+    most_used = np.argsort(-counts, kind="stable")[:SCALED_TOGETHER].tolist()
+    format = layouts.layout(most_used[0]).gate.format
     pairs: list[Pair] = []
-    for number in np.argsort(-counts, kind="stable")[:SCALED_TOGETHER].tolist():
+    for number in most_used:
         expert, (inputs, _) = (
             read_expert(checkpoint, layer, number),
             expert_inputs(given, number, fewest),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ from tiered.formats import open_checkpoint
 from tiered.quantizing.allocation import Option, Unit, allocate
 from tiered.quantizing.gguf_file import check_gguf, write_gguf
 from tiered.quantizing.grids import GRIDS, fitting_formats
-from tiered.quantizing.layer import METHODS, Formats, round_layer, round_layer_plainly
-from tiered.quantizing.rewritten import ExpertFiles, Rewritten, expert_bytes
-from tiered.quantizing.sensitivity import measure_options
+from tiered.quantizing.layer import METHODS, round_layer, round_layer_plainly
+from tiered.quantizing.rewritten import ExpertFiles, Formats, Rewritten, expert_bytes
+from tiered.quantizing.sensitivity import Sensitivity, measure_options
 from tiered.quantizing.unfinished import Unfinished
 from tiered.quantizing.walk import Walk
 from tiered.version import __version__
@@ -33,7 +35,8 @@ class Recipe:
     """How to quantize.
 
     All experts get `format`; or, with `bits`, each layer's gate and up, and its down, one of
-    `formats` (empty: all that fit), so that a weight has so many bits on average, scales included.
+    `formats` (empty: all that fit), so that a weight has so many bits on average, scales included;
+    or, with `mix_by` "expert", those of each expert.
     `fewest`: an expert that the text chose for fewer tokens is calibrated with others', too.
     """
 
@@ -41,6 +44,7 @@ class Recipe:
     format: str = "q4_0"
     bits: float | None = None
     formats: tuple[str, ...] = ()
+    mix_by: str = "layer"
     fewest: int = 128
     window: int = 512  # tokens that are computed together
     sensitivity_tokens: int = 1024
@@ -53,6 +57,10 @@ class Recipe:
         for name in (self.format, *self.formats):
             if name not in GRIDS:
                 raise ValueError(f"experts can become {', '.join(GRIDS)}, but not {name!r}")
+        if self.mix_by not in ("layer", "expert"):
+            raise ValueError(f"mix_by must be layer or expert, not {self.mix_by!r}")
+        if self.mix_by == "expert" and self.bits is None:
+            raise ValueError("a mix by expert needs a size to be chosen for: give --bits, too")
 
     @property
     def uses_text(self) -> bool:
@@ -67,11 +75,12 @@ class Recipe:
 class Result:
     """What was done."""
 
-    formats: dict[int, Formats]  # of gate, up and down, by layer
+    formats: dict[int, list[Formats]]  # of each expert, by layer
     bits: float  # of an expert's weight, on average
     nbytes: int = 0  # of the files written
     few: int = 0  # experts that the text chose for fewer than `fewest` tokens
     options: dict[Unit, list[Option]] = field(default_factory=dict)
+    shares: dict[Unit, list[float]] = field(default_factory=dict)  # see Sensitivity
 
 
 def quantize(
@@ -145,7 +154,12 @@ def check_quantizable(checkpoint: Checkpoint, recipe: Recipe, num_tokens: int) -
 
 
 def check_formats_of_gguf(recipe: Recipe) -> None:
-    """ValueError for a format that is not ggml's."""
+    """ValueError for a format that is not ggml's, or for several in a layer."""
+    if recipe.mix_by == "expert":
+        raise ValueError(
+            "GGUF has all experts of a layer in one tensor, of one format: write a store instead "
+            "(a destination without .gguf), or use --mix-by layer"
+        )
     for name in (recipe.format,) if recipe.bits is None else recipe.formats:
         if not FORMATS[name].is_ggmls:
             raise ValueError(
@@ -162,30 +176,36 @@ def choose_formats(
     unfinished: Unfinished,
     report: Progress,
 ) -> Result:
-    """Of gate, up and down of each layer."""
-    config = checkpoint.config
-    options = {
-        Unit(*unit): [Option(*option) for option in found]
-        for unit, found in unfinished.state.get("options", [])
-    }
+    """Of gate, up and down of each expert."""
+    config, saved = checkpoint.config, unfinished.state.get("sensitivity")
     if recipe.bits is None:
-        chosen = {layer: (recipe.format,) * 3 for layer in config.sparse_layers}
-    else:
+        alike: Formats = (recipe.format,) * 3
+        chosen = {layer: [alike] * config.num_experts for layer in config.sparse_layers}
+        return Result(chosen, average_bits(config, chosen))
+    if saved is None:
         reference = min(candidates, key=lambda name: abs(FORMATS[name].bits - recipe.bits))
-        few = windows[: max(1, recipe.sensitivity_tokens // recipe.window)]
-        if not options:
-            options = measure_options(
-                checkpoint, few, candidates, reference, recipe.fewest, recipe.engine,
-                lambda done, total: report("sensitivity", done, total),
-            )  # fmt: skip
-            unfinished.save(options=list(options.items()))
-        by_unit = allocate(options, budget(config, recipe.bits))
-        chosen = {
-            layer: (by_unit[Unit(layer, "gate_up")],) * 2 + (by_unit[Unit(layer, "down")],)
-            for layer in config.sparse_layers
-        }
-    bits = 8 * total_bytes(config, chosen) / num_weights(config)
-    return Result(chosen, bits, options=options)
+        sensitivity = measure_options(
+            checkpoint, windows[: max(1, recipe.sensitivity_tokens // recipe.window)], candidates,
+            reference, recipe.fewest, recipe.engine,
+            lambda done, total: report("sensitivity", done, total),
+        )  # fmt: skip
+        unfinished.save(sensitivity=sensitivity.as_json())
+    else:
+        sensitivity = Sensitivity.from_json(saved)
+    by_expert = recipe.mix_by == "expert"
+    options = sensitivity.by_expert() if by_expert else sensitivity.options
+    names = allocate(options, budget(config, recipe.bits))
+
+    def formats(layer: int, expert: int) -> Formats:
+        whose = expert if by_expert else None
+        gate_up = names[Unit(layer, "gate_up", whose)]
+        return gate_up, gate_up, names[Unit(layer, "down", whose)]
+
+    chosen = {
+        layer: [formats(layer, expert) for expert in range(config.num_experts)]
+        for layer in config.sparse_layers
+    }
+    return Result(chosen, average_bits(config, chosen), 0, 0, *sensitivity)
 
 
 def candidate_formats(checkpoint: Checkpoint, recipe: Recipe, as_gguf: bool) -> list[str]:
@@ -223,11 +243,15 @@ def most_bytes(config: ModelConfig, recipe: Recipe) -> int:
     """That all experts together may take."""
     if recipe.bits is not None:
         return budget(config, recipe.bits)
-    return total_bytes(config, dict.fromkeys(config.sparse_layers, (recipe.format,) * 3))
+    num_experts = config.num_experts * len(config.sparse_layers)
+    return num_experts * expert_bytes(config, (recipe.format,) * 3)
 
 
-def total_bytes(config: ModelConfig, formats: dict[int, Formats]) -> int:
-    return config.num_experts * sum(expert_bytes(config, names) for names in formats.values())
+def average_bits(config: ModelConfig, chosen: dict[int, list[Formats]]) -> float:
+    """Of a weight of experts."""
+    counts = Counter(chain.from_iterable(chosen.values()))
+    nbytes = sum(count * expert_bytes(config, formats) for formats, count in counts.items())
+    return 8 * nbytes / num_weights(config)
 
 
 def facts(checkpoint: Checkpoint, recipe: Recipe, ids: Sequence[int]) -> dict[str, Any]:
@@ -267,7 +291,7 @@ def round_all(
                     round_layer_plainly(checkpoint, layer, files, recipe.threads)
                 unfinished.save_layer(layer + 1, 0, [], checkpoint)
                 continue
-            walk.open(layer, files.layout if files else None)
+            walk.open(layer, files.layouts if files else None)
             walk.attend(layer, states)
             if files is not None:
                 method = METHODS[recipe.method]
@@ -277,7 +301,7 @@ def round_all(
                 )  # fmt: skip
                 result.few += int((counts < recipe.fewest).sum())
                 if method.scaled:  # its norm and its router are others now
-                    walk.open(layer, files.layout)
+                    walk.open(layer, files.layouts)
                 walk.run(layer, states, files.addresses)
             walk.leave(layer)
             unfinished.save_layer(layer + 1, result.few, states, checkpoint)

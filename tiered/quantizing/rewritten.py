@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from tiered.checkpoints.checkpoint import Checkpoint, Tensor
 from tiered.config import ModelConfig
-from tiered.experts import ExpertLayout, expert_layout
+from tiered.experts import LayerLayouts, expert_layout
 from tiered.store import PROJECTIONS
+
+Formats = tuple[str, str, str]  # of an expert's gate, up and down
 
 
 class Rewritten(Checkpoint):
@@ -46,44 +50,49 @@ class Rewritten(Checkpoint):
 
 
 class ExpertFiles:
-    """The experts of one layer in the given formats: a file for all gates, one for all ups, one
-    for all downs, which replace those of `checkpoint`. With `done`, they are there already."""
+    """The experts of one layer in the given formats, each one's: a file for all gates, one for all
+    ups, one for all downs, which replace those of `checkpoint`. With `done`, they are there
+    already."""
 
     def __init__(
-        self, checkpoint: Rewritten, layer: int, formats: tuple[str, ...], done: bool = False
+        self, checkpoint: Rewritten, layer: int, formats: Sequence[Formats], done: bool = False
     ) -> None:
         config = checkpoint.config
-        self.layout = layer_layout(config, formats)
-        self.arrays = []  # uint8 [num_experts, nbytes]
+        self.layouts = layer_layouts(config, formats)
+        self.matrices: list[list[np.ndarray]] = []  # of gates, ups, downs: uint8 [nbytes] of each
         assert isinstance(checkpoint.tensors, dict)
-        for projection, target in zip(PROJECTIONS, self.layout, strict=True):
+        for part, projection in enumerate(PROJECTIONS):
             file = checkpoint.folder / f"layer-{layer}-{projection}"
-            shape = config.num_experts, target.nbytes
-            self.arrays.append(np.memmap(file, np.uint8, "r" if done else "w+", shape=shape))
-            for expert in range(config.num_experts):
+            targets = [self.layouts.layout(n)[part] for n in range(config.num_experts)]
+            ends = list(accumulate(target.nbytes for target in targets))
+            whole = np.memmap(file, np.uint8, "r" if done else "w+", shape=(ends[-1],))
+            self.matrices.append(np.split(whole, ends[:-1]))
+            for expert, (target, end) in enumerate(zip(targets, ends, strict=True)):
                 name = f"layers.{layer}.experts.{expert}.{projection}"
                 checkpoint.tensors[name] = Tensor(
                     name, target.format, checkpoint.original.tensors[name].shape, file,
-                    expert * target.nbytes, target.nbytes,
+                    end - target.nbytes, target.nbytes,
                 )  # fmt: skip
+
+    def write(self, expert: int, matrices: Sequence[np.ndarray]) -> None:
+        """Fill in the bytes of an expert's gate, up and down."""
+        for of_part, data in zip(self.matrices, matrices, strict=True):
+            of_part[expert][:] = data.reshape(-1)
 
     @property
     def addresses(self) -> np.ndarray:
         """int64 [num_experts, 3]."""
-        return np.stack(
-            [
-                array.ctypes.data + np.arange(len(array), dtype=np.int64) * array.shape[1]
-                for array in self.arrays
-            ],
-            axis=1,
-        )
+        rows = [[each.ctypes.data for each in of_part] for of_part in self.matrices]
+        return np.array(rows, np.int64).T.copy()
 
 
-def layer_layout(config: ModelConfig, formats: tuple[str, ...]) -> ExpertLayout:
-    gate, up, down = formats
-    return expert_layout(config.hidden_size, config.expert_size, gate, up, down)
+def layer_layouts(config: ModelConfig, formats: Sequence[Formats]) -> LayerLayouts:
+    """Of the experts of a layer, from the formats of each."""
+    sizes = config.hidden_size, config.expert_size
+    return LayerLayouts.of([expert_layout(*sizes, *each) for each in formats])
 
 
-def expert_bytes(config: ModelConfig, formats: tuple[str, ...]) -> int:
+def expert_bytes(config: ModelConfig, formats: Formats) -> int:
     """Bytes of the weights of one expert."""
-    return sum(tensor.nbytes for tensor in layer_layout(config, formats))
+    layout = expert_layout(config.hidden_size, config.expert_size, *formats)
+    return sum(tensor.nbytes for tensor in layout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from tiered.quality.likelihood import by_rows
 from tiered.quantizing.allocation import Option, Unit
 from tiered.quantizing.inputs import Inputs, expert_inputs
 from tiered.quantizing.layer import inside, read_expert
-from tiered.quantizing.rewritten import layer_layout
+from tiered.quantizing.rewritten import layer_layouts
 from tiered.quantizing.rounding import round_nearest
 from tiered.quantizing.threads import expert_threads
 from tiered.quantizing.walk import Given, States, Walk
@@ -30,6 +31,34 @@ PARTS = {"gate_up": ("gate", "up"), "down": ("down",)}
 Matrix = tuple[np.ndarray, Inputs]  # float32 [rows, columns], and what goes into it
 
 
+class Sensitivity(NamedTuple):
+    """What formats cost: `options` of each layer's units, and which `shares` of the cost each of
+    the layer's experts has."""
+
+    options: dict[Unit, list[Option]]
+    shares: dict[Unit, list[float]]
+
+    def by_expert(self) -> dict[Unit, list[Option]]:
+        """The options of each expert's part of the units."""
+        return {
+            unit._replace(expert=expert): [
+                Option(format, nbytes // len(self.shares[unit]), share * loss)
+                for format, nbytes, loss in options
+            ]
+            for unit, options in self.options.items()
+            for expert, share in enumerate(self.shares[unit])
+        }
+
+    def as_json(self) -> list[Any]:
+        return [list(each.items()) for each in self]
+
+    @classmethod
+    def from_json(cls, saved: list[Any]) -> Sensitivity:
+        """What `as_json` gave."""
+        options, shares = ({Unit(*unit): found for unit, found in each} for each in saved)
+        return cls({unit: [Option(*o) for o in found] for unit, found in options.items()}, shares)
+
+
 def measure_options(
     checkpoint: Checkpoint,
     windows: Sequence[Sequence[int]],
@@ -38,13 +67,15 @@ def measure_options(
     fewest: int,
     choices: EngineConfig,
     progress: Callable[[int, int], None],
-) -> dict[Unit, list[Option]]:
+) -> Sensitivity:
     """What each format costs each unit: an estimate of the mean KL divergence of the next token's
     distribution, in nats.
 
     With `reference`, the divergence is measured, unit by unit, all others exact; that of another
     format is as much larger or smaller as the error of the unit's matrices, each column's weighed
-    by its inputs. The text goes through the model once, beside a copy of it for every unit.
+    by its inputs. An expert's share is that of the error with `reference`, which counts for every
+    token as much as the token weighs the expert. The text goes through the model once, beside a
+    copy of it for every unit.
     """
     config = checkpoint.config
     with _Measurement(checkpoint, windows, reference, fewest, choices) as measurement:
@@ -54,7 +85,7 @@ def measure_options(
             errors |= measurement.layer(layer, formats)
         progress(config.num_layers, config.num_layers)
         divergences = measurement.divergences()
-    return {
+    options = {
         unit: [
             Option(
                 format,
@@ -65,6 +96,7 @@ def measure_options(
         ]
         for unit, by_format in errors.items()
     }
+    return Sensitivity(options, measurement.shares)
 
 
 def unit_bytes(config: ModelConfig, unit: Unit, format: str) -> int:
@@ -95,6 +127,7 @@ class _Measurement:
             self._closing = stack.pop_all()
         self.exact = self.walk.start()
         self.changed: dict[Unit, States] = {}
+        self.shares: dict[Unit, list[float]] = {}
 
     def __enter__(self) -> _Measurement:
         return self
@@ -106,11 +139,11 @@ class _Measurement:
         """Go on by a layer; the error of its units by format."""
         walk, errors = self.walk, {}
         sparse = self.checkpoint.config.is_sparse(index)
-        layout = self.store.layout(index) if sparse else None
-        walk.open(index, layout)
+        layouts = self.store.layouts(index) if sparse else None
+        walk.open(index, layouts)
         for states in (self.exact, *self.changed.values()):
             walk.attend(index, states)
-        if layout is not None:
+        if layouts is not None:
             given = walk.given(index, self.exact)
             experts = _ExactExperts(self.store, index)
             new: dict[Unit, States] = {}
@@ -118,7 +151,7 @@ class _Measurement:
                 new[unit] = [x.copy() for x in self.exact]
                 self._run_changed(unit, given, experts.addresses, new[unit])
                 errors[unit] = self._errors(unit, formats, given)
-            walk.use(index, layout)
+            walk.use(index, layouts)
             for states in (self.exact, *self.changed.values()):
                 walk.run(index, states, experts.addresses)
             self.changed |= new
@@ -126,24 +159,29 @@ class _Measurement:
         return errors
 
     def _run_changed(self, unit: Unit, given: Given, exact: np.ndarray, states: States) -> None:
-        """The layer with experts whose matrices of the unit have the reference format."""
-        names, tensors = PARTS[unit.part], self.checkpoint.tensors
-        formats = [tensors[f"layers.{unit.layer}.experts.0.{name}"].format for name in PROJECTIONS]
-        for name in names:
-            formats[PROJECTIONS.index(name)] = self.reference
+        """The layer with experts whose matrices of the unit have the reference format; what that
+        costs which expert."""
+        parts = [PROJECTIONS.index(name) for name in PARTS[unit.part]]
 
-        def rounded(number: int) -> list[np.ndarray]:
+        def rounded(number: int) -> tuple[list[np.ndarray], float]:
             matrices = self._matrices(unit, given, number)
-            return [round_nearest(v, self.reference, i.importance) for v, i in matrices]
+            data = [round_nearest(v, self.reference, i.importance) for v, i in matrices]
+            weight = float(np.square(matrices[0][1].weights).sum())
+            lost = [_lost(m, d, self.reference) for m, d in zip(matrices, data, strict=True)]
+            return data, weight * sum(lost)
 
         new = list(self.pool.map(rounded, range(len(exact))))  # kept until they have run
-        addresses = exact.copy()
-        for number, matrices in enumerate(new):
-            for name, data in zip(names, matrices, strict=True):
-                addresses[number, PROJECTIONS.index(name)] = data.ctypes.data
-        gate, up, down = formats
-        self.walk.use(unit.layer, layer_layout(self.checkpoint.config, (gate, up, down)))
+        addresses, changed = exact.copy(), []
+        for number, (matrices, _) in enumerate(new):
+            formats = [tensor.format for tensor in self.store.layouts(unit.layer).layout(number)]
+            for part, data in zip(parts, matrices, strict=True):
+                addresses[number, part] = data.ctypes.data
+                formats[part] = self.reference
+            changed.append((formats[0], formats[1], formats[2]))
+        self.walk.use(unit.layer, layer_layouts(self.checkpoint.config, changed))
         self.walk.run(unit.layer, states, addresses)
+        costs = np.array([cost for _, cost in new])
+        self.shares[unit] = (costs / max(float(costs.sum()), 1e-30)).tolist()
 
     def _errors(self, unit: Unit, formats: Sequence[str], given: Given) -> dict[str, float]:
         """Squared error of the unit's matrices, each column's weighed by its importance: of a
@@ -182,16 +220,22 @@ class _ExactExperts:
         if store.mappable:
             self.addresses = store.address_table(layer)
             return
-        layout, count = store.layout(layer), store.checkpoint.config.num_experts
-        self._blobs = np.empty((count, aligned(layout.nbytes)), np.uint8)
+        layouts, count = store.layouts(layer), store.checkpoint.config.num_experts
+        self._blobs = np.empty((count, aligned(max(layouts.blob_bytes))), np.uint8)
         for expert, blob in enumerate(self._blobs):
             store.read_into(ExpertKey(layer, expert), blob)
         starts = self._blobs.ctypes.data + np.arange(count) * self._blobs.shape[1]
-        self.addresses = starts[:, None] + layout.offsets
+        self.addresses = starts[:, None] + layouts.offsets
 
 
 def _error(matrix: Matrix, format: str) -> float:
     values, inputs = matrix
-    data = round_nearest(values, format, inputs.importance)
+    return _lost(matrix, round_nearest(values, format, inputs.importance), format)
+
+
+def _lost(matrix: Matrix, data: np.ndarray, format: str) -> float:
+    """Squared error of a matrix that was rounded to `data`, each column's weighed by its
+    importance."""
+    values, inputs = matrix
     lost = dequantize(data.reshape(-1), format, values.shape) - values
     return float((np.square(lost) @ inputs.importance).sum())

@@ -12,7 +12,7 @@ import numpy as np
 from tiered.backend import Batch, open_cpu
 from tiered.checkpoints.checkpoint import Checkpoint
 from tiered.config import EngineConfig
-from tiered.experts import ExpertLayout, weighted_once
+from tiered.experts import LayerLayouts, weighted_once
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder, Layer
 from tiered.weights.loader import WeightLoader
@@ -44,13 +44,13 @@ class LayerExperts:
 
 
 class Layouts:
-    """The layout of one layer's experts, in the place of a store's."""
+    """The layouts of one layer's experts, in the place of a store's."""
 
-    def __init__(self, layout: ExpertLayout) -> None:
-        self._layout = layout
+    def __init__(self, layouts: LayerLayouts) -> None:
+        self._layouts = layouts
 
-    def layout(self, layer: int) -> ExpertLayout:
-        return self._layout
+    def layouts(self, layer: int) -> LayerLayouts:
+        return self._layouts
 
 
 class Walk:
@@ -87,14 +87,14 @@ class Walk:
         embed, table = self.backend.embed, self.decoder.embedding
         return [np.array(embed(table, batch.tokens, scale)) for batch in self._batches]
 
-    def open(self, index: int, layout: ExpertLayout | None) -> None:
-        """Load a layer's dense weights; `layout` is that of its experts, if it has any."""
-        store: Any = None if layout is None else Layouts(layout)
+    def open(self, index: int, layouts: LayerLayouts | None) -> None:
+        """Load a layer's dense weights; `layouts` are those of its experts, if it has any."""
+        store: Any = None if layouts is None else Layouts(layouts)
         self.decoder.layers[index] = self.loader.layer(index, store)
 
-    def use(self, index: int, layout: ExpertLayout) -> None:
-        """Let the layer's experts have another layout; its dense weights stay."""
-        store: Any = Layouts(layout)
+    def use(self, index: int, layouts: LayerLayouts) -> None:
+        """Let the layer's experts have other layouts; its dense weights stay."""
+        store: Any = Layouts(layouts)
         experts = self.loader.experts(index, store)
         self.decoder.layers[index] = self.decoder.layers[index]._replace(experts=experts)
 

@@ -108,13 +108,21 @@ def run(
         policy,
         _options(policy),
         space.capacity,
-        np.array(space.blob_bytes, np.int64),
+        _nbytes(space, records.info.num_experts),
         records.info.num_experts,
         records.num_asked,
         *records.future,
     )
     stats, decode, num_tokens = replay(tier, records.array, as_published)
     return TierStats(**stats), TierStats(**decode), num_tokens
+
+
+def _nbytes(space: Space, num_experts: int) -> np.ndarray:
+    """Of each expert's blob, int64 [num_layers, num_experts]."""
+    table = np.repeat(np.array(space.blob_bytes, np.int64)[:, None], num_experts, axis=1)
+    for layer, sizes in space.mixes.items():
+        table[layer] = sizes
+    return table
 
 
 def _options(policy: str) -> list[float]:

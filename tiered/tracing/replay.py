@@ -76,7 +76,7 @@ class PublishedResidency(Residency):
 
     def _admit(self, key: ExpertKey, evictable: Evictable) -> int:
         self._slots[key] = 0  # nothing is in any slot
-        self.used += self._blob_bytes[key.layer]
+        self.used += self._nbytes(key)
         return 0
 
     def _any_surplus(self, layer: int, excess: int, evictable: Evictable) -> ExpertKey | None:
@@ -103,7 +103,7 @@ def replay(
     counting = counting or ("exact" if trace.is_live else "published")
     if counting not in RESIDENCIES:
         raise ValueError(f"counting is {' or '.join(RESIDENCIES)}, not {counting!r}")
-    space = Space(budget_bytes, trace.info.blob_bytes)
+    space = trace.info.space(budget_bytes)
     check_capacity(space)
     if compile is None:
         compile = trace.num_routed >= compiled.WORTH_LOADING

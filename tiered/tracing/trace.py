@@ -20,15 +20,16 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tiered.experts import ExpertKey, Routing
+from tiered.policies import Space
 
 if TYPE_CHECKING:
     from tiered.tracing.compiled import Records
@@ -39,7 +40,7 @@ PREFILL, DECODE = 0, 1
 
 @dataclass(frozen=True)
 class TraceInfo:
-    """What a trace was recorded from. `blob_bytes` by layer, 0 for layers without experts."""
+    """What a trace was recorded from. `blob_bytes` and `mixes` as a Space has them."""
 
     model: str
     num_experts: int
@@ -47,6 +48,11 @@ class TraceInfo:
     blob_bytes: tuple[int, ...]
     policy: str = ""  # of the tier that was there; "": none
     capacity: int = 0  # bytes of that tier
+    mixes: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    def space(self, capacity: int) -> Space:
+        """What a tier with so many bytes for these experts manages."""
+        return Space(capacity, self.blob_bytes, self.mixes)
 
 
 class Pass(NamedTuple):
@@ -166,10 +172,22 @@ def read_trace(path: str | Path) -> Trace:
         raise ValueError(f"{path} is no routing trace: it begins neither as ours nor as CSV do")
     try:
         fields = json.loads(header)
-        info = TraceInfo(**{**fields, "blob_bytes": tuple(fields["blob_bytes"])})
-    except (ValueError, TypeError, KeyError) as error:
+        blobs, mixes = tuple(fields["blob_bytes"]), _mixes(fields)
+        info = TraceInfo(**{**fields, "blob_bytes": blobs, "mixes": mixes})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is a damaged trace: its second line is no header") from error
     return Trace(info, _Reader(path, info, body).events())
+
+
+def _mixes(fields: dict[str, Any]) -> dict[int, tuple[int, ...]]:
+    """Of a trace's header. ValueError for sizes that no layer of the model can have."""
+    mixes = {int(layer): tuple(sizes) for layer, sizes in fields.get("mixes", {}).items()}
+    for layer, sizes in mixes.items():
+        if not 0 <= layer < len(fields["blob_bytes"]) or len(sizes) != fields["num_experts"]:
+            raise ValueError("a mix of another model")
+        if min(sizes) < 1 or max(sizes) != fields["blob_bytes"][layer]:
+            raise ValueError("sizes that do not fit together")
+    return mixes
 
 
 class KeyTable:

@@ -10,13 +10,13 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tiered.checkpoints.checkpoint import Checkpoint
 from tiered.checkpoints.config_json import config_to_json
-from tiered.experts import ExpertKey, aligned
+from tiered.experts import ExpertKey, ExpertLayout, aligned
 from tiered.formats import open_checkpoint
 from tiered.formats.store import (
     DENSE,
@@ -25,6 +25,7 @@ from tiered.formats.store import (
     STRIDE_ALIGNMENT,
     TOKENIZER,
     VERSION,
+    Run,
     array_file,
     manifest_bytes,
 )
@@ -100,6 +101,14 @@ def check_space(destination: Path, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, reason, str(parent))
 
 
+class _Alike(NamedTuple):
+    """Experts of a layer that have one layout: all of them, but for a mix."""
+
+    layer: int
+    layout: ExpertLayout
+    experts: list[int]
+
+
 class _Writer:
     def __init__(
         self, checkpoint: Checkpoint, store: ExpertStore, folder: Path, progress: Progress
@@ -109,16 +118,21 @@ class _Writer:
         self.folder = folder
         self.progress = progress
         self.dense = dense_tensors(checkpoint)
-        self.sizes: dict[int, list[int]] = defaultdict(list)  # stride -> layers
+        self.arrays: dict[int, list[_Alike]] = defaultdict(list)  # by stride
         for layer in checkpoint.config.sparse_layers:
-            self.sizes[aligned(store.layout(layer).nbytes, STRIDE_ALIGNMENT)].append(layer)
+            layouts = store.layouts(layer)
+            for kind, layout in enumerate(layouts.distinct):
+                experts = np.flatnonzero(layouts.kinds == kind).tolist()
+                stride = aligned(layout.nbytes, STRIDE_ALIGNMENT)
+                self.arrays[stride].append(_Alike(layer, layout, experts))
         self.total = self._total_bytes()
         self.done = 0
         self.files: dict[str, dict[str, Any]] = {}
 
     def _total_bytes(self) -> int:
-        num_experts = self.checkpoint.config.num_experts
-        experts = sum(stride * len(layers) for stride, layers in self.sizes.items()) * num_experts
+        experts = sum(
+            stride * len(alike.experts) for stride, rows in self.arrays.items() for alike in rows
+        )
         dense = sum(
             aligned(matrix_bytes(dense_format(tensor, self.store.quantize), tensor.shape))
             for tensor in self.dense
@@ -126,13 +140,16 @@ class _Writer:
         return experts + dense
 
     def write(self) -> None:
-        experts: dict[int, Any] = {}
-        for number, (stride, layers) in enumerate(self.sizes.items()):
-            self._write_array(number, stride, layers)
-            for index, layer in enumerate(layers):
-                first_row = index * self.checkpoint.config.num_experts
-                formats = [tensor.format for tensor in self.store.layout(layer)]
-                experts[layer] = [number, first_row, stride, formats]
+        runs: dict[int, list[Run]] = {n: [] for n in self.checkpoint.config.sparse_layers}
+        for number, (stride, rows) in enumerate(self.arrays.items()):
+            self._write_array(number, stride, rows)
+            first_row = 0
+            for alike in rows:
+                formats = [tensor.format for tensor in alike.layout]
+                runs[alike.layer].append(Run(number, first_row, stride, formats, alike.experts))
+                first_row += len(alike.experts)
+        experts = {n: of_layer if len(of_layer) > 1 else of_layer[0][:-1]
+                   for n, of_layer in runs.items()}  # fmt: skip
         dense = self._write_dense()
         self._write_tokenizer()
         self._commit(
@@ -148,17 +165,16 @@ class _Writer:
             }
         )
 
-    def _write_array(self, number: int, stride: int, layers: list[int]) -> None:
+    def _write_array(self, number: int, stride: int, rows: list[_Alike]) -> None:
         from mmap_ninja import numpy as mmap_ninja_numpy
 
         name, digest = array_file(number), hashlib.sha256()
 
         def blobs() -> Iterator[np.ndarray]:
-            for layer in layers:
-                nbytes = self.store.layout(layer).nbytes
-                for expert in range(self.checkpoint.config.num_experts):
+            for layer, layout, experts in rows:
+                for expert in experts:
                     blob = np.zeros(stride, np.uint8)
-                    self.store.read_into(ExpertKey(layer, expert), blob[:nbytes])
+                    self.store.read_into(ExpertKey(layer, expert), blob[: layout.nbytes])
                     digest.update(blob.data)
                     self._advance(stride)
                     yield blob

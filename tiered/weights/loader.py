@@ -22,6 +22,7 @@ from tiered.backend import (
 from tiered.checkpoints.checkpoint import CheckpointError, Tensor
 from tiered.checkpoints.damage import damaged
 from tiered.draft_layer import Joins
+from tiered.experts import prepared
 from tiered.formats import Checkpoint
 from tiered.model import Layer
 from tiered.store import ExpertStore
@@ -281,7 +282,7 @@ class WeightLoader:
     def experts(self, index: int, store: ExpertStore) -> Any:
         """What a layer's experts, as `store` has them, are computed with."""
         biases = self.expert_biases(index)
-        return self.backend.expert_layer(store.layout(index), self.config, biases)
+        return prepared(self.backend, store.layouts(index), self.config, biases)
 
     def layer(self, index: int, store: ExpertStore | None) -> Layer:
         config, prefix = self.config, f"layers.{index}."

@@ -138,6 +138,42 @@ def test_jobs_one_by_one_give_the_same(teams):
     assert (whole == parts).all()
 
 
+@pytest.mark.parametrize("with_biases", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 30])
+def test_experts_of_several_layouts_are_each_what_they_are_alone(num_tokens, with_biases, teams):
+    rng = np.random.default_rng(7)
+    formats = ("q4_0",) * 3, ("mxfp4", "mxfp4", "q8_0"), ("f32",) * 3
+    layouts = [expert_layout(96, 64, *each) for each in formats]
+    kinds = np.array([0, 1, 1, 2, 0, 1], np.int32)
+    blobs = [random_blob(rng, layouts[kind]) for kind in kinds]
+    jobs, _ = random_jobs(rng, num_tokens, 6, 3)
+    h = rng.standard_normal((num_tokens, 96)).astype(np.float32)
+    biases = None
+    if with_biases:
+        parts = (rng.standard_normal((6, n)).astype(np.float32) for n in (64, 64, 96))
+        biases = ExpertBiases(*parts)
+    together, alone = np.full((2, 3 * num_tokens, 96), np.nan, np.float32)
+    layer = ExpertLayer(
+        layouts[0], CONFIG, ISA, False, Workspace(), biases, layouts[1:], kinds
+    )  # fmt: skip
+    addresses = np.array(
+        [blobs[e].ctypes.data + layouts[kinds[e]].offsets for e in jobs.experts], np.int64
+    )
+    layer.run(teams[2], h, addresses, jobs, together)
+    for kind, layout in enumerate(layouts):
+        chosen = np.flatnonzero(kinds[jobs.experts] == kind)
+        if len(chosen):
+            one = ExpertLayer(layout, CONFIG, ISA, False, Workspace(), biases)
+            one.run(teams[1], h, addresses[chosen], jobs.take(chosen), alone)
+    assert (together == alone).all()
+    for wrong in (None, kinds.astype(np.int64), kinds + np.int32(1), kinds - np.int32(1)):
+        with pytest.raises(ValueError, match="kinds must be int32, each less than 3"):
+            ExpertLayer(layouts[0], CONFIG, ISA, False, Workspace(), None, layouts[1:], wrong)
+    larger = expert_layout(96, 96, "q4_0", "q4_0", "q4_0")
+    with pytest.raises(ValueError, match="do not fit together"):
+        ExpertLayer(layouts[0], CONFIG, ISA, False, Workspace(), None, [larger], kinds % 2)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 30])
 def test_biases_and_a_clamped_activation(num_tokens, teams):
     rng = np.random.default_rng(4)

@@ -111,9 +111,9 @@ def test_a_batch_larger_than_the_budget():
 def test_replay_is_live(policy, num_slots, tmp_path):
     """Random demands, some larger than the tier, with look-ahead, slow and failing reads: the
     replayed counts are the live ones, whatever the timing was."""
-    blobs = (4096, 8192, 0, 4096)
-    space = Space(num_slots * 8192, blobs)
-    info = TraceInfo("random", 32, 4, blobs, policy, space.capacity)
+    blobs, mixes = (4096, 8192, 0, 4096), {1: (8192, 4096) * 16}
+    space = Space(num_slots * 8192, blobs, mixes)
+    info = TraceInfo("random", 32, 4, blobs, policy, space.capacity, mixes)
     source, rng = Blobs(), random.Random(num_slots)
     path = tmp_path / "trace"
     with (
@@ -159,6 +159,7 @@ def random_traces(draw):
     """Anything that a tier could write down, and some that none would."""
     layers = [0, 2, 3]
     blobs = draw(st.sampled_from([(2, 0, 2, 2), (4, 0, 2, 3)]))
+    mixes = draw(st.sampled_from([{}, {2: (1, 2) * 6}]))
 
     def keys(experts=EXPERTS):
         layer = draw(st.sampled_from(layers))
@@ -181,7 +182,7 @@ def random_traces(draw):
             events.append(Pass(draw(st.sampled_from([PREFILL, DECODE]))))
         else:
             events.append(Dropped(keys()[0]))
-    return Trace(TraceInfo("random", NUM_EXPERTS, 4, blobs), events)
+    return Trace(TraceInfo("random", NUM_EXPERTS, 4, blobs, mixes=mixes), events)
 
 
 @pytest.mark.parametrize("policy", sorted(compiled.KNOWN))

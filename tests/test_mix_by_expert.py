@@ -294,10 +294,13 @@ def test_sizes_are_told(mixed, expected, tiered):
     assert facts["one_token_cycle_bytes"] == experts * 2 // 8
     with open_checkpoint(mixed) as checkpoint, ExpertStore(checkpoint) as store:
         sizes = of_checkpoint(checkpoint)
-        assert 0 <= sizes.all_experts - experts < 2 * 8 and sizes.floor == floor
+        assert 0 <= experts - sizes.all_experts < 2 * 8 and sizes.floor == floor
         assert sum(store.layer_bytes) == experts
     with pytest.raises(MemoryError, match="--expert-ram at least"):
         Engine(mixed, expert_ram=floor - 1)
+    status, out, err = tiered("plan", mixed, "--gpu", "rtx4060-laptop", "--context", 64, "--json")
+    assert status == 0 and json.loads(out)["hardware"]["gpu"] is None
+    assert "GPUs cannot compute a mix by expert yet" in err
 
 
 def test_commands_that_compute(mixed, source, expected, tmp_path, tiered):

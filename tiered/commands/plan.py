@@ -14,6 +14,7 @@ from tiered.commands.output import notes, print_json, results
 from tiered.config import DEFAULT_POLICY
 from tiered.memory import default_limit, format_bytes, parse_bytes
 from tiered.planning import hardware, shapes, sizes
+from tiered.planning.forecast import without_gpu
 from tiered.planning.hardware import Hardware
 from tiered.planning.plan import Plan, make_plan
 from tiered.planning.sizes import RECIPES, ModelSizes
@@ -92,6 +93,9 @@ def command(
         machine = hardware.find(gpu).with_sizes(
             ram=parse_bytes(ram) if ram else None, vram=parse_bytes(vram) if vram else None
         )
+    if machine.gpu is not None and described.is_mix:
+        notes.print("GPUs cannot compute a mix by expert yet: the forecast is without one")
+        machine = without_gpu(machine)
     plan = make_plan(described, machine, ram=limit, **choices)
     if as_json:
         print_json(plan.as_dict())

@@ -57,11 +57,16 @@ class ModelSizes:
     attention_width: int  # of all query heads together
     context_length: int
     approximate: bool = False
-    largest: int = 0  # the largest expert's blob, if layers have experts of several sizes
+    largest: int = 0  # of all experts' blobs, if experts of one layer differ
 
     @property
     def num_layers(self) -> int:
         return len(self.experts)
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether a layer's experts differ; `experts` then has their average."""
+        return self.largest > 0
 
     @property
     def dense(self) -> int:
@@ -154,9 +159,9 @@ def of_checkpoint(
             head += nbytes
     tied = "head" not in checkpoint.tensors
     with ExpertStore(checkpoint, quantize, readers=1) as store:
-        # Of a mix by expert, what they have on average: forecasts take a layer's to be alike.
-        blobs = [-(-nbytes // max(1, config.num_experts)) for nbytes in store.layer_bytes]
-        largest = max(store.blob_bytes)
+        # Of a mix by expert, the average: forecasts take a layer's experts to be alike.
+        blobs = [nbytes // max(1, config.num_experts) for nbytes in store.layer_bytes]
+        largest = max(store.blob_bytes) if store.is_mix else 0
     return ModelSizes(
         name=checkpoint.path.name,
         num_experts=config.num_experts,

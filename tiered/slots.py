@@ -67,7 +67,8 @@ class RamMemory:
     def __init__(self, space: Space, slack: int = 0) -> None:
         self.space = space
         self.stride = aligned(max(space.blob_bytes) + slack, PAGE)
-        self._mixed = bool(space.mixes) or len(set(filter(None, space.blob_bytes))) > 1
+        sizes = set(filter(None, space.blob_bytes)).union(*space.mixes.values())
+        self._mixed = len(sizes) > 1
         self._slack = slack
         self._extent = [0] * space.num_slots  # bytes that take memory, whole pages
         self._map = _reserve(max(1, space.num_slots) * self.stride, huge=not self._mixed)

@@ -53,6 +53,8 @@ FACTS = {
                    rope=RopeConfig(10_000.0, 16, "half", tuple(1 + n / 16 for n in range(8)), 1.25,
                                    256, tuple(1 + n / 2 for n in range(8)), 1.25)),
     "glm4_moe_lite": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
+    "dots1": dict(qk_norm="head", router_scoring="sigmoid", dense_layers={0}, routing_scale=1.5,
+                  shared_expert_size=128, expert_groups=4, used_groups=2, normalize_top_k=True),
 }  # fmt: skip
 HF_NAMES_IT = {  # others: itself
     "qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4", "granitemoeshared": "granitemoe",

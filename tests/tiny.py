@@ -90,6 +90,8 @@ KINDS = {
                    head="language_model.lm_head"),
     "llama4_text": Kind("llama4", own=tiny_llama4),
     "phimoe": Kind("phimoe", biases="qkvo", own=tiny_phimoe),
+    "dots1": Kind("dots1", qk_norm="head", shared="shared_experts.", correction=_CORRECTION,
+                  dense=(0,)),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)

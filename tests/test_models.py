@@ -55,6 +55,8 @@ FACTS = {
     "glm4_moe_lite": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
     "dots1": dict(qk_norm="head", router_scoring="sigmoid", dense_layers={0}, routing_scale=1.5,
                   shared_expert_size=128, expert_groups=4, used_groups=2, normalize_top_k=True),
+    "solar_open": dict(qk_norm="", router_scoring="sigmoid", dense_layers=frozenset(),
+                       shared_expert_size=128, routing_scale=1.5, expert_groups=4),
 }  # fmt: skip
 HF_NAMES_IT = {  # others: itself
     "qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4", "granitemoeshared": "granitemoe",
@@ -62,6 +64,7 @@ HF_NAMES_IT = {  # others: itself
 }  # fmt: skip
 GGUF_NAMES_IT = {
     "deepseek_v3": "deepseek_v2", "glm4_moe_lite": "deepseek_v2",
+    "solar_open": "glm4_moe", **HF_NAMES_IT,
 }  # fmt: skip
 
 

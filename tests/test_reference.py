@@ -122,6 +122,7 @@ ARCHITECTURES = {
         **DEEPSEEK, first_k_dense_replace=1, moe_intermediate_size=96, intermediate_size=128,
         n_shared_experts=2, head_dim=32, sliding_window=24, max_window_layers=2,
     ),
+    "solar_open": dict(**DEEPSEEK, moe_intermediate_size=96, n_shared_experts=2, head_dim=32),
 }  # fmt: skip
 PROMPT = np.random.default_rng(0).integers(3, 384, 40).tolist()
 

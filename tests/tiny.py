@@ -92,6 +92,8 @@ KINDS = {
     "phimoe": Kind("phimoe", biases="qkvo", own=tiny_phimoe),
     "dots1": Kind("dots1", qk_norm="head", shared="shared_experts.", correction=_CORRECTION,
                   dense=(0,)),
+    "solar_open": Kind("glm4moe", ffn_norm="post_attention_norm", shared="shared_experts.",
+                       correction=_CORRECTION),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)

@@ -57,6 +57,9 @@ FACTS = {
                   shared_expert_size=128, expert_groups=4, used_groups=2, normalize_top_k=True),
     "solar_open": dict(qk_norm="", router_scoring="sigmoid", dense_layers=frozenset(),
                        shared_expert_size=128, routing_scale=1.5, expert_groups=4),
+    "exaone_moe": dict(qk_norm="head", sliding_window=24, full_layers={1}, dense_layers={0},
+                       full_layers_rotate=False, router_scoring="sigmoid", routing_scale=1.5,
+                       expert_groups=4, shared_expert_size=128, ffn_size=96),
 }  # fmt: skip
 HF_NAMES_IT = {  # others: itself
     "qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4", "granitemoeshared": "granitemoe",

@@ -123,6 +123,11 @@ ARCHITECTURES = {
         n_shared_experts=2, head_dim=32, sliding_window=24, max_window_layers=2,
     ),
     "solar_open": dict(**DEEPSEEK, moe_intermediate_size=96, n_shared_experts=2, head_dim=32),
+    "exaone_moe": dict(
+        EXPERTS, moe_intermediate_size=96, intermediate_size=128, num_shared_experts=2, head_dim=32,
+        n_group=4, topk_group=2, routed_scaling_factor=1.5, sliding_window=24,
+        num_hidden_layers=5,
+    ),
 }  # fmt: skip
 PROMPT = np.random.default_rng(0).integers(3, 384, 40).tolist()
 

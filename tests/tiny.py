@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+import tiny_exaone_moe
 import tiny_gemma4
 import tiny_granite
 import tiny_granite_hybrid
@@ -94,6 +95,8 @@ KINDS = {
                   dense=(0,)),
     "solar_open": Kind("glm4moe", ffn_norm="post_attention_norm", shared="shared_experts.",
                        correction=_CORRECTION),
+    "exaone_moe": Kind("exaone-moe", qk_norm="head", shared="shared_experts.", dense=(0,),
+                       correction="e_score_correction_bias", own=tiny_exaone_moe),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)

@@ -60,6 +60,8 @@ FACTS = {
     "exaone_moe": dict(qk_norm="head", sliding_window=24, full_layers={1}, dense_layers={0},
                        full_layers_rotate=False, router_scoring="sigmoid", routing_scale=1.5,
                        expert_groups=4, shared_expert_size=128, ffn_size=96),
+    "hy_v3": dict(qk_norm="head", router_scoring="sigmoid", routing_scale=2.5, dense_layers={0},
+                  normalize_top_k=True, shared_expert_size=128, expert_groups=1),
 }  # fmt: skip
 HF_NAMES_IT = {  # others: itself
     "qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4", "granitemoeshared": "granitemoe",

@@ -128,6 +128,9 @@ ARCHITECTURES = {
         n_group=4, topk_group=2, routed_scaling_factor=1.5, sliding_window=24,
         num_hidden_layers=5,
     ),
+    "hy_v3": dict(
+        EXPERTS, moe_intermediate_size=96, intermediate_size=128, num_shared_experts=2, head_dim=32,
+    ),
 }  # fmt: skip
 PROMPT = np.random.default_rng(0).integers(3, 384, 40).tolist()
 

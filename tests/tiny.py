@@ -15,6 +15,7 @@ import tiny_gemma4
 import tiny_granite
 import tiny_granite_hybrid
 import tiny_granite_shared
+import tiny_hy_v3
 import tiny_lfm2
 import tiny_llama4
 import tiny_phimoe
@@ -97,6 +98,8 @@ KINDS = {
                        correction=_CORRECTION),
     "exaone_moe": Kind("exaone-moe", qk_norm="head", shared="shared_experts.", dense=(0,),
                        correction="e_score_correction_bias", own=tiny_exaone_moe),
+    "hy_v3": Kind("hy_v3", qk_norm="head", router="router.gate", shared="shared_mlp.", dense=(0,),
+                  correction="expert_bias", own=tiny_hy_v3),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)

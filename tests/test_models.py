@@ -62,6 +62,8 @@ FACTS = {
                        expert_groups=4, shared_expert_size=128, ffn_size=96),
     "hy_v3": dict(qk_norm="head", router_scoring="sigmoid", routing_scale=2.5, dense_layers={0},
                   normalize_top_k=True, shared_expert_size=128, expert_groups=1),
+    "mellum": dict(qk_norm="head", sliding_window=24, full_layers={1}, normalize_top_k=True,
+                   expert_size=64, rope=RopeConfig(10_000.0, 16)),
 }  # fmt: skip
 HF_NAMES_IT = {  # others: itself
     "qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4", "granitemoeshared": "granitemoe",

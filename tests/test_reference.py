@@ -131,6 +131,16 @@ ARCHITECTURES = {
     "hy_v3": dict(
         EXPERTS, moe_intermediate_size=96, intermediate_size=128, num_shared_experts=2, head_dim=32,
     ),
+    "mellum": dict(
+        num_local_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, head_dim=32,
+        sliding_window=24, intermediate_size=128, mlp_layer_types=["sparse", "dense", "sparse"],
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters=dict(
+            sliding_attention=dict(rope_type="default", rope_theta=1e4),
+            full_attention=dict(rope_type="yarn", rope_theta=5e5, factor=4.0,
+                                original_max_position_embeddings=64),
+        ),
+    ),
 }  # fmt: skip
 PROMPT = np.random.default_rng(0).integers(3, 384, 40).tolist()
 

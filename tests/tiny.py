@@ -18,6 +18,7 @@ import tiny_granite_shared
 import tiny_hy_v3
 import tiny_lfm2
 import tiny_llama4
+import tiny_mellum
 import tiny_phimoe
 from pack import bf16, pack
 from tiny_plain import write_attention
@@ -100,6 +101,7 @@ KINDS = {
                        correction="e_score_correction_bias", own=tiny_exaone_moe),
     "hy_v3": Kind("hy_v3", qk_norm="head", router="router.gate", shared="shared_mlp.", dense=(0,),
                   correction="expert_bias", own=tiny_hy_v3),
+    "mellum": Kind("mellum", qk_norm="head", own=tiny_mellum),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)

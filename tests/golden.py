@@ -9,8 +9,10 @@ compare with the file, so that they need neither.
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiny
@@ -21,9 +23,19 @@ NUM_ROWS = 8  # of logits that are kept: those of the last tokens
 NUM_TOKENS = 32
 
 
+# What transformers wants in config.json besides.
+BESIDES: dict[str, dict[str, Any]] = {
+    "kimi_k2": dict(model_type="deepseek_v3"),
+}  # fmt: skip
+
+
+# It transposes Qwen3-VL's experts if that fits: they must not be square.
+SIZES = {"qwen3_vl_moe": dict(expert_size=96)}
+
+
 def checkpoint(folder: Path, model_type: str) -> Path:
     """Always the same one."""
-    return tiny.hf_checkpoint(folder, model_type, "f32", seed=7)
+    return tiny.hf_checkpoint(folder, model_type, "f32", seed=7, **SIZES.get(model_type, {}))
 
 
 def digest(folder: Path) -> str:
@@ -39,7 +51,15 @@ def main() -> None:
     for model_type in tiny.ARCHITECTURES:
         with tempfile.TemporaryDirectory() as folder:
             path = checkpoint(Path(folder) / model_type, model_type)
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            values = json.loads((path / "config.json").read_text()) | BESIDES.get(model_type, {})
+            (path / "config.json").write_text(json.dumps(values))
+            sees = "vision_config" in values
+            auto = (
+                transformers.AutoModelForImageTextToText
+                if sees
+                else transformers.AutoModelForCausalLM
+            )
+            model = auto.from_pretrained(path, dtype=torch.float32)
             with torch.no_grad():
                 ids = torch.tensor([PROMPT])
                 logits = model.eval()(ids).logits[0, -NUM_ROWS:].numpy()

@@ -64,13 +64,14 @@ FACTS = {
                   normalize_top_k=True, shared_expert_size=128, expert_groups=1),
     "mellum": dict(qk_norm="head", sliding_window=24, full_layers={1}, normalize_top_k=True,
                    expert_size=64, rope=RopeConfig(10_000.0, 16)),
+    "kimi_k2": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
 }  # fmt: skip
 HF_NAMES_IT = {  # others: itself
     "qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4", "granitemoeshared": "granitemoe",
     "llama4_text": "llama4",
 }  # fmt: skip
 GGUF_NAMES_IT = {
-    "deepseek_v3": "deepseek_v2", "glm4_moe_lite": "deepseek_v2",
+    "deepseek_v3": "deepseek_v2", "glm4_moe_lite": "deepseek_v2", "kimi_k2": "deepseek_v2",
     "solar_open": "glm4_moe", **HF_NAMES_IT,
 }  # fmt: skip
 
@@ -107,6 +108,7 @@ def test_both_kinds_of_files_say_the_same(tmp_path, model_type):
 
 ADJACENT = (
     "ernie4_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "llama4", "llama4_text",
+    "kimi_k2",
 )  # fmt: skip
 
 

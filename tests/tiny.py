@@ -102,6 +102,7 @@ KINDS = {
     "hy_v3": Kind("hy_v3", qk_norm="head", router="router.gate", shared="shared_mlp.", dense=(0,),
                   correction="expert_bias", own=tiny_hy_v3),
     "mellum": Kind("mellum", qk_norm="head", own=tiny_mellum),
+    "kimi_k2": _DEEPSEEK._replace(latent=2, correction=_CORRECTION),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)

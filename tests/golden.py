@@ -26,6 +26,10 @@ NUM_TOKENS = 32
 # What transformers wants in config.json besides.
 BESIDES: dict[str, dict[str, Any]] = {
     "kimi_k2": dict(model_type="deepseek_v3"),
+    "qwen3_vl_moe": dict(vision_config=dict(
+        depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64,
+        deepstack_visual_indexes=[0],
+    )),
 }  # fmt: skip
 
 

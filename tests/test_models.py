@@ -65,6 +65,7 @@ FACTS = {
     "mellum": dict(qk_norm="head", sliding_window=24, full_layers={1}, normalize_top_k=True,
                    expert_size=64, rope=RopeConfig(10_000.0, 16)),
     "kimi_k2": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
+    "qwen3_vl_moe": dict(expert_size=64, qk_norm="head", normalize_top_k=True),
 }  # fmt: skip
 HF_NAMES_IT = {  # others: itself
     "qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4", "granitemoeshared": "granitemoe",

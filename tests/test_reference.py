@@ -151,6 +151,10 @@ ARCHITECTURES = {
                              mscale_all_dim=1.0, beta_fast=1.0, beta_slow=1.0,
                              original_max_position_embeddings=64),
     ),
+    "qwen3_vl_moe": dict(
+        EXPERTS, moe_intermediate_size=96, intermediate_size=128, head_dim=32,
+        rope_parameters=dict(rope_type="default", rope_theta=5e4, mrope_section=[8, 4, 4]),
+    ),
 }  # fmt: skip
 VISION = dict(
     depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64,

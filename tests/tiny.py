@@ -20,6 +20,7 @@ import tiny_lfm2
 import tiny_llama4
 import tiny_mellum
 import tiny_phimoe
+import tiny_qwen3_vl
 from pack import bf16, pack
 from tiny_plain import write_attention
 
@@ -103,6 +104,8 @@ KINDS = {
                   correction="expert_bias", own=tiny_hy_v3),
     "mellum": Kind("mellum", qk_norm="head", own=tiny_mellum),
     "kimi_k2": _DEEPSEEK._replace(latent=2, correction=_CORRECTION),
+    "qwen3_vl_moe": Kind("qwen3vlmoe", qk_norm="head", own=tiny_qwen3_vl,
+                         prefix="model.language_model."),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
@@ -382,7 +385,7 @@ def hf_config(model_type: str, **sizes: Any) -> dict[str, Any]:
         )  # fmt: skip
     if s["drafts"] and not kind.delta:
         config |= dict(num_nextn_predict_layers=1)
-    if model_type in ("qwen3_5_moe", "gemma4", "llama4"):  # which also see images
+    if model_type in ("qwen3_5_moe", "gemma4", "llama4", "qwen3_vl_moe"):  # which also see images
         text = config | dict(model_type=f"{model_type}_text")
         return dict(model_type=model_type, text_config=text, tie_word_embeddings=False)
     return config

@@ -331,13 +331,16 @@ def weights(model_type: str, seed: int = 0, tied: bool = False, **sizes: int) ->
     return w.found
 
 
-DRAFTING = ("deepseek_v3", "glm4_moe", "qwen3_next", "qwen3_5_moe")  # what may have drafts=1
+DRAFTING = (  # what may have drafts=1
+    "deepseek_v3", "glm4_moe", "glm4_moe_lite", "hy_v3", "qwen3_next", "qwen3_5_moe",
+)  # fmt: skip
 
 
 def _draft_layer(w: _Weights, model_type: str) -> None:
     kind, number, hidden = w.kind, w.s["layers"], w.s["hidden"]
     hf, gg = f"{kind.prefix}layers.{number}.", f"blk.{number}."
-    names = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+    last = "final_layernorm" if model_type == "hy_v3" else "shared_head.norm"
+    names = ("enorm", "hnorm", "eh_proj", last)
     if kind.delta:
         hf = "mtp.layers.0."
         names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
@@ -346,7 +349,7 @@ def _draft_layer(w: _Weights, model_type: str) -> None:
     w.norm(own + names[1], gg + "nextn.hnorm.weight", hidden)
     w.add(own + names[2], gg + "nextn.eh_proj.weight", hidden, 2 * hidden)
     w.norm(own + names[3], gg + "nextn.shared_head_norm.weight", hidden)
-    if model_type == "glm4_moe":
+    if model_type.startswith("glm4_moe"):
         w.add(hf + "embed_tokens", gg + "nextn.embed_tokens.weight", w.s["vocab"], hidden)
         w.add(hf + "shared_head.head", gg + "nextn.shared_head_head.weight", w.s["vocab"], hidden)
     w.norm(hf + "input_layernorm", gg + "attn_norm.weight", hidden)

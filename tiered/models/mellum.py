@@ -1,5 +1,5 @@
 """Mellum 2: Qwen3-MoE's layers; most of them have a sliding window, and those that see the whole
-text another rotary embedding. https://huggingface.co/JetBrains"""
+text another rotary embedding. https://arxiv.org/abs/2605.31268"""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from gpu_backend.device import TorchDevice
 from gpu_backend.experts import ExpertLayer, weighted
 from gpu_backend.feed_forward import FeedForwardLayer
 from gpu_backend.head import OutputLayer
+from gpu_backend.join import JoinLayer
 from gpu_backend.kv import KVPages, kv_pages
 from gpu_backend.latent import LatentAttentionLayer
 from gpu_backend.mamba2 import Mamba2Layer
@@ -128,6 +129,9 @@ class GpuBackend:
     def merge_layer(self, weights: Any, config: Any) -> MergeLayer:
         return MergeLayer(weights, config, self._torch)
 
+    def join_layer(self, weights: Any, config: Any) -> JoinLayer:
+        return JoinLayer(weights, config, self._torch)
+
     def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> ExpertLayer:
         layer = ExpertLayer(layout, config, biases, self._torch, self.host)
         self._hidden_size = layer.hidden_size  # of all layers
@@ -234,6 +238,12 @@ class GpuBackend:
         self, x: torch.Tensor, dense: torch.Tensor, routed: torch.Tensor, layer: MergeLayer
     ) -> None:
         layer.run(x, dense, routed)
+
+    def join(self, x: torch.Tensor, hidden: np.ndarray, layer: JoinLayer) -> None:
+        layer.run(x, self._from_host(hidden), self.arithmetic)
+
+    def in_ram(self, x: torch.Tensor) -> np.ndarray:
+        return self.device.download(x)
 
     def head(self, x: torch.Tensor, rows: np.ndarray, layer: OutputLayer) -> np.ndarray:
         last = x[torch.from_numpy(np.asarray(rows, np.int64)).to(self._torch)]

@@ -34,10 +34,16 @@ ARCHITECTURES = {
         v_head_dim=24, num_key_value_heads=4,
     ),
     "glm4_moe": dict(**DEEPSEEK, use_qk_norm=True, attention_bias=True, head_dim=32),
+    "glm4_moe_lite": dict(
+        **DEEPSEEK, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
+        v_head_dim=24, num_key_value_heads=4, mlp_layer_types=["dense", "sparse", "sparse"],
+    ),
+    "hy_v3": dict(num_experts=8, num_experts_per_tok=2, num_shared_experts=1, head_dim=32),
     "qwen3_next": DELTA,
     "qwen3_5_moe_text": DELTA,
 }  # fmt: skip
 OWN = ("enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head")
+HY = ("enorm", "hnorm", "eh_proj", "final_layernorm")  # and the model's head
 QWENS = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
 
 
@@ -74,7 +80,7 @@ class Reference:
         own |= {"shared_head.norm": around + 0.1 * torch.randn(64)}
         own |= {"shared_head.head": self.model.lm_head.weight.detach().clone()}
         if not self.is_qwen:  # GLM may have another head; DeepSeek's is always the model's
-            scale = 0.5 if self.model.config.model_type == "glm4_moe" else 0.0
+            scale = 0.5 if self.model.config.model_type.startswith("glm4_moe") else 0.0
             own["shared_head.head"] += scale * torch.randn_like(own["shared_head.head"]) / 8
         return own
 
@@ -85,7 +91,9 @@ class Reference:
             moved = {name.replace(last, "mtp.layers.0."): t for name, t in tensors.items()}
             moved |= {f"mtp.{new}.weight": self.own[old] for old, new in zip(OWN, QWENS)}  # noqa: B905
         else:
-            moved = tensors | {f"{last}{name}.weight": t for name, t in self.own.items()}
+            names = HY if self.model.config.model_type == "hy_v3" else OWN
+            own = {new: self.own[old] for old, new in zip(OWN, names)}  # noqa: B905
+            moved = tensors | {f"{last}{name}.weight": t for name, t in own.items()}
         save_file({name: t.contiguous() for name, t in moved.items()}, folder / "model.safetensors")
         config = json.loads((folder / "config.json").read_text())
         config["num_hidden_layers"] -= 1

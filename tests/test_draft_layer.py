@@ -35,7 +35,8 @@ def watched_drafts(engine):
 
 @pytest.mark.parametrize("chunk", [512, 7])
 @pytest.mark.parametrize(
-    "model_type", ["deepseek_v3", "glm4_moe", "qwen3_next", "qwen3_5_moe_text"]
+    "model_type",
+    ["deepseek_v3", "glm4_moe", "glm4_moe_lite", "hy_v3", "qwen3_next", "qwen3_5_moe_text"],
 )
 def test_draft_logits(model_type, chunk, tmp_path):
     """Against torch, after a prompt in one piece or several, and after drafts that were wrong."""
@@ -179,8 +180,6 @@ def test_without_the_layer(tmp_path):
     with pytest.raises(ValueError, match="has no layer that drafts tokens: use --speculate lookup"):
         Engine(plain, speculate="mtp")
     assert generated(plain, speculate="auto")[1].drafted > 0  # looked up
-    with pytest.raises(ValueError, match="drafts on the CPU alone"):
-        Engine(plain, speculate="mtp", device="sim")
     whole = tiny.hf_checkpoint(tmp_path / "whole", "glm4_moe", drafts=1)
     with Engine(whole) as engine, open_checkpoint(whole, drafts=True) as checkpoint:
         assert engine.config.num_layers == 2 and checkpoint.config.num_layers == 3
@@ -188,8 +187,8 @@ def test_without_the_layer(tmp_path):
         assert len(engine.store.blob_bytes) == 2
 
 
-def test_join():
-    """Against float64, with the same bits on any threads, and for other numbers of rows."""
+def joining():
+    """Weights, x and hidden states, and in float64 what the layer begins with."""
     rng = np.random.default_rng(0)
     config = ModelConfig("test", 1, 48, 8, 64, 1, 1, 16, 1e-3)
     norms = [rng.uniform(0.5, 1.5, 48).astype(np.float32) for _ in range(3)]
@@ -202,10 +201,20 @@ def test_join():
 
     right = normed(normed(hidden, norms[1]), norms[2])
     expected = np.concatenate([normed(x, norms[0]), right], 1) @ weight.T.astype(np.float64)
+    return config, norms, weight, x, hidden, expected
+
+
+def join_layer(backend, config, norms, weight):
+    matrix = backend.matrix(weight.view(np.uint8).reshape(-1), "f32", weight.shape)
+    return backend.join_layer(JoinWeights(*norms, matrix), config)
+
+
+def test_join():
+    """Against float64, with the same bits on any threads, and for other numbers of rows."""
+    config, norms, weight, x, hidden, expected = joining()
     for threads in (1, 2, 3):
         backend = CpuBackend(threads)
-        matrix = backend.matrix(weight.view(np.uint8).reshape(-1), "f32", weight.shape)
-        layer = backend.join_layer(JoinWeights(*norms, matrix), config)
+        layer = join_layer(backend, config, norms, weight)
         got, one = x.copy(), x[3:4].copy()
         backend.join(got, hidden, layer)
         backend.join(one, hidden[3:4], layer)
@@ -214,6 +223,51 @@ def test_join():
         with pytest.raises(ValueError, match="x and hidden must be float32"):
             backend.join(got, hidden[1:], layer)
         backend.close()
+
+
+# --- GPUs ---
+
+
+def test_a_gpu_joins():
+    torch = pytest.importorskip("torch")
+    from gpu_backend.backend import GpuBackend
+
+    config, norms, weight, x, hidden, expected = joining()
+    backend = GpuBackend("cpu")
+    layer, got = join_layer(backend, config, norms, weight), torch.tensor(x)
+    backend.join(got, hidden, layer)
+    assert np.abs(backend.in_ram(got) - expected).max() <= 1e-5 * np.ptp(expected)
+    with pytest.raises(ValueError, match="x and hidden must be alike"):
+        backend.join(got, hidden[1:], layer)
+    with pytest.raises(ValueError, match="the projection must have shape"):
+        join_layer(backend, config, norms, np.ascontiguousarray(weight[:, 1:]))
+    backend.close()
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+def test_a_gpu_drafts_and_says_the_same(model):
+    """One, two that share the layers, and one with little memory: torch's CPU."""
+    without, _ = generated(model, count=16, device="sim")
+    with Engine(model, device="sim", speculate="mtp", threads=2) as engine:
+        always_on(engine)
+        assert list(engine.generate_tokens(REPEATING, 16)) == without
+        assert engine.stats.drafted > 8
+        used, nbytes = engine.plan.dense + engine.plan.kv, max(engine.store.blob_bytes)
+        least = (engine.config.top_k + 1) * nbytes
+    small = dict(device="sim", vram=used + least, expert_ram=6 * nbytes)
+    for choices in dict(device="sim:2"), small:
+        tokens, stats = generated(model, count=16, speculate="mtp", **choices)
+        assert tokens == without and stats.drafted > 8
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+@pytest.mark.parametrize("model_type", ["glm4_moe", "qwen3_next"])
+def test_what_a_gpu_foresees_is_right(model_type, tmp_path):
+    model = tiny.hf_checkpoint(tmp_path, model_type, "f32", drafts=1, change=foreseeing)
+    tokens, stats = generated(model, PLAIN, 24, device="sim", speculate="mtp")
+    assert tokens == generated(model, PLAIN, 24, device="sim")[0]
+    # Drafts of 1, 2, ..., 6 tokens: the prompt's step, and 7 more.
+    assert stats.drafted == stats.drafted_right >= 24 - 8
 
 
 # --- what it has yet to see ---

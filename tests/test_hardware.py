@@ -96,6 +96,13 @@ PARAMETERS = {  # billions, in all and active, as their authors say
     "llama-4-maverick": (400.0, 17.0),
     "granite-4.0-h-tiny": (7.0, 1.0),
     "granite-4.0-h-small": (32.0, 9.0),
+    "dots.llm1": (142.0, 14.0),
+    "solar-open-100b": (102.6, 12.0),
+    "k-exaone-236b-a23b": (236.0, 23.0),
+    "hy3": (295.0, 21.0),
+    "mellum2-12b-a2.5b": (12.1, 2.5),
+    "qwen3-vl-30b-a3b": (30.5, 3.3),
+    "qwen3-vl-235b-a22b": (235.0, 22.0),
 }
 
 

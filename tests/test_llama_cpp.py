@@ -14,11 +14,12 @@ PROMPT, NUM_TOKENS = list(range(3, 43)), 24
 # and for gpt-oss it rounds YaRN's range, which the model was not trained with.
 ROUNDED = {"gemma4", "gemma4_text"}  # its GELU is a table in half precision
 # Of Phi-3.5-MoE it computes another model: RMSNorm in the place of LayerNorm, and weights by a
-# softmax over both experts.
-LEFT_OUT = {"olmoe", "deepseek_v2", "gpt_oss", "phimoe"}
+# softmax over both experts. Of Mellum it rotates all layers alike.
+LEFT_OUT = {"olmoe", "deepseek_v2", "gpt_oss", "phimoe", "mellum"}
 
-# It wants one layer that sees the whole text; Llama 4's fourth is the first.
-SIZES = {"llama4": dict(layers=4), "llama4_text": dict(layers=4)}
+# It wants one layer that sees the whole text; Llama 4's fourth is the first. Of dots.llm1 it wants
+# as many heads of keys as of queries.
+SIZES = {"llama4": dict(layers=4), "llama4_text": dict(layers=4), "dots1": dict(kv_heads=4)}
 
 
 @pytest.mark.parametrize("model_type", sorted(set(tiny.ARCHITECTURES) - LEFT_OUT))

@@ -7,7 +7,8 @@ import tiny
 from tiered import models
 from tiered.checkpoints.checkpoint import CheckpointError
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.hf_config import hf_dense_layers
+from tiered.checkpoints.gguf_config import gguf_full_layers
+from tiered.checkpoints.hf_config import hf_dense_layers, hf_leading_dense_layers
 from tiered.config import LatentConfig, Mamba2Config, RopeConfig
 from tiered.formats import open_checkpoint
 
@@ -52,12 +53,28 @@ FACTS = {
                    rope=RopeConfig(10_000.0, 16, "half", tuple(1 + n / 16 for n in range(8)), 1.25,
                                    256, tuple(1 + n / 2 for n in range(8)), 1.25)),
     "glm4_moe_lite": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
+    "dots1": dict(qk_norm="head", router_scoring="sigmoid", dense_layers={0}, routing_scale=1.5,
+                  shared_expert_size=128, expert_groups=4, used_groups=2, normalize_top_k=True),
+    "solar_open": dict(qk_norm="", router_scoring="sigmoid", dense_layers=frozenset(),
+                       shared_expert_size=128, routing_scale=1.5, expert_groups=4),
+    "exaone_moe": dict(qk_norm="head", sliding_window=24, full_layers={1}, dense_layers={0},
+                       full_layers_rotate=False, router_scoring="sigmoid", routing_scale=1.5,
+                       expert_groups=4, shared_expert_size=128, ffn_size=96),
+    "hy_v3": dict(qk_norm="head", router_scoring="sigmoid", routing_scale=2.5, dense_layers={0},
+                  normalize_top_k=True, shared_expert_size=128, expert_groups=1),
+    "mellum": dict(qk_norm="head", sliding_window=24, full_layers={1}, normalize_top_k=True,
+                   expert_size=64, rope=RopeConfig(10_000.0, 16)),
+    "kimi_k2": dict(latent=LatentConfig(32, 32, 32, 16, 32), router_scoring="sigmoid"),
+    "qwen3_vl_moe": dict(expert_size=64, qk_norm="head", normalize_top_k=True),
 }  # fmt: skip
 HF_NAMES_IT = {  # others: itself
     "qwen3_5_moe_text": "qwen3_5_moe", "gemma4_text": "gemma4", "granitemoeshared": "granitemoe",
     "llama4_text": "llama4",
 }  # fmt: skip
-GGUF_NAMES_IT = {"deepseek_v3": "deepseek_v2", "glm4_moe_lite": "deepseek_v2", **HF_NAMES_IT}
+GGUF_NAMES_IT = {
+    "deepseek_v3": "deepseek_v2", "glm4_moe_lite": "deepseek_v2", "kimi_k2": "deepseek_v2",
+    "solar_open": "glm4_moe", **HF_NAMES_IT,
+}  # fmt: skip
 
 
 def test_every_architecture_is_tested():
@@ -91,7 +108,8 @@ def test_both_kinds_of_files_say_the_same(tmp_path, model_type):
 
 
 ADJACENT = (
-    "ernie4_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "llama4", "llama4_text"
+    "ernie4_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "llama4", "llama4_text",
+    "kimi_k2",
 )  # fmt: skip
 
 
@@ -153,6 +171,33 @@ def test_what_an_architecture_does_not_do_is_refused(tmp_path, model_type, chang
     with pytest.raises(CheckpointError, match=message) as raised:
         open_checkpoint(folder)
     assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_text_ends_with_what_any_part_of_the_config_says(tmp_path):
+    folder = tiny.hf_checkpoint(tmp_path, "gemma4", config={"eos_token_id": [7, 8]})
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.config.eos_ids == (7, 8, 319)
+
+
+def test_which_layers_slide_and_which_are_dense(tmp_path):
+    def slides(pattern):
+        facts = {"block_count": 6, "attention.sliding_window_pattern": pattern}
+        return gguf_full_layers(Facts(facts, tmp_path), period=2)
+
+    assert (
+        slides(None) == {1, 3, 5} and slides(3) == {2, 5} and slides([False] * 6) == set(range(6))
+    )
+    for damaged in [True] * 5, [1] * 6, "all":
+        with pytest.raises(CheckpointError, match=r"'attention\.sliding_window_pattern' is"):
+            slides(damaged)
+
+    def dense(**facts):
+        return hf_leading_dense_layers(Facts(facts, tmp_path), default=1)
+
+    assert dense() == {0} and dense(first_k_dense_replace=2) == {0, 1}
+    assert dense(mlp_layer_types=["sparse", "dense"], first_k_dense_replace=2) == {1}
+    with pytest.raises(CheckpointError, match=r"'mlp_layer_types' is .* must be a list of dense"):
+        dense(mlp_layer_types=["thick"])
 
 
 def test_which_layers_of_llama_4_see_the_whole_text(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import golden
 import numpy as np
 import pytest
 import tiny
@@ -92,13 +93,13 @@ def test_fused_experts(tmp_path):
 @pytest.mark.parametrize("model_type", SPARSE)
 def test_transformers_opens_it(tmp_path, model_type):
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    after = prune(source(tmp_path, model_type, dtype="f32"), tmp_path / "after", KEPT)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(after, dtype=torch.float32)
-    with torch.no_grad():
-        expected = reference(torch.tensor([IDS])).logits[0].numpy()
+    pytest.importorskip("transformers")
+    sizes = golden.SIZES.get(model_type, {})
+    after = prune(source(tmp_path, model_type, dtype="f32", **sizes), tmp_path / "after", KEPT)
     with Engine(after, quantize="none", kv_dtype="f32", threads=2) as engine:
         got = engine.logits(IDS)
+    with torch.no_grad():
+        expected = golden.reference(after)(torch.tensor([IDS])).logits[0].numpy()
     assert np.abs(got - expected).max() <= 1e-5 * np.ptp(expected)
 
 

@@ -1,5 +1,6 @@
 """Logits and greedy tokens against transformers, on random checkpoints of every architecture."""
 
+import json
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ from tiered import Engine
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 COMMON = dict(
     vocab_size=384, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
@@ -118,8 +120,58 @@ ARCHITECTURES = {
         num_hidden_layers=4, head_dim=32,
     ),
     "llama": dict(intermediate_size=128, rope_scaling=LLAMA3),
+    "dots1": dict(
+        **DEEPSEEK, first_k_dense_replace=1, moe_intermediate_size=96, intermediate_size=128,
+        n_shared_experts=2, head_dim=32, sliding_window=24, max_window_layers=2,
+    ),
+    "solar_open": dict(**DEEPSEEK, moe_intermediate_size=96, n_shared_experts=2, head_dim=32),
+    "exaone_moe": dict(
+        EXPERTS, moe_intermediate_size=96, intermediate_size=128, num_shared_experts=2, head_dim=32,
+        n_group=4, topk_group=2, routed_scaling_factor=1.5, sliding_window=24,
+        num_hidden_layers=5,
+    ),
+    "hy_v3": dict(
+        EXPERTS, moe_intermediate_size=96, intermediate_size=128, num_shared_experts=2, head_dim=32,
+    ),
+    "mellum": dict(
+        num_local_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, head_dim=32,
+        sliding_window=24, intermediate_size=128, mlp_layer_types=["sparse", "dense", "sparse"],
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters=dict(
+            sliding_attention=dict(rope_type="default", rope_theta=1e4),
+            full_attention=dict(rope_type="yarn", rope_theta=5e5, factor=4.0,
+                                original_max_position_embeddings=64),
+        ),
+    ),
+    "kimi_k2": dict(
+        **LATENT, q_lora_rank=48, first_k_dense_replace=1, moe_intermediate_size=96,
+        intermediate_size=128, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=2,
+        n_group=1, topk_group=1, routed_scaling_factor=2.827,
+        rope_parameters=dict(rope_type="yarn", factor=4.0, rope_theta=5e4, mscale=1.0,
+                             mscale_all_dim=1.0, beta_fast=1.0, beta_slow=1.0,
+                             original_max_position_embeddings=64),
+    ),
+    "qwen3_vl_moe": dict(
+        EXPERTS, moe_intermediate_size=96, intermediate_size=128, head_dim=32,
+        rope_parameters=dict(rope_type="default", rope_theta=5e4, mrope_section=[8, 4, 4]),
+    ),
 }  # fmt: skip
+VISION = dict(
+    depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64,
+    deepstack_visual_indexes=[0],
+)  # fmt: skip
 PROMPT = np.random.default_rng(0).integers(3, 384, 40).tolist()
+
+
+def random_model(model_type):
+    """A model of transformers, which calls Kimi K2 DeepSeek-V3."""
+    values = COMMON | ARCHITECTURES[model_type]
+    for_model = transformers.AutoConfig.for_model
+    if model_type == "qwen3_vl_moe":
+        config = for_model(model_type, text_config=values, vision_config=VISION)
+        return transformers.AutoModelForImageTextToText.from_config(config)
+    config = for_model({"kimi_k2": "deepseek_v3"}.get(model_type, model_type), **values)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def corrections(model):
@@ -134,10 +186,7 @@ def reference(request, tmp_path_factory):
     """(folder, model) of a random model, weights scaled so that activations stay finite."""
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(
-        request.param, **(COMMON | ARCHITECTURES[request.param])
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    model = random_model(request.param).eval().float()
     with torch.no_grad():
         for name, weight in [*model.named_parameters(), *corrections(model)]:
             if weight.dim() >= 2 and "correction" not in name:
@@ -149,7 +198,21 @@ def reference(request, tmp_path_factory):
             else:
                 weight.copy_(1 + 0.1 * torch.randn_like(weight))
     model.save_pretrained(folder)
+    as_published(folder, request.param)
     return folder, model
+
+
+def as_published(folder, model_type):
+    """What their makers write otherwise than transformers does."""
+    if model_type == "kimi_k2":
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | {"model_type": model_type}))
+    if model_type == "qwen3_vl_moe":
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        for name in (name for name in tensors if ".experts." in name):
+            tensors[name] = tensors[name].swapaxes(1, 2).contiguous()
+        save_file(tensors, file)
 
 
 def test_logits(reference):

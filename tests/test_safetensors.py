@@ -56,7 +56,7 @@ def test_every_tensor_has_its_place(tmp_path, model_type):
             parts = stored.replace("language_model.", "").split(".")
             if parts[-2] in words and parts[-1] == "weight":
                 kind = ("experts." + parts[-3] if "experts" in parts else
-                        "shared" if "shared_expert" in stored or "gemma" in model_type else
+                        "shared" if "shared_" in stored or "gemma" in model_type else
                         "ffn")  # fmt: skip
                 name = f"layers.{parts[2]}.{kind}.{words[parts[-2]]}"
                 assert np.array_equal(checkpoint.float32(name), values)

@@ -10,14 +10,19 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+import tiny_exaone_moe
 import tiny_gemma4
 import tiny_granite
 import tiny_granite_hybrid
 import tiny_granite_shared
+import tiny_hy_v3
 import tiny_lfm2
 import tiny_llama4
+import tiny_mellum
 import tiny_phimoe
+import tiny_qwen3_vl
 from pack import bf16, pack
+from tiny_plain import write_attention
 
 SIZES = dict(vocab=320, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, experts=8, top_k=2)
 SIZES |= dict(expert_size=64, ffn_size=96, shared_size=96, context=256)
@@ -89,6 +94,18 @@ KINDS = {
                    head="language_model.lm_head"),
     "llama4_text": Kind("llama4", own=tiny_llama4),
     "phimoe": Kind("phimoe", biases="qkvo", own=tiny_phimoe),
+    "dots1": Kind("dots1", qk_norm="head", shared="shared_experts.", correction=_CORRECTION,
+                  dense=(0,)),
+    "solar_open": Kind("glm4moe", ffn_norm="post_attention_norm", shared="shared_experts.",
+                       correction=_CORRECTION),
+    "exaone_moe": Kind("exaone-moe", qk_norm="head", shared="shared_experts.", dense=(0,),
+                       correction="e_score_correction_bias", own=tiny_exaone_moe),
+    "hy_v3": Kind("hy_v3", qk_norm="head", router="router.gate", shared="shared_mlp.", dense=(0,),
+                  correction="expert_bias", own=tiny_hy_v3),
+    "mellum": Kind("mellum", qk_norm="head", own=tiny_mellum),
+    "kimi_k2": _DEEPSEEK._replace(latent=2, correction=_CORRECTION),
+    "qwen3_vl_moe": Kind("qwen3vlmoe", qk_norm="head", own=tiny_qwen3_vl,
+                         prefix="model.language_model."),
 }  # fmt: skip
 ARCHITECTURES = tuple(KINDS)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
@@ -148,6 +165,21 @@ class _Weights:
             weight = self.found.pop()
             self.found += [weight._replace(gguf="", values=weight.values - 1)]
             self.found += [weight._replace(hf="")]
+
+    def layer(self, hf: str, gg: str, number: int) -> None:
+        """What most layers have."""
+        kind, s, hidden = self.kind, self.s, self.s["hidden"]
+        self.norm(hf + "input_layernorm", gg + "attn_norm.weight", hidden)
+        self.norm(hf + "post_attention_layernorm", f"{gg}{kind.ffn_norm}.weight", hidden)
+        attention = self.latent_attention if kind.latent else self.attention
+        if kind.delta and number % 2 == 0:
+            self.delta(hf + "linear_attn.", gg)
+        else:
+            attention(hf + "self_attn.", gg)
+        if kind.experts is None or number in kind.dense:
+            self.feed_forward(hf + "mlp.", gg + "ffn_{}.weight", s["ffn_size"])
+        else:
+            self.experts(hf + kind.mlp, gg)
 
     def attention(self, hf: str, gg: str) -> None:
         kind, s, hidden = self.kind, self.s, self.s["hidden"]
@@ -292,32 +324,23 @@ def weights(model_type: str, seed: int = 0, tied: bool = False, **sizes: int) ->
         w.add(kind.head, "output.weight", s["vocab"], hidden)
     for i in range(s["layers"]):
         hf, gg = f"{kind.prefix}layers.{i}.", f"blk.{i}."
-        if kind.own is not None:
-            kind.own.add_layer(w, hf, gg, i)
-            continue
-        w.norm(hf + "input_layernorm", gg + "attn_norm.weight", hidden)
-        w.norm(hf + "post_attention_layernorm", f"{gg}{kind.ffn_norm}.weight", hidden)
-        attention = w.latent_attention if kind.latent else w.attention
-        if kind.delta and i % 2 == 0:
-            w.delta(hf + "linear_attn.", gg)
-        else:
-            attention(hf + "self_attn.", gg)
-        if kind.experts is None or i in kind.dense:
-            w.feed_forward(hf + "mlp.", gg + "ffn_{}.weight", s["ffn_size"])
-        else:
-            w.experts(hf + kind.mlp, gg)
+        add_layer = _Weights.layer if kind.own is None else kind.own.add_layer
+        add_layer(w, hf, gg, i)
     if s["drafts"]:
         _draft_layer(w, model_type)
     return w.found
 
 
-DRAFTING = ("deepseek_v3", "glm4_moe", "qwen3_next", "qwen3_5_moe")  # what may have drafts=1
+DRAFTING = (  # what may have drafts=1
+    "deepseek_v3", "glm4_moe", "glm4_moe_lite", "hy_v3", "qwen3_next", "qwen3_5_moe",
+)  # fmt: skip
 
 
 def _draft_layer(w: _Weights, model_type: str) -> None:
     kind, number, hidden = w.kind, w.s["layers"], w.s["hidden"]
     hf, gg = f"{kind.prefix}layers.{number}.", f"blk.{number}."
-    names = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+    last = "final_layernorm" if model_type == "hy_v3" else "shared_head.norm"
+    names = ("enorm", "hnorm", "eh_proj", last)
     if kind.delta:
         hf = "mtp.layers.0."
         names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
@@ -326,7 +349,7 @@ def _draft_layer(w: _Weights, model_type: str) -> None:
     w.norm(own + names[1], gg + "nextn.hnorm.weight", hidden)
     w.add(own + names[2], gg + "nextn.eh_proj.weight", hidden, 2 * hidden)
     w.norm(own + names[3], gg + "nextn.shared_head_norm.weight", hidden)
-    if model_type == "glm4_moe":
+    if model_type.startswith("glm4_moe"):
         w.add(hf + "embed_tokens", gg + "nextn.embed_tokens.weight", w.s["vocab"], hidden)
         w.add(hf + "shared_head.head", gg + "nextn.shared_head_head.weight", w.s["vocab"], hidden)
     w.norm(hf + "input_layernorm", gg + "attn_norm.weight", hidden)
@@ -365,7 +388,7 @@ def hf_config(model_type: str, **sizes: Any) -> dict[str, Any]:
         )  # fmt: skip
     if s["drafts"] and not kind.delta:
         config |= dict(num_nextn_predict_layers=1)
-    if model_type in ("qwen3_5_moe", "gemma4", "llama4"):  # which also see images
+    if model_type in ("qwen3_5_moe", "gemma4", "llama4", "qwen3_vl_moe"):  # which also see images
         text = config | dict(model_type=f"{model_type}_text")
         return dict(model_type=model_type, text_config=text, tie_word_embeddings=False)
     return config
@@ -398,8 +421,8 @@ def _hf_feed_forward(model_type: str, kind: Kind, s: dict[str, int]) -> dict[str
     if kind.half_rope:
         config |= dict(partial_rotary_factor=0.5)
     if routed:
-        config |= dict(n_shared_experts=NUM_SHARED,
-                       first_k_dense_replace=1, routed_scaling_factor=1.5)  # fmt: skip
+        config |= dict(n_shared_experts=NUM_SHARED, first_k_dense_replace=len(kind.dense),
+                       routed_scaling_factor=1.5)  # fmt: skip
     if kind.correction and routed:
         config |= dict(n_group=4, topk_group=2, norm_topk_prob=True)
     if model_type == "glm4_moe":
@@ -592,11 +615,8 @@ def _write_metadata(writer: Any, model_type: str, s: dict[str, int], more: dict[
     elif kind.own is not None:
         kind.own.write_metadata(writer, s)
     else:
-        writer.add_head_count_kv(s["kv_heads"])
-        writer.add_key_length(s["head_dim"])
-        writer.add_value_length(s["head_dim"])
         part = 4 if kind.delta else 2 if kind.half_rope else 1
-        writer.add_rope_dimension_count(s["head_dim"] // part)
+        write_attention(writer, s, s["head_dim"] // part)
     writer.add_layer_norm_rms_eps(1e-5)
     if kind.own is None:
         writer.add_rope_freq_base(10_000.0)
@@ -627,7 +647,7 @@ def _write_feed_forward(writer: Any, model_type: str, kind: Kind, s: dict[str, i
         writer.add_expert_shared_feed_forward_length(s["shared_size"])
     elif kind.shared:
         writer.add_expert_shared_count(NUM_SHARED)
-        writer.add_leading_dense_block_count(1)
+        writer.add_leading_dense_block_count(len(kind.dense))
     if model_type == "ernie4_5_moe":
         writer.add_interleave_moe_layer_step(1)
         writer.add_expert_shared_feed_forward_length(NUM_SHARED * s["expert_size"])
@@ -636,7 +656,7 @@ def _write_feed_forward(writer: Any, model_type: str, kind: Kind, s: dict[str, i
     if kind.correction and model_type != "ernie4_5_moe":
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         writer.add_expert_weights_norm(True)
-        if kind.shared:
+        if kind.shared == "shared_experts.":
             writer.add_expert_group_count(4)
             writer.add_expert_group_used_count(2)
     if kind.sinks:

@@ -215,7 +215,8 @@ class Backend(Protocol):
 
     def of_layer(self, index: int) -> Backend:
         """The backend that layer `index` lies on, and that is asked for all of its calls; the
-        first layer's embeds, the last one's has the head. Itself, but for several GPUs."""
+        first layer's embeds, that of the last one (-1) has the head. Itself, but for several
+        GPUs."""
 
     def kv_pages(self, config: ModelConfig, num_pages: int, page_size: int, dtype: str) -> Any:
         """KV cache memory for all layers; `dtype` is "f32", "f16" or "int8"."""
@@ -264,6 +265,9 @@ class Backend(Protocol):
 
     def join(self, x: Array, hidden: np.ndarray, layer: Any) -> None:
         """x = projection @ [norm(x), norm(last_norm(hidden))]; `hidden` is float32, shaped as x."""
+
+    def in_ram(self, x: Array) -> np.ndarray:
+        """x of a forward pass whose logits are there: float32, until the next pass."""
 
     def output_layer(self, norm: np.ndarray, head: Matrix, config: ModelConfig) -> Any:
         """Prepare the last norm and the output head once; the result goes to `head`."""

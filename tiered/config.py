@@ -331,8 +331,6 @@ class EngineConfig:
         if self.speculate not in ("off", *SPECULATIONS):
             known = " or ".join(("off", *SPECULATIONS))
             raise ValueError(f"speculate must be {known}, not {self.speculate!r}")
-        if self.speculate == "mtp" and self.device != "cpu":
-            raise ValueError("a model drafts on the CPU alone: give no --speculate mtp on a GPU")
         if self.kv_dtype not in ("f32", "f16", "int8"):
             raise ValueError(f"kv_dtype must be f32, f16 or int8, not {self.kv_dtype!r}")
         device_names(self.device)

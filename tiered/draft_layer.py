@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tiered.backend import Array, Batch
+from tiered.backend import Array, Backend, Batch
 from tiered.kv_cache import KVCache, Sequence
 from tiered.model import Decoder, Layer
 
@@ -48,7 +48,7 @@ class Unseen:
         """Hidden states are known before the tokens up to here, this one excluded."""
         return self.start + len(self)
 
-    def add(self, start: int, x: Array) -> None:
+    def add(self, start: int, x: np.ndarray) -> None:
         """The hidden states of tokens from `start` on; those that are known stay as they are."""
         if start > self.end - 1:  # somebody else has computed the tokens before
             self._begin(start)
@@ -88,6 +88,10 @@ class DraftLayer:
         self.kv = kv
         self.most_rows = most_rows  # that are computed at once
 
+    @property
+    def _backend(self) -> Backend:
+        return self.decoder.backend.of_layer(self.index)
+
     def watch(self, sequence: Sequence, start: int, x: Array) -> None:
         """What the model's layers made of a text's tokens from `start` on, the last it has.
 
@@ -95,7 +99,7 @@ class DraftLayer:
         """
         if sequence.unseen is None:
             sequence.unseen = Unseen(x.shape[1])
-        sequence.unseen.add(start, x)
+        sequence.unseen.add(start, self._backend.in_ram(x))
         while len(sequence.unseen) > self.most_rows:
             self._see(sequence, sequence.tokens, self.most_rows)
 
@@ -120,7 +124,8 @@ class DraftLayer:
             if len(draft) == most:
                 return draft
             place = len(tokens) + len(draft) - 1
-            x = self._pass(sequence, draft[-1:], place, x[-1:].copy(), self.joins.own)
+            hidden = self._backend.in_ram(x[-1:]).copy()
+            x = self._pass(sequence, draft[-1:], place, hidden, self.joins.own)
 
     def _see(self, sequence: Sequence, tokens: Items[int], count: int) -> Array:
         """Let the layer see `count` hidden states, together with the tokens after them."""
@@ -136,10 +141,11 @@ class DraftLayer:
         batch = Batch(
             np.array(tokens, np.int32), places, np.zeros_like(places), sequence.pages[None]
         )
-        d = self.decoder
+        d, b = self.decoder, self._backend
         d.clock.start()
-        x = d.backend.embed(d.embedding, batch.tokens, d.config.embedding_scale)
-        d.backend.join(x, hidden, join)
+        first = d.backend.of_layer(0)
+        x = b.take(first.embed(d.embedding, batch.tokens, d.config.embedding_scale))
+        b.join(x, hidden, join)
         d.layer(x, self.index, batch, self.kv.pages)
         return x
 
@@ -147,8 +153,9 @@ class DraftLayer:
 def open_draft_layer(
     main: Decoder, loader: WeightLoader, store: ExpertStore | None, kv: KVCache, most_rows: int
 ) -> DraftLayer | None:
-    """The layer of a checkpoint that was opened with it, beside the `main` decoder. Where there are
-    several, the first one, which is then used for all tokens of a draft."""
+    """The layer of a checkpoint that was opened with it, beside the `main` decoder; `loader` is
+    that of the last layer, which it is. Where there are several, the first one, which is then used
+    for all tokens of a draft."""
     config, index = loader.config, main.config.num_layers
     if not config.num_draft_layers:
         return None

@@ -128,6 +128,7 @@ class Engine:
             self.shares = spread(self.backend, model, choices)
         loader = WeightLoader(self.checkpoint, self.backend, choices.quantize)
         loaders = [loader.for_layer(index) for index in range(config.num_layers)]
+        last = loader.for_layer(-1)
         self.cold_copy: ColdCopy | None = None
         if self.copy is not None and isinstance(self.source, TieredExperts):
             experts = copy_tier(self.copy, choices.readers, stack)
@@ -139,7 +140,7 @@ class Engine:
             self.backend,
             loaders[0].embedding(),
             [loaders[index].layer(index, self.store) for index in range(config.num_layers)],
-            loaders[-1].output(),
+            last.output(),
             self.source,
             self.prefetcher,
             open_rules(choices, config, self._is_resident),
@@ -147,11 +148,17 @@ class Engine:
         )
         config = self.checkpoint.config
         self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype, self.num_texts)
+        draft_layer = open_draft_layer(
+            self.decoder, last, self.store, self.kv, choices.prefill_chunk
+        )
         if self.shares and self.store and self.source:
             # Last, because experts get what the rest has left of the devices' memory.
-            self.decoder.source = experts_of_cards = place_experts(
+            experts_of_cards = place_experts(
                 self.backend, self.shares, self.store, self.source, choices, stack
             )
+            self.decoder.source = experts_of_cards
+            if draft_layer is not None:
+                draft_layer.decoder.source = experts_of_cards
             promotion = Governor((0, 1), "promotion", patience=4)
             for placed in experts_of_cards.cards:
                 placed.promotion = promotion
@@ -160,16 +167,14 @@ class Engine:
         self.generation = Generation(
             self.decoder, self.kv, self.governors, choices, partial(find_damage, self.checkpoint)
         )
-        self.generation.draft_layer = open_draft_layer(
-            self.decoder, loader, self.store, self.kv, choices.prefill_chunk
-        )
+        self.generation.draft_layer = draft_layer
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
 
     @property
     def _drafts(self) -> bool:
         """Whether the model's own layer for drafts is wanted, if it has one."""
-        return self.choices.speculate in ("mtp", "auto") and self.choices.device == "cpu"
+        return self.choices.speculate in ("mtp", "auto")
 
     @property
     def is_of_one_text(self) -> bool:
@@ -315,7 +320,7 @@ class Engine:
         """An output layer that ends with the norm: its head is the identity, on any device."""
         size = self.config.hidden_size
         identity = np.eye(size, dtype=np.float32).view(np.uint8).reshape(-1)
-        backend = self.backend.of_layer(self.config.num_layers - 1)
+        backend = self.backend.of_layer(-1)
         head = backend.matrix(identity, "f32", (size, size))
         loader = WeightLoader(self.checkpoint, backend, self.choices.quantize)
         plain = replace(self.config, logit_softcap=0.0)

@@ -135,8 +135,8 @@ class Decoder:
     def head(self, x: Array, rows: np.ndarray, output: Any = None) -> np.ndarray:
         """Logits after the tokens at `rows` of `x`, as `forward` tells."""
         self.clock.start()
-        last = self.backend.of_layer(len(self.layers) - 1)
-        logits = last.head(x, rows, output or self.output)
+        last = self.backend.of_layer(-1)
+        logits = last.head(last.take(x), rows, output or self.output)
         self.clock.lap("head")
         return logits
 

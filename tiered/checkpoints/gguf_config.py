@@ -46,6 +46,18 @@ def gguf_num_layers(facts: Facts) -> int:
     return max(count - facts.integer("nextn_predict_layers", default=0), 0)
 
 
+def gguf_full_layers(facts: Facts, period: int) -> frozenset[int]:
+    """Layers without the sliding window: those that the file says, or every `period`-th."""
+    name, num_layers = "attention.sliding_window_pattern", gguf_num_layers(facts)
+    slides = facts.find(name, default=period)
+    if not isinstance(slides, list):
+        period = max(facts.integer(name, default=period, maximum=2**16), 1)
+        return frozenset(range(period - 1, num_layers, period))
+    if len(slides) < num_layers or any(type(flag) is not bool for flag in slides):
+        raise facts.error(name, slides, "a flag for each layer")
+    return frozenset(layer for layer in range(num_layers) if not slides[layer])
+
+
 def gguf_hybrid(facts: Facts) -> tuple[Facts, frozenset[int]]:
     """Facts of the layers with attention, and which have none: those without heads of keys."""
     heads = facts.find("attention.head_count_kv")

@@ -34,6 +34,26 @@ def hf_common(facts: Facts, theta: float = 10_000.0, pairs: str = "half") -> dic
     }
 
 
+def hf_text_part(facts: Facts) -> Facts:
+    """What is said of the text, where a config.json describes images or sounds, too."""
+    if "text_config" not in facts:
+        return facts
+    text = Facts(facts.mapping("text_config"), facts.source)
+    ends = facts.integers("eos_token_id") + text.integers("eos_token_id")
+    return Facts({**text.values, "eos_token_id": list(dict.fromkeys(ends))}, facts.source)
+
+
+def hf_by_attention(facts: Facts) -> tuple[Facts, Facts]:
+    """Facts of layers with a sliding window, and of those that see everything: `rope_parameters`
+    has something for each."""
+    ropes = Facts(facts.mapping("rope_parameters"), facts.source)
+    sliding, full = (
+        Facts({**facts.values, "rope_parameters": ropes.mapping(kind)}, facts.source)
+        for kind in ("sliding_attention", "full_attention")
+    )
+    return sliding, full
+
+
 def hf_experts(facts: Facts) -> dict[str, Any]:
     """Number of experts, however it is spelled."""
     names = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"
@@ -55,8 +75,14 @@ def hf_deepseek_router(facts: Facts) -> dict[str, Any]:
 
 
 def hf_leading_dense_layers(facts: Facts, default: int) -> frozenset[int]:
-    """The first layers, which have no experts."""
-    return frozenset(range(facts.integer("first_k_dense_replace", default=default, maximum=2**16)))
+    """Layers without experts: those that `mlp_layer_types` says, or the first ones."""
+    types = facts.find("mlp_layer_types", default=None)
+    if types is None:
+        count = facts.integer("first_k_dense_replace", default=default, maximum=2**16)
+        return frozenset(range(count))
+    if not isinstance(types, list) or any(kind not in ("dense", "sparse") for kind in types):
+        raise facts.error("mlp_layer_types", types, "a list of dense and sparse")
+    return frozenset(layer for layer, kind in enumerate(types) if kind == "dense")
 
 
 def hf_dense_layers(facts: Facts) -> frozenset[int]:

@@ -29,6 +29,19 @@ def _layers(prefix: str, names: Names) -> dict[str, str]:
     return {f"{prefix}.{{}}.{old}": f"layers.{{}}.{new}" for old, new in names.items()}
 
 
+def with_text_part(names: Names) -> Names:
+    """Also as the text part of a model that sees images has them."""
+    prefix = "model."
+    return {
+        **names,
+        **{
+            f"{prefix}language_{name}": canonical
+            for name, canonical in names.items()
+            if name.startswith(prefix)
+        },
+    }
+
+
 HF_BASE: Names = {
     "model.embed_tokens.weight": "embed",
     "model.norm.weight": "norm",

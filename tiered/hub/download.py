@@ -22,6 +22,8 @@ from tiered.version import __version__
 
 CHUNK = 1 << 20  # bytes
 ALIASES = {
+    "gpt-oss-20b": "openai/gpt-oss-20b",
+    "gpt-oss-120b": "openai/gpt-oss-120b",
     "olmoe": "allenai/OLMoE-1B-7B-0924-Instruct-GGUF:Q4_K_M",
     "qwen3-30b": "Qwen/Qwen3-30B-A3B-GGUF:Q4_K_M",
     "qwen3-coder-30b": "unsloth/Qwen3-Coder-30B-A3B-Instruct-GGUF:Q4_K_M",

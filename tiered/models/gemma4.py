@@ -8,44 +8,37 @@ from dataclasses import replace
 from typing import Any
 
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
-from tiered.checkpoints.hf_config import hf_common, hf_full_layers
+from tiered.checkpoints.gguf_config import gguf_common, gguf_experts, gguf_full_layers
+from tiered.checkpoints.hf_config import hf_by_attention, hf_common, hf_full_layers, hf_text_part
 from tiered.checkpoints.rope import rope_from_hf
-from tiered.checkpoints.tensor_names import GGUF, HF_BASE, PROJECTIONS, Names
+from tiered.checkpoints.tensor_names import GGUF, HF_BASE, PROJECTIONS, Names, with_text_part
 from tiered.config import AttentionShape, ModelConfig
 
 GGUF_ARCHITECTURE = "gemma4"
 HAS_EXPERTS = True
-PREFIX, LANGUAGE_PREFIX = "model.", "model.language_model."
-TEXT_NAMES: Names = {
-    **HF_BASE,
-    **{
-        f"model.layers.{{}}.{stored}": f"layers.{{}}.{name}"
-        for stored, name in {
-            "post_attention_layernorm.weight": "attention_out_norm",
-            "pre_feedforward_layernorm.weight": "shared.norm",
-            "post_feedforward_layernorm_1.weight": "shared.out_norm",
-            "pre_feedforward_layernorm_2.weight": "ffn_norm",
-            "post_feedforward_layernorm_2.weight": "experts_out_norm",
-            "post_feedforward_layernorm.weight": "ffn_out_norm",
-            "layer_scalar": "scale",
-            "router.proj.weight": "router",
-            "router.scale": "router_norm",
-            "router.per_expert_scale": "router_scales",
-            "experts.gate_up_proj": "experts.*.gate|up",
-            "experts.down_proj": "experts.*.down",
-            **{f"mlp.{name}_proj.weight": f"shared.{name}" for name in PROJECTIONS},
-        }.items()
-    },
-}
-HF_NAMES: Names = {
-    **TEXT_NAMES,
-    **{
-        LANGUAGE_PREFIX + name.removeprefix(PREFIX): canonical
-        for name, canonical in TEXT_NAMES.items()
-        if name.startswith(PREFIX)
-    },
-}
+HF_NAMES: Names = with_text_part(
+    {
+        **HF_BASE,
+        **{
+            f"model.layers.{{}}.{stored}": f"layers.{{}}.{name}"
+            for stored, name in {
+                "post_attention_layernorm.weight": "attention_out_norm",
+                "pre_feedforward_layernorm.weight": "shared.norm",
+                "post_feedforward_layernorm_1.weight": "shared.out_norm",
+                "pre_feedforward_layernorm_2.weight": "ffn_norm",
+                "post_feedforward_layernorm_2.weight": "experts_out_norm",
+                "post_feedforward_layernorm.weight": "ffn_out_norm",
+                "layer_scalar": "scale",
+                "router.proj.weight": "router",
+                "router.scale": "router_norm",
+                "router.per_expert_scale": "router_scales",
+                "experts.gate_up_proj": "experts.*.gate|up",
+                "experts.down_proj": "experts.*.down",
+                **{f"mlp.{name}_proj.weight": f"shared.{name}" for name in PROJECTIONS},
+            }.items()
+        },
+    }
+)
 GGUF_NAMES: Names = {
     **GGUF,
     **{
@@ -77,11 +70,7 @@ FIXED: dict[str, Any] = {
 
 def from_hf(facts: Facts) -> ModelConfig:
     """Of a config.json that describes images and sounds, too, the text part is read."""
-    if "text_config" in facts:
-        values = {"eos_token_id": facts.find("eos_token_id", default=None)}
-        text = facts.mapping("text_config").items()
-        values |= {name: value for name, value in text if value is not None}
-        facts = Facts(values, facts.source)
+    facts = hf_text_part(facts)
     if not facts.flag("enable_moe_block", default=False):
         raise facts.error("enable_moe_block", False, "true: only Gemma 4 with experts is supported")
     for name in ("hidden_size_per_layer_input", "num_kv_shared_layers"):
@@ -89,11 +78,7 @@ def from_hf(facts: Facts) -> ModelConfig:
             raise facts.error(name, facts.integer(name), "0 (or absent)")
     if (activation := facts.text("hidden_activation")) != "gelu_pytorch_tanh":
         raise facts.error("hidden_activation", activation, "'gelu_pytorch_tanh'")
-    ropes = Facts(facts.mapping("rope_parameters"), facts.source)
-    sliding, full = (
-        Facts({**facts.values, "rope_parameters": ropes.mapping(kind)}, facts.source)
-        for kind in ("sliding_attention", "full_attention")
-    )
+    sliding, full = hf_by_attention(facts)
     common, full_layers = hf_common(sliding), hf_full_layers(facts, period=6)
     other = _other_layers(facts, full_layers)
     head_dim = other.integer("head_dim", default=common["head_dim"], maximum=2**16)
@@ -133,25 +118,23 @@ def _other_layers(facts: Facts, full_layers: frozenset[int]) -> Facts:
 
 def from_gguf(facts: Facts) -> ModelConfig:
     prefix = facts.prefix
-    is_sliding = facts.find("attention.sliding_window_pattern")
+    full_layers = gguf_full_layers(facts, period=6)
     num_layers = facts.integer("block_count", maximum=2**16)
-    if not isinstance(is_sliding, list) or len(is_sliding) != num_layers:
-        raise facts.error("attention.sliding_window_pattern", is_sliding, "a flag for each layer")
     heads = facts.find("attention.head_count_kv")
     heads = heads if isinstance(heads, list) else [heads] * num_layers
-    if len(heads) != num_layers or not any(is_sliding) or all(is_sliding):
+    if len(heads) != num_layers or not 0 < len(full_layers) < num_layers:
         raise facts.error("attention.head_count_kv", heads, "a number for each layer, of two kinds")
-    by_kind = {kind: [h for h, s in zip(heads, is_sliding, strict=True) if s is kind]
+    by_kind = {kind: [h for i, h in enumerate(heads) if (i in full_layers) is kind]
                for kind in (False, True)}  # fmt: skip
     changed = {
         "attention.key_length": facts.integer("attention.key_length_swa"),
         "attention.value_length": facts.integer("attention.value_length_swa"),
-        "attention.head_count_kv": by_kind[True],
+        "attention.head_count_kv": by_kind[False],
         "rope.freq_base": facts.number("rope.freq_base_swa", default=10_000.0),
         "rope.dimension_count": facts.find("rope.dimension_count_swa", default=None),
     }
     values = {**facts.values, **{prefix + name: value for name, value in changed.items()}}
-    full = Facts({**facts.values, prefix + "attention.head_count_kv": by_kind[False]},
+    full = Facts({**facts.values, prefix + "attention.head_count_kv": by_kind[True]},
                  facts.source, prefix)  # fmt: skip
     whole, common = (
         gguf_common(full, pairs="half"),
@@ -163,7 +146,7 @@ def from_gguf(facts: Facts) -> ModelConfig:
         expert_size=facts.integer("expert_feed_forward_length"),
         shared_expert_size=facts.integer("feed_forward_length"),
         sliding_window=facts.integer("attention.sliding_window"),
-        full_layers=frozenset(i for i in range(num_layers) if not is_sliding[i]),
+        full_layers=full_layers,
         full_shape=replace(shape, rope=replace(shape.rope, dim=shape.head_dim)),
         embedding_scale=common["hidden_size"] ** 0.5,
         logit_softcap=facts.number("final_logit_softcapping", default=0.0),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from tiered.checkpoints.facts import Facts
+from tiered.checkpoints.hf_config import hf_leading_dense_layers
 from tiered.checkpoints.tensor_names import HF_DRAFT_HEAD
 from tiered.config import ModelConfig
 from tiered.models import deepseek_v3
@@ -16,8 +17,5 @@ from_gguf = deepseek_v3.from_gguf
 
 def from_hf(facts: Facts) -> ModelConfig:
     config = deepseek_v3.from_hf(facts)
-    types = facts.find("mlp_layer_types", default=["dense"])
-    if not isinstance(types, list) or any(kind not in ("dense", "sparse") for kind in types):
-        raise facts.error("mlp_layer_types", types, "a list of dense and sparse")
-    dense = frozenset(layer for layer, kind in enumerate(types) if kind == "dense")
+    dense = hf_leading_dense_layers(facts, default=1)
     return replace(config, model_type="glm4_moe_lite", dense_layers=dense)

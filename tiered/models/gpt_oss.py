@@ -4,7 +4,7 @@ whose SwiGLU is clamped and shifted. https://arxiv.org/abs/2508.10925"""
 from typing import Any
 
 from tiered.checkpoints.facts import Facts
-from tiered.checkpoints.gguf_config import gguf_common, gguf_experts
+from tiered.checkpoints.gguf_config import gguf_common, gguf_experts, gguf_full_layers
 from tiered.checkpoints.hf_config import hf_common, hf_experts, hf_full_layers
 from tiered.checkpoints.tensor_names import GGUF, HF_BASE
 from tiered.config import ModelConfig
@@ -46,13 +46,12 @@ def from_hf(facts: Facts) -> ModelConfig:
 
 
 def from_gguf(facts: Facts) -> ModelConfig:
-    num_layers = facts.integer("block_count", maximum=2**16)
     return ModelConfig(
         **FIXED,
         expert_size=facts.integer("expert_feed_forward_length"),
         activation_limit=7.0,
         sliding_window=facts.integer("attention.sliding_window", default=0),
-        full_layers=frozenset(range(1, num_layers, 2)),
+        full_layers=gguf_full_layers(facts, period=2),
         # As the model was trained; llama.cpp rounds the range, and differs a little.
         **gguf_common(facts, pairs="half", truncate=False),
         **gguf_experts(facts, normalize_top_k=True),

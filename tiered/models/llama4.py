@@ -8,7 +8,7 @@ from typing import Any
 
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.gguf_config import gguf_common, gguf_experts, gguf_num_layers
-from tiered.checkpoints.hf_config import hf_common, hf_experts
+from tiered.checkpoints.hf_config import hf_common, hf_experts, hf_text_part
 from tiered.checkpoints.tensor_names import GGUF, HF_BASE, PROJECTIONS, Names
 from tiered.config import ModelConfig
 
@@ -44,11 +44,7 @@ MAVERICK_EXPERTS = 128  # a model of so many has no norms of queries and keys
 
 
 def from_hf(facts: Facts) -> ModelConfig:
-    if "text_config" in facts:
-        values = {"eos_token_id": facts.find("eos_token_id", default=None)}
-        text = facts.mapping("text_config").items()
-        values |= {name: value for name, value in text if value is not None}
-        facts = Facts(values, facts.source)
+    facts = hf_text_part(facts)
     size = facts.integer("intermediate_size")
     common = hf_common(facts, theta=500_000.0, pairs="adjacent")
     num_layers = common["num_layers"]

@@ -5,28 +5,19 @@ from dataclasses import replace
 
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.gguf_config import gguf_common, gguf_delta, gguf_experts
+from tiered.checkpoints.hf_config import hf_text_part
+from tiered.checkpoints.tensor_names import with_text_part
 from tiered.config import ModelConfig
 from tiered.models import qwen3_next
 
 GGUF_ARCHITECTURE = "qwen35moe"
 HAS_EXPERTS = True
-PREFIX, LANGUAGE_PREFIX = "model.", "model.language_model."
-HF_NAMES = {
-    **qwen3_next.HF_NAMES,
-    **{
-        name.replace(PREFIX, LANGUAGE_PREFIX, 1): canonical
-        for name, canonical in qwen3_next.HF_NAMES.items()
-        if name.startswith(PREFIX)
-    },
-}
+HF_NAMES = with_text_part(qwen3_next.HF_NAMES)
 GGUF_NAMES = qwen3_next.GGUF_NAMES
 
 
 def from_hf(facts: Facts) -> ModelConfig:
-    values = dict(facts.mapping("text_config")) if "text_config" in facts else dict(facts.values)
-    values["eos_token_id"] = facts.find("eos_token_id", default=values.get("eos_token_id"))
-    config = qwen3_next.from_hf(Facts(values, facts.source))
-    return replace(config, model_type="qwen3_5_moe")
+    return replace(qwen3_next.from_hf(hf_text_part(facts)), model_type="qwen3_5_moe")
 
 
 def from_gguf(facts: Facts) -> ModelConfig:

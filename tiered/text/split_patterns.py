@@ -27,6 +27,13 @@ _GPT4O = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
+# Kimi's words of letters have no Han characters, which are words of their own.
+_NOT_HAN = r"&&[^\p{Han}]]"
+_KIMI = r"\p{Han}+|" + (
+    _GPT4O.replace(_UPPER, _UPPER[:-1] + _NOT_HAN)
+    .replace(_LOWER, _LOWER[:-1] + _NOT_HAN)
+    .replace(r"[\r\n/]*", r"[\r\n]*")
+)
 _ASCII_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 _DEEPSEEK3 = (
     rf"{_ASCII_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
@@ -98,6 +105,7 @@ SPLITS: dict[str, Split] = {
     ),
     "tekken": Split((_TEKKEN,), True),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), Split((_GPT4O,))),
+    "kimi-k2": Split((_KIMI,)),
     **dict.fromkeys(("tiny_aya", "cohere2moe"), Split((r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O))),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"), _DEEPSEEK3_SPLIT),
     "deepseek-llm": Split(

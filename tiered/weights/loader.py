@@ -46,6 +46,7 @@ class WeightLoader:
         self.config = checkpoint.config
         self.backend = backend
         self.quantize = quantize
+        self._heads: dict[str, Any] = {}
 
     def for_layer(self, index: int) -> WeightLoader:
         """The same, into the backend that a layer lies on."""
@@ -75,9 +76,16 @@ class WeightLoader:
         return self.matrix("embed")
 
     def output(self) -> Any:
-        head = "head" if "head" in self.checkpoint.tensors else "embed"
         norm = self.norm("norm") * np.float32(self.config.logit_scale)
-        return self.backend.output_layer(norm, self.matrix(head), self.config)
+        return self.backend.output_layer(norm, self.head(), self.config)
+
+    def head(self, own: str = "") -> Any:
+        """The model's matrix that makes logits, or a layer's `own`, if it has one; made once, since
+        a GPU would have it twice."""
+        name = next(n for n in (own, "head", "embed") if n in self.checkpoint.tensors)
+        if name not in self._heads:
+            self._heads[name] = self.matrix(name)
+        return self._heads[name]
 
     def joins(self, index: int) -> Joins:
         """How the layer that drafts tokens begins."""
@@ -94,10 +102,9 @@ class WeightLoader:
 
     def draft_output(self, index: int) -> Any:
         """What makes tokens of the hidden states of the layer that drafts them."""
-        own, tensors = f"layers.{index}.mtp.head", self.checkpoint.tensors
-        head = own if own in tensors else "head" if "head" in tensors else "embed"
         norm = self.draft_norm(index) * np.float32(self.config.logit_scale)
-        return self.backend.output_layer(norm, self.matrix(head), self.config)
+        head = self.head(own=f"layers.{index}.mtp.head")
+        return self.backend.output_layer(norm, head, self.config)
 
     def required(self, name: str) -> np.ndarray:
         self.required_tensor(name)

@@ -5,10 +5,11 @@ their number, their length, bytes of a prepared row) and continues with the rows
 of chunks of 256 values; before a last one that has fewer, zeros fill the chunk:
 
     2 x 128 bytes   four groups each: their four first halves, then their four second halves
-    8 x float32     scales of the groups, in the order of POSITION
+    8 x float32     scales of the groups, in the order of POSITION, of 11 significant bits
     8 x float32     scale x sum of the group, the same of its first half, of its second half
 
 so that kernels with registers of 16, 32 and 64 bytes can all load what they multiply in one step.
+Integers and scales are those of ggml's Q8_0, whose scales are float16, but in a float32's range.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _quantize_group(k: Emitter, x: Value, bytes_at: Value, scales_at: Value) -> 
     # Below 1e-35 its inverse might be infinite: such a group counts as zero.
     tiny = largest.compare("<", 1e-35)
     zero = k.constant(f32(1), 0.0)
-    scale = k.select(tiny, zero, largest * (1 / 127))
+    scale = k.select(tiny, zero, _to_11_bits(k, largest / k.constant(f32(1), 127.0)))
     inverse = k.select(tiny, zero, k.constant(f32(1), 127.0) / largest)
     sums = []
     for half, part in enumerate(parts):
@@ -77,6 +78,13 @@ def _quantize_group(k: Emitter, x: Value, bytes_at: Value, scales_at: Value) -> 
     k.store(scales_at + SUMS, (first + second) * scale)
     k.store(scales_at + FIRST_SUMS, first * scale)
     k.store(scales_at + SECOND_SUMS, second * scale)
+
+
+def _to_11_bits(k: Emitter, scale: Value) -> Value:
+    """The nearest number with as many significant bits as a float16 has; NaN stays NaN."""
+    bits = scale.view(i32(1))
+    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
+    return k.select(bits.compare(">", 0x7F800000), bits, rounded).view(f32(1))
 
 
 @emitted("void", "i64 i64")

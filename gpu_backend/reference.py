@@ -2,8 +2,9 @@
 
 The contract, for a row of weights times a row of activations:
 
-1. Activations: groups of 32; scale = largest * (1/127), integers = round(x * (127 / largest)),
-   halves to even; scale times the sum of the integers is kept for weights with offsets.
+1. Activations: groups of 32; scale = largest / 127, rounded to 11 significant bits, integers =
+   round(x * (127 / largest)), halves to even in both; scale times the sum of the integers is kept
+   for weights with offsets.
 2. A group's dot product of integers is exact. (Where its halves have scales of their own,
    one for each half.)
 3. Eight float32 sums, one for each place of a group in a chunk of 256 weights (those of a last
@@ -38,7 +39,7 @@ def quantize(x: torch.Tensor) -> Activations:
     groups = x.reshape(len(x), -1, GROUP)
     largest = groups.abs().amax(-1)
     tiny = largest < 1e-35
-    scale = torch.where(tiny, 0.0, largest * torch.tensor(1 / 127, dtype=torch.float32))
+    scale = torch.where(tiny, 0.0, _to_11_bits(largest / torch.full_like(largest, 127.0)))
     inverse = torch.where(tiny, 0.0, torch.tensor(127.0) / largest)
     rounded = torch.round(groups * inverse[..., None])
     rounded = torch.where(rounded < 127.0, rounded, 127.0)
@@ -46,6 +47,13 @@ def quantize(x: torch.Tensor) -> Activations:
     first, second = rounded[..., :16].sum(-1), rounded[..., 16:].sum(-1)
     factors = torch.stack([scale, (first + second) * scale, first * scale, second * scale])
     return Activations(rounded.to(torch.int8).reshape(x.shape), factors)
+
+
+def _to_11_bits(scale: torch.Tensor) -> torch.Tensor:
+    """The nearest number with as many significant bits as a float16 has; NaN stays NaN."""
+    bits = scale.view(torch.int32)
+    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
+    return torch.where(bits > 0x7F800000, bits, rounded).view(torch.float32)
 
 
 def linear(a: Activations, matrix: Quantized) -> torch.Tensor:

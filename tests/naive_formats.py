@@ -99,7 +99,7 @@ _OURS = {"int4_g128": _int4_g128, "nf4": _nf4}
 
 
 def quantized_activations(x):
-    """float64 [n, k]: x as int8 groups of 32 with a float32 scale each."""
+    """float64 [n, k]: x as int8 groups of 32 with a scale each, as exact as a float16."""
     n, k = x.shape
     padded = np.zeros((n, -(-k // 32) * 32), np.float32)
     padded[:, :k] = x
@@ -109,7 +109,9 @@ def quantized_activations(x):
         np.float32(127), largest, out=np.zeros_like(largest), where=largest >= np.float32(1e-35)
     )
     integers = np.clip(np.rint(groups * inverse), -127, 127).astype(np.float64)
-    scales = np.where(largest >= np.float32(1e-35), largest * np.float32(1 / 127), 0)
+    fractions, exponents = np.frexp(largest / np.float32(127))
+    scales = np.ldexp(np.rint(fractions.astype(np.float64) * 2048) / 2048, exponents)
+    scales[largest < np.float32(1e-35)] = 0
     return (integers * scales).reshape(n, -1)[:, :k]
 
 

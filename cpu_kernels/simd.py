@@ -222,6 +222,18 @@ class Emitter:
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         return Value(self, self.builder.call(function, [a.ir for a in arguments]))
 
+    def keep_order(self, values: Sequence[Value]) -> list[Value]:
+        """The same vectors, for x86: those of one call are computed before those of the next, as
+        written. Nothing but an empty line of assembly, which LLVM does not look into."""
+        types = [value.type for value in values]
+        kind = ir.FunctionType(ir.LiteralStructType(types), types)
+        constraints = ["=x"] * len(values) + [str(index) for index in range(len(values))]
+        empty = ir.InlineAsm(kind, "", ",".join(constraints), side_effect=True)
+        same = self.builder.call(empty, [value.ir for value in values])
+        return [
+            Value(self, self.builder.extract_value(same, index)) for index in range(len(values))
+        ]
+
     def _overloaded(self, name: str, *arguments: Value) -> Value:
         type = arguments[0].type
         element = {"float": "f32", "half": "f16"}.get(str(_element(type)), str(_element(type)))

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from cpu_kernels.activations import prepare_activations, prepared_bytes
+from cpu_kernels.few_rows import FEW_ROWS
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import Isa
 from cpu_kernels.memory import address_of, call_kernel, load_i32, word
@@ -27,7 +28,6 @@ from cpu_kernels.products import (
 )
 from cpu_kernels.team import next_task, parts_of, share
 
-FEW_ROWS = 16
 ROW_BLOCK = 16  # threads share the rows of a matrix in blocks of this many
 
 # Words of a matrix's record.

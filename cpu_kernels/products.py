@@ -21,21 +21,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import numpy as np
 from numba import cfunc, njit, types
 
-from cpu_kernels.activations import CHUNK, HEADER_BYTES
+from cpu_kernels.activations import CHUNK, GROUP, HEADER_BYTES
 from cpu_kernels.cache import compiling
 from cpu_kernels.dequantize import dequantize_floats, floats_to_float32
+from cpu_kernels.few_rows import multiply_few
 from cpu_kernels.formats import FORMATS
-from cpu_kernels.gemv import dot_1, dot_2, dot_4, dot_floats
+from cpu_kernels.gemv import dot_few_floats, dot_floats, dot_quantized
+from cpu_kernels.groups import GROUPS
+from cpu_kernels.isa import ISAS
 from cpu_kernels.memory import (
     NUM_KERNEL_ARGUMENTS,
     load_f32,
     load_i32,
     stack,
     store_f32,
+    store_word,
     word,
 )
+
+FLOATS_BLOCK = 16  # rows of float weights that stay in the first-level cache while tiles pass
 
 
 @njit(inline="always")
@@ -52,33 +59,33 @@ def target_row(y, y_rows, ldy, i):
 def make_gemv(isa: str, format: str) -> Callable:
     """Quantized weights and activations, few rows of activations."""
     block, block_bytes = FORMATS[format].block_size, FORMATS[format].block_bytes
+    width = ISAS[isa].panel_rows
 
     def gemv(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         row_bytes = k // block * block_bytes
-        num_groups = k // 32
+        num_groups = k // GROUP
         x_bytes = word(prepared, 4)
         x = prepared + HEADER_BYTES
-        results = stack("16")
-        for row in range(first, last):
+        # One row is quicker by itself, and panels have no rows of less than a chunk.
+        in_panels = (last - first) // width * width if n > 1 and num_groups >= GROUPS else 0
+        sources, targets, zeros = stack("128"), stack("128"), stack("64")
+        for i in range(n):
+            store_word(sources, i, x + x_bytes * source_row(x_rows, divisor, i))
+            store_word(targets, i, target_row(y, y_rows, ldy, i))
+        for i in range(width):
+            store_f32(zeros, i, 0.0)
+        for row in range(first, first + in_panels, width):
             at = weights + row * row_bytes
-            added = load_f32(bias, row) if bias != 0 else 0.0
-            i = 0
-            while i < n:
-                x0 = x + x_bytes * source_row(x_rows, divisor, i)
-                if n - i == 1:
-                    store_f32(results, 0, dot_1(isa, format, at, num_groups, x0))
-                else:
-                    x1 = x + x_bytes * source_row(x_rows, divisor, i + 1)
-                    if n - i == 2:
-                        dot_2(isa, format, at, num_groups, x0, x1, results)
-                    else:  # three rows are computed as four, one of them twice
-                        x2 = x + x_bytes * source_row(x_rows, divisor, i + 2)
-                        x3 = x + x_bytes * source_row(x_rows, divisor, min(i + 3, n - 1))
-                        dot_4(isa, format, at, num_groups, x0, x1, x2, x3, results)
-                for j in range(min(4, n - i)):
-                    total = load_f32(results, j) + added
-                    store_f32(target_row(y, y_rows, ldy, i + j), row, total)
-                i += 4
+            added = bias + 4 * row if bias != 0 else zeros
+            multiply_few(
+                isa, format, at, row_bytes, num_groups, sources, n, added, targets, 4 * row
+            )
+        for row in range(first + in_panels, last):
+            at = weights + row * row_bytes
+            added = load_f32(bias, row) if bias != 0 else np.float32(0.0)
+            for i in range(n):
+                total = dot_quantized(isa, format, at, num_groups, word(sources, i))
+                store_f32(word(targets, i), row, total + added)
 
     return gemv
 
@@ -90,12 +97,28 @@ def make_float_gemv(isa: str, format: str) -> Callable:
     def float_gemv(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         x = word(prepared, 0)
         x_bytes = word(prepared, 1)
-        for row in range(first, last):
-            added = load_f32(bias, row) if bias != 0 else 0.0
-            for i in range(n):
-                source = x + x_bytes * source_row(x_rows, divisor, i)
-                total = dot_floats(isa, format, weights + row * k * size, k, source)
-                store_f32(target_row(y, y_rows, ldy, i), row, total + added)
+        sources, targets = stack("128"), stack("128")
+        for i in range(n):
+            store_word(sources, i, x + x_bytes * source_row(x_rows, divisor, i))
+            store_word(targets, i, target_row(y, y_rows, ldy, i))
+        for block in range(first, last, FLOATS_BLOCK):
+            end = min(block + FLOATS_BLOCK, last)
+            i = 0
+            while i < n:
+                left = n - i
+                count = 3 if left == 3 or left > 4 else min(left, 2)
+                source, target = sources + 8 * i, targets + 8 * i
+                for row in range(block, end):
+                    at = weights + row * k * size
+                    added = load_f32(bias, row) if bias != 0 else np.float32(0.0)
+                    if count == 3:
+                        dot_few_floats(isa, format, "3", at, k, source, added, target, 4 * row)
+                    elif count == 2:
+                        dot_few_floats(isa, format, "2", at, k, source, added, target, 4 * row)
+                    else:
+                        total = dot_floats(isa, format, at, k, word(source, 0))
+                        store_f32(word(target, 0), row, total + added)
+                i += count
 
     return float_gemv
 

@@ -42,7 +42,7 @@ def test_kernels_use_the_instruction_they_are_for(isa, format):
     triple, cpu, instruction, register = PROCESSORS[isa]
 
     def few(k, weights, num_groups, x, y):
-        k.store(y, gemv.dot(k, isa, format, weights, num_groups, [x])[0])
+        k.store(y, gemv.dot(k, isa, format, weights, num_groups, x))
 
     def many(k, panel, num_chunks, sources, position, tile):
         gemm.panel_product(k, isa, format, panel, num_chunks, sources, position, tile)

@@ -3,7 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiered.text.sampling import Sampler, SamplingParams, candidates, log_softmax, penalize
+from tiered.text.sampling import (
+    Sampler,
+    SamplingParams,
+    candidates,
+    log_softmax,
+    penalize,
+    pick,
+)
 
 
 def naive_distribution(logits, params):
@@ -76,6 +83,19 @@ def test_a_seed_repeats_and_none_does_not():
 
     assert draw(5) == draw(5) != draw(6)
     assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 1000, 1024])
+def test_pick_is_a_search_in_the_running_sum(count):
+    rng = np.random.default_rng(count)
+    weights = rng.random(count).astype(np.float32) ** 8
+    weights[rng.random(count) < 0.5] = 0
+    weights[rng.integers(count)] = 1
+    running = np.cumsum(weights.astype(np.float64))
+    for part in rng.random(200):
+        assert pick(weights, part) == np.searchsorted(running, part * running[-1], side="right")
+    for part in (0.0, np.nextafter(1.0, 0.0)):  # not a token that is ruled out
+        assert weights[pick(weights, part)] > 0
 
 
 def test_repetition_penalty():

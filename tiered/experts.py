@@ -164,16 +164,21 @@ def group_by_expert(routing: Routing) -> ExpertJobs:
     if len(routing.experts) == 1:  # decode: each choice is an expert of its own
         starts, pairs = _one_pair_each(len(flat))
         return ExpertJobs(flat, starts, pairs)
-    pairs = np.argsort(flat, kind="stable").astype(np.int32)
-    experts, starts = np.unique(flat[pairs], return_index=True)
-    return ExpertJobs(experts, np.append(starts, len(flat)).astype(np.int32), pairs)
+    return _by_expert(flat, np.argsort(flat, kind="stable"))
+
+
+def _by_expert(flat: np.ndarray, pairs: np.ndarray) -> ExpertJobs:
+    """Jobs of `pairs`, in order, of the experts `flat[pairs]`. np.unique takes six times as long."""
+    counts = np.bincount(flat[pairs])
+    experts = np.flatnonzero(counts)
+    starts = np.zeros(len(experts) + 1, np.int32)
+    np.cumsum(counts[experts], out=starts[1:])
+    return ExpertJobs(experts.astype(np.int32), starts, pairs.astype(np.int32))
 
 
 def group_kept(routing: Routing) -> tuple[ExpertJobs, np.ndarray]:
     """Like `group_by_expert`, without the pairs of weight 0; and which pairs those are, int64."""
     weights, flat = routing.weights.reshape(-1), routing.experts.reshape(-1)
     pairs = np.flatnonzero(weights)
-    pairs = pairs[np.argsort(flat[pairs], kind="stable")].astype(np.int32)
-    experts, starts = np.unique(flat[pairs], return_index=True)
-    jobs = ExpertJobs(experts, np.append(starts, len(pairs)).astype(np.int32), pairs)
-    return jobs, np.flatnonzero(weights == 0)
+    pairs = pairs[np.argsort(flat[pairs], kind="stable")]
+    return _by_expert(flat, pairs), np.flatnonzero(weights == 0)

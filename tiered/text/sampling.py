@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+BLOCK = 256  # of weights that are added up before they are chosen from
 LEAST_TEMPERATURE = 1e-38  # the next smaller ones are none in float32
 
 
@@ -70,9 +71,25 @@ class Sampler:
 
     def _draw(self, logits: np.ndarray) -> int:
         tokens, weights = candidates(logits, self.params)
-        cumulative = np.cumsum(weights.astype(np.float64))
-        index = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
-        return int(tokens[min(index, len(tokens) - 1)])
+        return int(tokens[pick(weights, self._random.random())])
+
+
+def pick(weights: np.ndarray, part: float) -> int:
+    """Where the running sum of `weights` (float32 [n], none negative, some positive) passes `part`
+    (from 0 to below 1) of the whole: the index of a positive one.
+
+    Running sums are slow: one of blocks comes first, then one of a block's weights.
+    """
+    whole = len(weights) // BLOCK * BLOCK
+    sums = weights[:whole].reshape(-1, BLOCK).sum(axis=1, dtype=np.float64)
+    ends = np.append(0.0, np.cumsum(sums))
+    total = ends[-1] + weights[whole:].sum(dtype=np.float64)
+    wanted = min(part * total, np.nextafter(total, 0.0))
+    block = int(np.searchsorted(ends[1:], wanted, side="right"))
+    start = block * BLOCK
+    running = ends[block] + np.cumsum(weights[start : start + BLOCK], dtype=np.float64)
+    wanted = min(wanted, np.nextafter(running[-1], 0.0))
+    return start + int(np.searchsorted(running, wanted, side="right"))
 
 
 def penalize(logits: np.ndarray, seen: list[int], penalty: float) -> np.ndarray:
@@ -93,7 +110,7 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
     if 0 < params.top_k < len(tokens):
         tokens = _best(logits, int(params.top_k))
         scaled = scaled[tokens]
-    weights = np.exp(scaled)
+    weights = np.exp(scaled, out=scaled)
     if params.top_p < 1:
         tokens, weights = _nucleus(tokens, weights, params.top_p)
     if params.min_p > 0:

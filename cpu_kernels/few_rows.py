@@ -1,0 +1,227 @@
+"""A few rows of activations times quantized weights, straight from the file's bytes.
+
+Rows of weights are multiplied `panel_rows` at a time, one in each 32-bit lane of a register: four
+consecutive weights of every row, then the next four. The bytes of a group get this order while they
+are still packed, are decoded once, and are multiplied with one row of activations after the other,
+of which four values at a time are broadcast to all lanes.
+
+Every result has the bits that gemv.py gives it: products are summed in integers within a group,
+exactly; groups at the same place of their chunks are added up one after the other, and the sums of
+the eight places in pairs at last.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cpu_kernels.activations import CHUNK_BYTES, POSITION, SCALES, byte_offset
+from cpu_kernels.dot import multiply_bytes, wants_unsigned
+from cpu_kernels.gemv import LINE, PREFETCH_BYTES
+from cpu_kernels.groups import GROUPS, LAYOUTS, chunk_bytes, look_up
+from cpu_kernels.isa import ISAS
+from cpu_kernels.scales import scales_and_offsets
+from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32, i64
+
+FEW_ROWS = 16  # of activations, at most: their sums stay in the first-level cache
+LANE = 4  # words of 32 bits in 128 bits, inside which shuffles are cheap
+
+
+def transposed(k: Emitter, vectors: list[Value]) -> list[Value]:
+    """Four vectors of words, transposed in each four of their lanes."""
+
+    def interleaved(a: Value, b: Value, unit: int, first: int) -> Value:
+        mask: list[int] = []
+        for lane in range(0, a.lanes, LANE):
+            for at in range(lane + first, lane + first + 2, unit):
+                mask += [*range(at, at + unit), *range(a.lanes + at, a.lanes + at + unit)]
+        return k.shuffle(a, b, mask)
+
+    a, b, c, d = vectors
+    low, high = [
+        (interleaved(a, b, 1, first), interleaved(c, d, 1, first)) for first in (0, LANE // 2)
+    ]
+    return [interleaved(*both, 2, first) for both in (low, high) for first in (0, LANE // 2)]
+
+
+class Group(NamedTuple):
+    """A group of every row of a panel, decoded."""
+
+    number: int  # in its chunk
+    integers: list[list[Value]]  # of each half: i8 [4 * rows], four times
+    scales: list[Value]  # float32 [rows]: one, or one for each half
+    offsets: list[tuple[Value, int]]  # float32 [rows], and the activations' sums they belong to
+
+
+class Panel:
+    """The same chunk of some rows of weights. See groups.Chunk for what the numbers mean."""
+
+    def __init__(self, k: Emitter, isa: str, format: str, addresses: list[Value]) -> None:
+        self.k, self.isa, self.layout, self.addresses = k, isa, LAYOUTS[format], addresses
+        self.rows = len(addresses)
+        self.flip = wants_unsigned(isa) and self.layout.signed
+        self.is_signed = self.layout.signed and not self.flip
+        self._loaded: dict[int, list[Value]] = {}
+        self._keep_scales([scales_and_offsets(k, format, address) for address in addresses])
+
+    def group(self, number: int) -> Group:
+        """Written anew each time: code that may be skipped leaves nothing behind."""
+        self._loaded.clear()
+        integers = [self._integers(number, half) for half in (0, 1)]
+        scales = [self._kept(place, number) for place in self._scale_places]
+        offsets = [(self._kept(place, number), sums) for place, sums in self._offset_places]
+        return Group(number, integers, scales, offsets)
+
+    def _keep_scales(self, by_row: list) -> None:
+        """Scales and offsets to memory: of each kind and position, float32 [rows]."""
+        k, distinct = self.k, []
+        for scales, offsets in by_row:
+            distinct.append(list(dict.fromkeys([*scales, *[value for value, _ in offsets]])))
+        self._scale_places = [distinct[-1].index(value) for value in scales]
+        self._offset_places = [(distinct[-1].index(value), sums) for value, sums in offsets]
+        if self.is_signed:
+            self._offset_places = []
+        num_kinds = len(distinct[0])
+        self._memory = k.stack(4 * self.rows * GROUPS * num_kinds)
+        for kind in range(num_kinds):
+            rows = [values[kind] for values in distinct]
+            blocks = [transposed(k, rows[i : i + LANE]) for i in range(0, self.rows, LANE)]
+            for position in range(GROUPS):
+                half, column = divmod(position, LANE)
+                mask = range(half * LANE, (half + 1) * LANE)
+                parts = [k.shuffle(block[column], mask=mask) for block in blocks]
+                k.store(self._place(kind, position), k.concatenate(parts))
+
+    def _place(self, kind: int, position: int) -> Value:
+        return self._memory + 4 * self.rows * (kind * GROUPS + position)
+
+    def _kept(self, kind: int, group: int) -> Value:
+        return self.k.load(self._place(kind, POSITION[group]), f32(self.rows))
+
+    def _integers(self, group: int, half: int) -> list[Value]:
+        """Half a group: four i8 [4 * rows], each with four consecutive weights of every row."""
+        layout, decoded = self.layout, []
+        piece = layout.piece(group, half)
+        for word, low in enumerate(self._words(piece.low)):
+            value = _shifted(low, -piece.low_shift)
+            if layout.low_bits < 8:
+                value = value & ((1 << layout.low_bits) - 1)
+            if layout.table:
+                value = look_up(self.k, self.isa, layout.table, value)
+            if layout.single_bits:
+                value = value | self._single_bits(piece.high, word)
+            elif layout.high_bits:  # straight to where they belong
+                high = _shifted(self._words(piece.high)[word], layout.low_bits - piece.high_shift)
+                value = value | (high & (((1 << layout.high_bits) - 1) << layout.low_bits))
+            decoded.append(value ^ 0x80 if self.flip else value)
+        return decoded
+
+    def _words(self, offset: int) -> list[Value]:
+        """16 bytes of every row, as four words of every row."""
+        if offset not in self._loaded:  # once, however often they are asked for
+            k, vectors = self.k, []
+            for first in range(LANE):
+                rows = self.addresses[first::LANE]
+                parts = [k.load(address + offset, i8(4 * LANE)) for address in rows]
+                vectors.append(k.concatenate(parts).view(i32(self.rows)))
+            words = transposed(k, vectors)
+            self._loaded[offset] = [word.view(i8(4 * self.rows)) for word in words]
+        return self._loaded[offset]
+
+    def _single_bits(self, offset: int, word: int) -> Value:
+        """Four of the 16 bits at `offset` of every row, each to where the fifth bit of a byte is."""
+        k = self.k
+        bits = [k.load(address + offset, i16(1)).cast("zext", i32) for address in self.addresses]
+        bytes_ = k.gather(bits).view(i8(4 * self.rows))
+        spread = [4 * row + word // 2 for row in range(self.rows) for _ in range(4)]
+        bit = k.constant(bytes_.type, [1 << (4 * word + i) % 8 for i in range(4)] * self.rows)
+        here = (k.shuffle(bytes_, mask=spread) & bit).compare("==", bit)
+        zero = k.constant(bytes_.type, 0)
+        return k.select(here, k.constant(bytes_.type, 1 << self.layout.low_bits), zero)
+
+    def multiply(self, group: Group, x: Value, sums: Value) -> None:
+        """Add the products of a group with that of a prepared row, whose chunk is at `x`, to the
+        row's `sums`: by position float32 [rows] of products, then of offsets."""
+        k, rows, position = self.k, self.rows, POSITION[group.number]
+        place = sums + 8 * rows * position
+        products = k.load(place, f32(rows))
+        x_scale = self._everywhere(x + (SCALES + 4 * position))
+        for part, scale in enumerate(group.scales):
+            halves = (0, 1) if len(group.scales) == 1 else (part,)
+            pairs = []
+            for half in halves:
+                for word, weights in enumerate(group.integers[half]):
+                    at = x + (byte_offset(group.number, half) + 4 * word)
+                    pairs.append((weights, self._everywhere(at).view(weights.type)))
+            dots = multiply_bytes(k, self.isa, pairs, self.layout.largest, self.is_signed)
+            products = k.multiply_add(dots.cast("sitofp", f32), scale * x_scale, products)
+        k.store(place, products)
+        if group.offsets:
+            total = k.load(place + 4 * rows, f32(rows))
+            for offset, kind in group.offsets:
+                x_sum = self._everywhere(x + (kind + 4 * position))
+                total = k.multiply_add(offset, x_sum, total)
+            k.store(place + 4 * rows, total)
+
+    def _everywhere(self, address: Value) -> Value:
+        return self.k.splat(self.k.load(address, f32(1)), self.rows)
+
+
+def _shifted(value: Value, left: int) -> Value:
+    """Bytes, shifted left or (negative) right; bits of neighbours enter."""
+    words = value.view(i32(value.lanes // 4))
+    words = words << left if left > 0 else words >> -left
+    return words.view(value.type) if left else value
+
+
+def _total(k: Emitter, sums: Value, rows: int, offset_factor: float) -> Value:
+    totals, factor = [], k.constant(f32(rows), offset_factor)
+    for position in range(GROUPS):
+        place = sums + 8 * rows * position
+        products, offsets = (k.load(place + 4 * rows * i, f32(rows)) for i in (0, 1))
+        totals.append(k.multiply_add(offsets, factor, products))
+    while len(totals) > 1:
+        half = len(totals) // 2
+        totals = [a + b for a, b in zip(totals[:half], totals[half:], strict=True)]
+    return totals[0]
+
+
+def _prefetch(
+    k: Emitter, rows: list[Value], start: Value, nbytes: int, row_bytes: Value
+) -> None:
+    """A chunk's bytes of every row further on, or of the next panel's where a row ends before."""
+    ahead = start + k.minimum(k.integer(PREFETCH_BYTES // len(rows)), row_bytes)
+    beyond = k.select(ahead.compare("<", row_bytes), k.integer(0), row_bytes * (len(rows) - 1))
+    for row in rows:
+        for line in range(-(-nbytes // LINE)):
+            k.prefetch(row + (ahead + beyond) + line * LINE, keep=False)
+
+
+@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64")
+def multiply_few(
+    k, isa, format, weights, row_bytes, num_groups, sources, num_rows, added, targets, offset
+):
+    """`panel_rows` rows of weights, `row_bytes` apart and of at least eight groups, times up to
+    FEW_ROWS prepared rows, whose addresses are at `sources`. The results for each, with the float32
+    [panel_rows] at `added`, go `offset` bytes after its address at `targets`."""
+    rows, nbytes = ISAS[isa].panel_rows, chunk_bytes(format)
+    row_sums = 8 * rows * GROUPS
+    memory, zero = k.stack(FEW_ROWS * row_sums), k.constant(f32(rows), 0.0)
+    with k.loop(num_rows) as row:
+        for place in range(0, row_sums, 4 * rows):
+            k.store(memory + row * row_sums + place, zero)
+    starts = [weights + row_bytes * row for row in range(rows)]
+    with k.loop((num_groups + (GROUPS - 1)) >> 3) as i:
+        at = k.minimum(i * nbytes, row_bytes - nbytes)  # see groups.Row
+        _prefetch(k, starts, at, nbytes, row_bytes)
+        panel = Panel(k, isa, format, [start + at for start in starts])
+        first = k.maximum((i + 1) * GROUPS - num_groups, k.integer(0))  # that is not zeros
+        for number in range(GROUPS):
+            with k.when(first.compare("<=", number)):
+                group = panel.group(number)
+                with k.loop(num_rows) as row:
+                    x = k.load(sources + row * 8, i64(1)) + i * CHUNK_BYTES
+                    panel.multiply(group, x, memory + row * row_sums)
+    with k.loop(num_rows) as row:
+        total = _total(k, memory + row * row_sums, rows, LAYOUTS[format].offset_factor)
+        target = k.load(targets + row * 8, i64(1))
+        k.store(target + offset, total + k.load(added, f32(rows)))

@@ -115,6 +115,17 @@ def test_the_same_answers(model, max_running, monkeypatch):
     assert f"tiered_accepted_tokens_total {counts.drafted_right}\n" in metrics
 
 
+@pytest.mark.usefixtures("one_torch_thread")
+@pytest.mark.parametrize("model", ["mtp", "auto"], indirect=True)
+def test_the_same_answers_of_a_gpu(model):
+    """Torch's CPU; two requests at a time have drafts of the model's own layer."""
+    requests = requests_of([REPEATING, [7, 8, 9]])
+    without, _, _ = answers(model, requests, on=False, device="sim")
+    results, counts, _ = answers(model, requests, on=True, device="sim")
+    assert list(map(said, results)) == list(map(said, without))
+    assert counts.drafted >= counts.drafted_right > 0
+
+
 def test_fewer_steps_for_one(model):
     requests = [Request(tuple(REPEATING), 100)]
     _, without, _ = answers(model, requests, on=False)

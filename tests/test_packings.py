@@ -1,6 +1,7 @@
 """Quantized checkpoints as the hub has them, against their formulas: one weight after another."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tiered.formats import CheckpointError, open_checkpoint
 from tiered.quantizing.quantize import Recipe, quantize
 
 GROUP = 32
-LINEAR = ("q", "k", "v", "o", "gate", "up", "down")  # _proj.weight
+LINEAR = re.compile(r".*\.(\w+_proj\w*|w[123])")
 
 
 class Integers:
@@ -218,7 +219,7 @@ def checkpoint(folder, form, change=None, model_type="qwen3_moe"):
     plain, stored = dict(weights), {}
     for name, values in weights.items():
         module, _, last = name.rpartition(".")
-        if last == "weight" and module.endswith(tuple(f".{part}_proj" for part in LINEAR)):
+        if last == "weight" and LINEAR.fullmatch(module):
             plain[name], parts = quantize(values.astype(np.float32), **options)
             stored |= {f"{module}.{part}": value for part, value in parts.items()}
         else:
@@ -262,6 +263,27 @@ def test_the_engine_computes_with_them(form, tmp_path):
             results.append(engine.logits(ids))
     assert (results[0] == results[1]).all()
     assert np.abs(results[0] - expected).max() <= 0.02 * np.ptp(expected)
+
+
+@pytest.mark.parametrize("model_type", tiny.ARCHITECTURES)
+def test_every_architecture_has_them(model_type, tmp_path):
+    """Their names and layouts do not matter: what rows are of, and what is fused or shared."""
+    quantized, plain = checkpoint(tmp_path, "int4", model_type=model_type)
+    with open_checkpoint(quantized) as ours, open_checkpoint(plain) as expected:
+        assert ours.tensors.keys() == expected.tensors.keys()
+        assert "q4_0" in {tensor.format for tensor in ours.tensors.values()}
+        for name in ours.tensors:
+            a, b = ours.float32(name), expected.float32(name)
+            assert np.abs(a - b).max() <= TOLERANCE["q4_0"] * np.abs(b).max(), name
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_next"])
+def test_attention_of_other_kinds_computes_with_them(model_type, tmp_path):
+    logits = []
+    for path in checkpoint(tmp_path, "int4", model_type=model_type):
+        with Engine(path, quantize="none", kv_dtype="f32", threads=2) as engine:
+            logits.append(engine.logits(list(range(1, 20))))
+    assert np.abs(logits[0] - logits[1]).max() <= 1e-5 * np.ptp(logits[1])
 
 
 def test_gguf_gets_dense_weights_in_8_bits_where_it_lacks_their_format(tmp_path):

@@ -85,6 +85,7 @@ PARAMETERS = {  # billions, in all and active, as their authors say
     "qwen1.5-moe-a2.7b": (14.3, 2.7),
     "qwen2-57b-a14b": (57.4, 14.2),
     "deepseek-v2-lite": (15.7, 2.4),
+    "deepseek-v2": (236.0, 21.0),
     "deepseek-v3": (671.0, 37.0),
     "gpt-oss-20b": (20.9, 3.6),
     "gpt-oss-120b": (116.8, 5.1),
@@ -119,6 +120,12 @@ def test_shapes_have_the_parameters_their_authors_say(name):
         embeddings = (model.embed + model.head) / 2e9  # some count both, some one, some none
         core = (model.dense + model.active_experts) / 2e9 - embeddings
         assert core - 0.1 - slack < active < core + embeddings + 0.1 + slack
+
+
+def test_models_of_one_shape():
+    assert shapes.find("glm-4.7") == shapes.find("glm-4.6")
+    names = [name for known in shapes.names() for name in (known, *shapes.find(known).also)]
+    assert len(set(names)) == len(names)
 
 
 def test_a_shape_with_a_misspelt_key_is_refused():

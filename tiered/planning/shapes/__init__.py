@@ -36,6 +36,7 @@ class Shape:
     kv_values: int = 0  # values that a token adds to the KV cache, all layers; 0: from the heads
     state_values: int = 0  # float32 values that recurrent layers remember of a text, all layers
     approximate: bool = False
+    also: tuple[str, ...] = ()  # other models of this shape, but perhaps for the context
 
     @property
     def attention_weights(self) -> int:
@@ -58,8 +59,15 @@ def names() -> list[str]:
 
 def find(name: str) -> Shape:
     """A known model's shape. Raises ValueError that lists the known ones."""
-    if name not in names():
-        raise ValueError(f"no file and no known model {name!r}; known: {', '.join(names())}")
+    shapes = {known: _read(known) for known in ([name] if name in names() else names())}
+    for known, shape in shapes.items():
+        if name in (known, *shape.also):
+            return shape
+    listed = sorted({n for known, shape in shapes.items() for n in (known, *shape.also)})
+    raise ValueError(f"no file and no known model {name!r}; known: {', '.join(listed)}")
+
+
+def _read(name: str) -> Shape:
     path = Path(__file__).parent / f"{name}.toml"
     return from_dict(name, tomllib.loads(path.read_text(encoding="utf-8")))
 
@@ -71,4 +79,4 @@ def from_dict(name: str, values: dict[str, Any]) -> Shape:
     for key, field in known.items():
         if key not in values and field.default is MISSING:
             raise ValueError(f"shape {name}: {key!r} is missing")
-    return Shape(name, **values)
+    return Shape(name, **values | {"also": tuple(values.get("also", ()))})

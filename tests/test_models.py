@@ -154,6 +154,15 @@ REFUSED = {
         ({"floor_scale": 0}, "'floor_scale' is 0, but must be at least 1"),
         ({"attn_temperature_tuning": "on"}, "'attn_temperature_tuning' is 'on', but must be true"),
     ],
+    "exaone_moe": [
+        ({"sliding_window_pattern": "LLG", "layer_types": None}, "'sliding_window_pattern' is 'L"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "'layer_types' is"),
+    ],
+    "hy_v3": [({"mlp_bias": True}, "'mlp_bias' is True, but must be false")],
+    "mellum": [
+        ({"rope_parameters": {"rope_theta": 1e4}}, "'sliding_attention' is missing"),
+        ({"sliding_window": None}, "'sliding_window' is missing"),
+    ],
     "phimoe": [
         ({"num_experts_per_tok": 1}, "'num_experts_per_tok' is 1, but must be 2"),
         ({"router_jitter_noise": "much"}, "'router_jitter_noise' is 'much', but must be a number"),

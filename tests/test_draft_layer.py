@@ -247,6 +247,8 @@ def test_a_gpu_joins():
 @pytest.mark.usefixtures("one_torch_thread")
 def test_a_gpu_drafts_and_says_the_same(model):
     """One, two that share the layers, and one with little memory: torch's CPU."""
+    from tensor_places import TensorPlaces
+
     without, _ = generated(model, count=16, device="sim")
     with Engine(model, device="sim", speculate="mtp", threads=2) as engine:
         always_on(engine)
@@ -256,7 +258,8 @@ def test_a_gpu_drafts_and_says_the_same(model):
         least = (engine.config.top_k + 1) * nbytes
     small = dict(device="sim", vram=used + least, expert_ram=6 * nbytes)
     for choices in dict(device="sim:2"), small:
-        tokens, stats = generated(model, count=16, speculate="mtp", **choices)
+        with TensorPlaces():
+            tokens, stats = generated(model, count=16, speculate="mtp", **choices)
         assert tokens == without and stats.drafted > 8
 
 

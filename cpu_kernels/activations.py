@@ -57,7 +57,8 @@ def quantize_chunk(k: Emitter, x: Value, target: Value) -> None:
 
 def _quantize_group(k: Emitter, x: Value, bytes_at: Value, scales_at: Value) -> None:
     parts = [k.load(x + 64 * half, f32(16)) for half in (0, 1)]
-    largest = k.largest(k.maximum(*[k.absolute(p) for p in parts]))
+    # Without their sign, floats are ordered as integers are, NaN last.
+    largest = k.largest(k.maximum(*[p.view(i32(16)) & 0x7FFFFFFF for p in parts])).view(f32(1))
     # Below 1e-35 its inverse might be infinite: such a group counts as zero.
     tiny = largest.compare("<", 1e-35)
     zero = k.constant(f32(1), 0.0)

@@ -174,12 +174,13 @@ def test_zeros_and_tiny_activations(teams):
     assert (run_product(teams[1], matrix, np.full((1, 96), 1e-40)) == 0).all()
 
 
-def test_not_a_number_stays_one(teams):
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_not_a_number_stays_one(bits, teams):
     rng = np.random.default_rng(6)
     shape = 8, 64
     data = random_matrix(rng, "q4_0", shape)
     x = np.ones((1, 64), np.float32)
-    x[0, 5] = np.nan
+    x.view(np.uint32)[0, 5] = bits
     matrix = Matrix(data.reshape(-1), "q4_0", shape, ISAS[ISA_NAMES[0]])
     assert np.isnan(run_product(teams[1], matrix, x)).all()
     data[2, :2] = np.array([np.nan], np.float16).view(np.uint8)

@@ -10,6 +10,7 @@ from tiered.quantizing.quantize import Recipe, quantize
 llama_cpp = pytest.importorskip("llama_cpp")
 
 PROMPT, NUM_TOKENS = list(range(3, 43)), 24
+STEP = 5e-3  # of the logits' range; 1e-3 was seen
 # Its OLMoE wants as many heads of keys as of queries, its V2 knows Lite by the number of layers,
 # and for gpt-oss it rounds YaRN's range, which the model was not trained with.
 ROUNDED = {"gemma4", "gemma4_text"}  # its GELU is a table in half precision
@@ -22,21 +23,26 @@ LEFT_OUT = {"olmoe", "deepseek_v2", "gpt_oss", "phimoe", "mellum"}
 SIZES = {"llama4": dict(layers=4), "llama4_text": dict(layers=4), "dots1": dict(kv_heads=4)}
 
 
-@pytest.mark.parametrize("model_type", sorted(set(tiny.ARCHITECTURES) - LEFT_OUT))
-def test_the_same_logits_and_tokens(model_type, tmp_path):
-    sizes = SIZES.get(model_type, {})
-    file = tiny.gguf_checkpoint(tmp_path / "model.gguf", model_type, "f32", seed=7, **sizes)
+def greedy(file):
+    """llama.cpp's logits of the prompt and of the NUM_TOKENS tokens that it goes on with."""
     model = llama_cpp.Llama(
         str(file), n_ctx=256, n_threads=2, verbose=False, logits_all=True, type_k=0, type_v=0
     )
     model.eval(PROMPT)
-    logits, tokens = model.scores[: len(PROMPT)].copy(), []
-    token = int(logits[-1].argmax())
     for _ in range(NUM_TOKENS):
-        tokens.append(token)
-        model.eval([token])
-        token = int(model.scores[model.n_tokens - 1].argmax())
+        model.eval([int(model.scores[model.n_tokens - 1].argmax())])
+    logits = model.scores[: model.n_tokens].copy()
+    tokens = model.input_ids[len(PROMPT) : model.n_tokens].tolist()
     model.close()
+    return logits, tokens
+
+
+@pytest.mark.parametrize("model_type", sorted(set(tiny.ARCHITECTURES) - LEFT_OUT))
+def test_the_same_logits_and_tokens(model_type, tmp_path):
+    sizes = SIZES.get(model_type, {})
+    file = tiny.gguf_checkpoint(tmp_path / "model.gguf", model_type, "f32", seed=7, **sizes)
+    logits, tokens = greedy(file)
+    logits = logits[: len(PROMPT)]
     with Engine(file, quantize="none", kv_dtype="f32", threads=2) as engine:
         tolerance = 1e-4 if model_type in ROUNDED else 1e-5
         assert np.abs(engine.logits(PROMPT) - logits).max() <= tolerance * np.ptp(logits)
@@ -46,8 +52,8 @@ def test_the_same_logits_and_tokens(model_type, tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
 @pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
 def test_it_loads_what_we_quantize(model_type, kind, tmp_path):
-    """Both round what goes into products to 8 bits, each in its own way, so that a token between
-    two experts may go to either."""
+    """llama.cpp rounds what attention multiplies to float16 and what a BF16 head gets to BF16, so
+    that a token between two experts may go to either."""
     sizes = {"kv_heads": 4} if model_type == "olmoe" else {}
     if kind == "gguf":
         before = tiny.gguf_checkpoint(tmp_path / "b.gguf", model_type, "bf16", **sizes)
@@ -63,4 +69,25 @@ def test_it_loads_what_we_quantize(model_type, kind, tmp_path):
     model.close()
     with Engine(file, threads=2) as engine:
         assert engine.tokenizer.encode(text, parse_special=False) == tokens
-        assert np.median(np.abs(engine.logits(PROMPT) - logits)) <= 0.01 * np.ptp(logits)
+        assert np.median(np.abs(engine.logits(PROMPT) - logits)) <= 0.002 * np.ptp(logits)
+
+
+@pytest.mark.parametrize("format", ["q8_0", "q4_0", "q5_0", "iq4_nl", "mxfp4"])
+def test_the_same_tokens_of_what_we_quantize(format, tmp_path):
+    """With these formats, both round what goes into products to the same integers and scales: what
+    is left is the order in which float32 are added. Where that moves a value across the middle
+    between two integers, one is another: a step of 127, which moves logits by up to STEP."""
+    before, file = tiny.gguf_checkpoint(tmp_path / "b.gguf", "mixtral", "f32"), tmp_path / "m.gguf"
+    ids = np.random.default_rng(0).integers(3, 300, 300).tolist()
+    quantize(before, file, Recipe(format=format, window=64, threads=2), ids)
+    logits, tokens = greedy(file)
+    with Engine(file, kv_dtype="f32", threads=2) as engine:
+        ours = engine.logits(PROMPT + tokens)
+        said = list(engine.generate_tokens(PROMPT, NUM_TOKENS))
+    error = np.abs(ours - logits) / np.ptp(logits)
+    assert np.median(error) <= 1e-6
+    assert error.max() <= STEP
+    parted = [place for place in range(NUM_TOKENS) if said[place] != tokens[place]]
+    if parted:  # then by two tokens that are as good as alike
+        row = logits[len(PROMPT) - 1 + parted[0]]
+        assert row.max() - row[said[parted[0]]] <= 2 * STEP * np.ptp(logits)

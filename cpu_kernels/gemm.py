@@ -99,6 +99,13 @@ def _store_tile(k: Emitter, tile: Value, totals: list) -> None:
         k.store(tile + 4 * value.lanes * index, value)
 
 
+@emitted("void", "i64 i64")
+def prefetch_lines(k, start, end):
+    """Bring the bytes from `start` to `end` into the caches."""
+    with k.loop((end - start + 63) >> 6) as line:
+        k.prefetch(start + line * 64)
+
+
 @emitted("void", "i64 i64 i64")
 def copy_row(k, source, target, count):
     """`count` float32 of a tile to where they belong."""

@@ -9,7 +9,13 @@ from numba import njit
 from cpu_kernels.activations import CHUNK, CHUNK_BYTES, GROUP, HEADER_BYTES
 from cpu_kernels.dequantize import dequantize_floats, floats_to_float32
 from cpu_kernels.formats import FORMATS
-from cpu_kernels.gemm import add_row, copy_row, multiply_float_panels, multiply_panels
+from cpu_kernels.gemm import (
+    add_row,
+    copy_row,
+    multiply_float_panels,
+    multiply_panels,
+    prefetch_lines,
+)
 from cpu_kernels.isa import ISAS
 from cpu_kernels.memory import stack, store_word, word
 from cpu_kernels.pack import (
@@ -67,6 +73,8 @@ def make_gemm(isa: str, format: str) -> Callable:
         sources = stack("128")
         for row in range(first, last, ROWS_AT_ONCE):
             num_tiles = (min(ROWS_AT_ONCE, last - row) + width - 1) // width
+            ahead = weights + (row + ROWS_AT_ONCE) * row_bytes
+            size = row_bytes * max(min(ROWS_AT_ONCE, last - row - ROWS_AT_ONCE), 0)
             for start in range(0, num_chunks, CHUNKS_AT_ONCE):
                 chunks = min(CHUNKS_AT_ONCE, num_chunks - start)
                 for r in range(0, num_tiles * width, PACKED_ROWS):
@@ -80,6 +88,10 @@ def make_gemm(isa: str, format: str) -> Callable:
                     )  # fmt: skip
                 for token in range(0, n, tokens):
                     _find_sources(sources, x, x_bytes, x_rows, divisor, token, tokens, n)
+                    if start == 0:  # the rows that are packed next, little by little
+                        prefetch_lines(
+                            ahead + size * token // n, ahead + size * min(token + tokens, n) // n
+                        )
                     for i in range(num_tiles):
                         panel = panels + i * (width // panel_rows) * nbytes
                         position = start * CHUNK_BYTES

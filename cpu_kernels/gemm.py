@@ -78,8 +78,9 @@ def multiply_panels(k, isa, format, panels, num_chunks, sources, position, tile)
 
 @emitted("void", "i64 i64 i64 i64 i64")
 def multiply_float_panels(k, isa, panels, count, sources, position, tile):
-    """The same for panels of `count` float32 weights per row and float32 activations."""
-    rows, tokens, width = ISAS[isa].panel_rows, ISAS[isa].panel_tokens, ISAS[isa].panels
+    """tile [float_tokens, panels * panel_rows] = panels of `count` float32 weights per row times
+    float32 rows, whose addresses are at `sources`, from byte `position` on."""
+    rows, tokens, width = ISAS[isa].panel_rows, ISAS[isa].float_tokens, ISAS[isa].panels
     xs = [k.load(sources + 8 * t, i64(1)) + position for t in range(tokens)]
     zero = k.constant(f32(rows), 0.0)
     totals = [[k.variable(zero) for _ in range(width)] for _ in range(tokens)]

@@ -103,7 +103,7 @@ def make_float_gemm(isa: str, format: str) -> Callable:
     """Weights of any format, as float32, with float32 activations."""
     block, block_bytes = FORMATS[format].block_size, FORMATS[format].block_bytes
     is_float = FORMATS[format].is_float
-    panel_rows, tokens = ISAS[isa].panel_rows, ISAS[isa].panel_tokens
+    panel_rows, tokens = ISAS[isa].panel_rows, ISAS[isa].float_tokens
     width = ISAS[isa].panels * panel_rows
     nbytes = float_panel_bytes(isa)
     room = str(nbytes * ROWS_AT_ONCE // panel_rows)

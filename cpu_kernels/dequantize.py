@@ -9,23 +9,22 @@ from cpu_kernels.groups import GROUPS, Chunk, row_of_chunks
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i32
 
 
-def scales_and_offsets(k: Emitter, chunk: Chunk, half: int) -> tuple[Value, Value]:
-    """Of a chunk's groups, in the order of POSITION: a weight of this half of a group is
-    scale * integer + offset."""
-    scales = chunk.scales[half if len(chunk.scales) == 2 else 0]
-    offsets = k.constant(scales.type, 0.0)
+def scale_and_offset(k: Emitter, chunk: Chunk, group: int, half: int) -> tuple[Value, Value]:
+    """Two scalars: a weight of this half group is scale * integer + offset."""
+    position = POSITION[group]
+    scale = chunk.scales[half if len(chunk.scales) == 2 else 0].lane(position)
+    offset = k.constant(f32(1), 0.0)
     for values, sums in chunk.offsets:
         if sums in (SUMS, (FIRST_SUMS, SECOND_SUMS)[half]):
-            offsets = values * chunk.layout.offset_factor
-    return scales, offsets
+            offset = values.lane(position) * chunk.layout.offset_factor
+    return scale, offset
 
 
 def _dequantize_chunk(k: Emitter, format: str, weights: Value, target: Value) -> None:
     chunk = Chunk(k, format, weights, groups=1)
-    for half in (0, 1):
-        scales, offsets = scales_and_offsets(k, chunk, half)
-        for group in range(GROUPS):
-            scale, offset = scales.lane(POSITION[group]), offsets.lane(POSITION[group])
+    for group in range(GROUPS):
+        for half in (0, 1):
+            scale, offset = scale_and_offset(k, chunk, group, half)
             values = chunk.integers(group, half).cast("sext" if chunk.is_signed else "zext", i32)
             values = k.multiply_add(
                 values.cast("sitofp", f32), k.splat(scale, 16), k.splat(offset, 16)

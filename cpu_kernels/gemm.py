@@ -78,8 +78,9 @@ def multiply_panels(k, isa, format, panels, num_chunks, sources, position, tile)
 
 @emitted("void", "i64 i64 i64 i64 i64")
 def multiply_float_panels(k, isa, panels, count, sources, position, tile):
-    """The same for panels of `count` float32 weights per row and float32 activations."""
-    rows, tokens, width = ISAS[isa].panel_rows, ISAS[isa].panel_tokens, ISAS[isa].panels
+    """tile [float_tokens, panels * panel_rows] = panels of `count` float32 weights per row times
+    float32 rows, whose addresses are at `sources`, from byte `position` on."""
+    rows, tokens, width = ISAS[isa].panel_rows, ISAS[isa].float_tokens, ISAS[isa].panels
     xs = [k.load(sources + 8 * t, i64(1)) + position for t in range(tokens)]
     zero = k.constant(f32(rows), 0.0)
     totals = [[k.variable(zero) for _ in range(width)] for _ in range(tokens)]
@@ -97,6 +98,13 @@ def _store_tile(k: Emitter, tile: Value, totals: list) -> None:
     values = [total.get() for row in totals for total in row]
     for index, value in enumerate(values):
         k.store(tile + 4 * value.lanes * index, value)
+
+
+@emitted("void", "i64 i64")
+def prefetch_lines(k, start, end):
+    """Bring the bytes from `start` to `end` into the caches."""
+    with k.loop((end - start + 63) >> 6) as line:
+        k.prefetch(start + line * 64)
 
 
 @emitted("void", "i64 i64 i64")

@@ -19,7 +19,7 @@ class Isa(NamedTuple):
     `groups` groups of 32 weights are multiplied in one step of a GEMV: their 16-byte halves fill a
     register of `16 * groups` bytes. `panel_rows` rows of weights are interleaved for a GEMM, one
     in each 32-bit lane, and `panels` such panels are multiplied with `panel_tokens` tokens at a
-    time.
+    time, or with `float_tokens` if they are of float32: their sums and weights fill the registers.
     """
 
     name: str
@@ -28,17 +28,18 @@ class Isa(NamedTuple):
     panel_rows: int
     panels: int
     panel_tokens: int
+    float_tokens: int
 
 
 # Best first. The last one needs nothing: plain vector code, lowered to whatever is there.
 ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("avx512_vnni", ("avx512f", "avx512bw", "avx512vl", "avx512vnni"), 4, 16, 1, 12),
-        Isa("avx_vnni", ("avx2", "fma", "f16c", "avxvnni"), 2, 8, 1, 6),
-        Isa("avx2", ("avx2", "fma", "f16c"), 2, 8, 2, 3),
-        Isa("neon_dotprod", ("neon", "dotprod"), 1, 4, 1, 8),
-        Isa("portable", (), 1, 4, 1, 4),
+        Isa("avx512_vnni", ("avx512f", "avx512bw", "avx512vl", "avx512vnni"), 4, 16, 1, 12, 12),
+        Isa("avx_vnni", ("avx2", "fma", "f16c", "avxvnni"), 2, 8, 1, 6, 6),
+        Isa("avx2", ("avx2", "fma", "f16c"), 2, 8, 2, 3, 6),
+        Isa("neon_dotprod", ("neon", "dotprod"), 1, 4, 1, 8, 8),
+        Isa("portable", (), 1, 4, 1, 4, 4),
     )
 }
 

@@ -8,17 +8,23 @@ from numba import njit
 
 from cpu_kernels.activations import CHUNK, CHUNK_BYTES, GROUP, HEADER_BYTES
 from cpu_kernels.dequantize import dequantize_floats, floats_to_float32
+from cpu_kernels.few_rows import LANE
 from cpu_kernels.formats import FORMATS
-from cpu_kernels.gemm import add_row, copy_row, multiply_float_panels, multiply_panels
+from cpu_kernels.gemm import (
+    add_row,
+    copy_row,
+    multiply_float_panels,
+    multiply_panels,
+    prefetch_lines,
+)
 from cpu_kernels.isa import ISAS
 from cpu_kernels.memory import stack, store_word, word
 from cpu_kernels.pack import (
     CHUNKS_AT_ONCE,
     FLOATS_AT_ONCE,
-    PACKED_ROWS,
     float_panel_bytes,
     pack_floats,
-    pack_rows,
+    pack_panel,
     panel_bytes,
 )
 from cpu_kernels.products import source_row, target_row
@@ -67,19 +73,20 @@ def make_gemm(isa: str, format: str) -> Callable:
         sources = stack("128")
         for row in range(first, last, ROWS_AT_ONCE):
             num_tiles = (min(ROWS_AT_ONCE, last - row) + width - 1) // width
+            ahead = weights + (row + ROWS_AT_ONCE) * row_bytes
+            size = row_bytes * max(min(ROWS_AT_ONCE, last - row - ROWS_AT_ONCE), 0)
             for start in range(0, num_chunks, CHUNKS_AT_ONCE):
                 chunks = min(CHUNKS_AT_ONCE, num_chunks - start)
-                for r in range(0, num_tiles * width, PACKED_ROWS):
-                    at = weights + row_bytes * (row + r)
-                    end = weights + row_bytes * (last - 1)  # again, where there are no rows left
+                for r in range(0, num_tiles * width, panel_rows):
+                    at, end = weights + row_bytes * (row + r), weights + row_bytes * (last - 1)
                     panel = panels + r // panel_rows * nbytes
-                    pack_rows(
-                        isa, format, min(at, end), min(at + row_bytes, end),
-                        min(at + 2 * row_bytes, end), min(at + 3 * row_bytes, end),
-                        num_groups, start, chunks, panel, r % panel_rows,
-                    )  # fmt: skip
+                    pack_panel(isa, format, at, row_bytes, end, num_groups, start, chunks, panel)
                 for token in range(0, n, tokens):
                     _find_sources(sources, x, x_bytes, x_rows, divisor, token, tokens, n)
+                    if start == 0:  # the rows that are packed next, little by little
+                        prefetch_lines(
+                            ahead + size * token // n, ahead + size * min(token + tokens, n) // n
+                        )
                     for i in range(num_tiles):
                         panel = panels + i * (width // panel_rows) * nbytes
                         position = start * CHUNK_BYTES
@@ -96,11 +103,11 @@ def make_float_gemm(isa: str, format: str) -> Callable:
     """Weights of any format, as float32, with float32 activations."""
     block, block_bytes = FORMATS[format].block_size, FORMATS[format].block_bytes
     is_float = FORMATS[format].is_float
-    panel_rows, tokens = ISAS[isa].panel_rows, ISAS[isa].panel_tokens
+    panel_rows, tokens = ISAS[isa].panel_rows, ISAS[isa].float_tokens
     width = ISAS[isa].panels * panel_rows
     nbytes = float_panel_bytes(isa)
     room = str(nbytes * ROWS_AT_ONCE // panel_rows)
-    values_room = str(4 * FLOATS_AT_ONCE * PACKED_ROWS)
+    values_room = str(4 * FLOATS_AT_ONCE * LANE)
 
     def float_gemm(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         row_bytes = k // block * block_bytes
@@ -116,12 +123,12 @@ def make_float_gemm(isa: str, format: str) -> Callable:
                 count = min(FLOATS_AT_ONCE, k - start)
                 for r in range(num_tiles * width):
                     at = weights + min(row + r, last - 1) * row_bytes
-                    decoded = values + r % PACKED_ROWS * (4 * FLOATS_AT_ONCE)
+                    decoded = values + r % LANE * (4 * FLOATS_AT_ONCE)
                     if is_float:
                         floats_to_float32(format, at + start * block_bytes, count, decoded)
                     else:
                         dequantize_floats(format, at, k, start, count, decoded)
-                    if r % PACKED_ROWS == PACKED_ROWS - 1:
+                    if r % LANE == LANE - 1:
                         panel = panels + r // panel_rows * nbytes
                         pack_floats(isa, values, count, panel, (r - 3) % panel_rows)
                 for token in range(0, n, tokens):

@@ -5,28 +5,34 @@ from __future__ import annotations
 import time
 from functools import cache
 
-from cpu_kernels.dot import multiply_bytes
+from cpu_kernels.dot import multiply_tile
 from cpu_kernels.isa import ISAS, choose
 from cpu_kernels.memory import address_of, record, store_word, word
 from cpu_kernels.simd import emitted, i8, i32, i64
 from cpu_kernels.team import Op, Team, op
 
 PAIRS = 8  # of registers multiplied in a step: so many sums of 4-bit weights fit in 16 bits
+COLUMNS = 2  # of such registers, with the same activations, as in a tile
 STEPS = 1 << 18
 REPEATS = 5
 
 
 @emitted("i64", "i64 i64")
 def _multiply(k, isa, steps, seed):
-    """`steps` times PAIRS registers of weights by one of activations: the sum of all products."""
+    """`steps` times PAIRS x COLUMNS registers of weights by one of activations: the sum of all
+    products."""
     lanes = ISAS[isa].panel_rows
     bytes_ = k.splat(seed.cast("trunc", i8), 4 * lanes)
-    weights = [(bytes_ + pair) & 15 for pair in range(PAIRS)]
+    columns = range(COLUMNS)
+    weights = [[(bytes_ + pair + COLUMNS * c) & 15 for c in columns] for pair in range(PAIRS)]
     total = k.variable(k.constant(i32(lanes), 0))
     with k.loop(steps) as step:
         x = k.splat((step & 63).cast("trunc", i8), 4 * lanes)  # new in each step: nothing is saved
-        dots = multiply_bytes(k, isa, [(w, x) for w in weights], 15, False)
-        total.set(total.get() + dots)
+        (dots,) = multiply_tile(
+            k, isa, range(PAIRS), 1, lambda pair: weights[pair], lambda pair, row: x, 15, False
+        )
+        for dot in dots:
+            total.set(total.get() + dot)
     return k.sum(total.get()).cast("sext", i64)
 
 
@@ -51,4 +57,4 @@ def integer_peak(num_threads: int, isa: str = "auto") -> float:
             start = time.perf_counter()
             team.run(address, address_of(words))
             best = min(best, time.perf_counter() - start)
-    return 2.0 * STEPS * PAIRS * 4 * ISAS[name].panel_rows * num_threads / best
+    return 2.0 * STEPS * PAIRS * COLUMNS * 4 * ISAS[name].panel_rows * num_threads / best

@@ -4,7 +4,7 @@ import pytest
 from numba import njit
 
 from cpu_kernels import isa
-from cpu_kernels.peak import PAIRS, _multiply, integer_peak
+from cpu_kernels.peak import COLUMNS, PAIRS, _multiply, integer_peak
 from tiered.measuring.plot import plot_kernels
 
 
@@ -15,8 +15,10 @@ def test_the_peak_is_of_products_that_were_made(name):
         return _multiply(name, steps, seed)
 
     lanes = 4 * isa.ISAS[name].panel_rows
-    expected = sum(((3 + pair) & 15) * (step & 63) for step in range(100) for pair in range(PAIRS))
-    assert multiply(100, 3) == lanes * expected
+    weights = sum(
+        (3 + pair + COLUMNS * column) & 15 for pair in range(PAIRS) for column in range(COLUMNS)
+    )
+    assert multiply(100, 3) == lanes * weights * sum(step & 63 for step in range(100))
 
 
 def test_the_peak_is_a_rate():

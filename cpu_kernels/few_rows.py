@@ -138,12 +138,13 @@ class Panel:
         zero = k.constant(bytes_.type, 0)
         return k.select(here, k.constant(bytes_.type, 1 << self.layout.low_bits), zero)
 
-    def multiply(self, group: Group, x: Value, sums: Value) -> None:
-        """Add the products of a group with that of a prepared row, whose chunk is at `x`, to the
-        row's `sums`: by position float32 [rows] of products, then of offsets."""
+    def multiply(self, group: Group, x: Value, before: Value, sums: Value) -> None:
+        """Sums of a row of activations, by position float32 [rows] of products, then of offsets:
+        those at `sums` are those `before`, and the products of a group with that of a prepared row,
+        whose chunk is at `x`."""
         k, rows, position = self.k, self.rows, POSITION[group.number]
-        place = sums + 8 * rows * position
-        products = k.load(place, f32(rows))
+        place = 8 * rows * position
+        products = k.load(before + place, f32(rows))
         x_scale = self._everywhere(x + (SCALES + 4 * position))
         for part, scale in enumerate(group.scales):
             halves = (0, 1) if len(group.scales) == 1 else (part,)
@@ -154,13 +155,14 @@ class Panel:
                     pairs.append((weights, self._everywhere(at).view(weights.type)))
             dots = multiply_bytes(k, self.isa, pairs, self.layout.largest, self.is_signed)
             products = k.multiply_add(dots.cast("sitofp", f32), scale * x_scale, products)
-        k.store(place, products)
+        k.store(sums + place, products)
+        place += 4 * rows
         if group.offsets:
-            total = k.load(place + 4 * rows, f32(rows))
+            total = k.load(before + place, f32(rows))
             for offset, kind in group.offsets:
                 x_sum = self._everywhere(x + (kind + 4 * position))
                 total = k.multiply_add(offset, x_sum, total)
-            k.store(place + 4 * rows, total)
+            k.store(sums + place, total)
 
     def _everywhere(self, address: Value) -> Value:
         return self.k.splat(self.k.load(address, f32(1)), self.rows)
@@ -177,8 +179,10 @@ def _total(k: Emitter, sums: Value, rows: int, offset_factor: float) -> Value:
     totals, factor = [], k.constant(f32(rows), offset_factor)
     for position in range(GROUPS):
         place = sums + 8 * rows * position
-        products, offsets = (k.load(place + 4 * rows * i, f32(rows)) for i in (0, 1))
-        totals.append(k.multiply_add(offsets, factor, products))
+        products = k.load(place, f32(rows))
+        if offset_factor:
+            products = k.multiply_add(k.load(place + 4 * rows, f32(rows)), factor, products)
+        totals.append(products)
     while len(totals) > 1:
         half = len(totals) // 2
         totals = [a + b for a, b in zip(totals[:half], totals[half:], strict=True)]
@@ -203,23 +207,27 @@ def multiply_few(
     [panel_rows] at `added`, go `offset` bytes after its address at `targets`."""
     rows, nbytes = ISAS[isa].panel_rows, chunk_bytes(format)
     row_sums = 8 * rows * GROUPS
-    memory, zero = k.stack(FEW_ROWS * row_sums), k.constant(f32(rows), 0.0)
-    with k.loop(num_rows) as row:
-        for place in range(0, row_sums, 4 * rows):
-            k.store(memory + row * row_sums + place, zero)
+    sums, zeros = k.stack(FEW_ROWS * row_sums), k.stack(row_sums)
+    for place in range(0, row_sums, 4 * rows):
+        k.store(zeros + place, k.constant(f32(rows), 0.0))
     starts = [weights + row_bytes * row for row in range(rows)]
     with k.loop((num_groups + (GROUPS - 1)) >> 3) as i:
         at = k.minimum(i * nbytes, row_bytes - nbytes)  # see groups.Row
         _prefetch(k, starts, at, nbytes, row_bytes)
         panel = Panel(k, isa, format, [start + at for start in starts])
         first = k.maximum((i + 1) * GROUPS - num_groups, k.integer(0))  # that is not zeros
+        begins = i.compare("==", 0)
+        before = k.select(begins, zeros, sums)
+        before_bytes = k.select(begins, k.integer(0), k.integer(row_sums))
         for number in range(GROUPS):
             with k.when(first.compare("<=", number)):
                 group = panel.group(number)
                 with k.loop(num_rows) as row:
                     x = k.load(sources + row * 8, i64(1)) + i * CHUNK_BYTES
-                    panel.multiply(group, x, memory + row * row_sums)
+                    panel.multiply(group, x, before + row * before_bytes, sums + row * row_sums)
+        is_signed = panel.is_signed
+    offset_factor = 0.0 if is_signed else LAYOUTS[format].offset_factor
     with k.loop(num_rows) as row:
-        total = _total(k, memory + row * row_sums, rows, LAYOUTS[format].offset_factor)
+        total = _total(k, sums + row * row_sums, rows, offset_factor)
         target = k.load(targets + row * 8, i64(1))
         k.store(target + offset, total + k.load(added, f32(rows)))

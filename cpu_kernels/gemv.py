@@ -90,7 +90,14 @@ def load_floats(k: Emitter, format: str, address: Value, lanes: int) -> Value:
 
 
 def _dot_floats(
-    k: Emitter, isa: str, format: str, weights: Value, count: Value, xs: list[Value]
+    k: Emitter,
+    isa: str,
+    format: str,
+    weights: Value,
+    count: Value,
+    xs: list[Value],
+    ahead: Value,
+    keep: bool,
 ) -> list[Value]:
     lanes = float_lanes(isa)
     num_bytes = FORMATS[format].block_bytes
@@ -100,7 +107,7 @@ def _dot_floats(
     with k.loop(num_steps) as i:
         at = weights + i * (step * num_bytes)
         for line in range(0, step * num_bytes, LINE):
-            k.prefetch(at + (PREFETCH_BYTES + line), keep=False)
+            k.prefetch(at + ahead + line, keep)
         for part in range(4):
             w = load_floats(k, format, at + part * lanes * num_bytes, lanes)
             for x, parts in zip(xs, sums, strict=True):
@@ -122,15 +129,18 @@ def _dot_floats(
 @emitted("f32", "i64 i64 i64")
 def dot_floats(k, isa, format, weights, count, x):
     """Weights of format f32, f16 or bf16 times float32 activations."""
-    return _dot_floats(k, isa, format, weights, count, [x])[0]
+    ahead = k.integer(PREFETCH_BYTES)
+    return _dot_floats(k, isa, format, weights, count, [x], ahead, False)[0]
 
 
-@emitted("void", "i64 i64 i64 f32 i64 i64")
-def dot_few_floats(k, isa, format, num_rows, weights, count, sources, added, targets, offset):
+@emitted("void", "i64 i64 i64 i64 f32 i64 i64")
+def dot_few_floats(k, isa, format, num_rows, weights, count, ahead, sources, added, targets, offset):
     """The same with `num_rows` (a literal string: 2, or 3, whose sums just fit in the registers of
     AVX2) rows of activations, whose addresses are at `sources`. Each result, with `added`, goes
-    `offset` bytes after its address at `targets`."""
+    `offset` bytes after its address at `targets`. Weights `ahead` bytes further on are wanted next.
+    """
     rows = range(int(num_rows))
     xs = [k.load(sources + 8 * row, i64(1)) for row in rows]
-    for row, total in zip(rows, _dot_floats(k, isa, format, weights, count, xs), strict=True):
+    totals = _dot_floats(k, isa, format, weights, count, xs, ahead, True)
+    for row, total in zip(rows, totals, strict=True):
         k.store(k.load(targets + 8 * row, i64(1)) + offset, total + added)

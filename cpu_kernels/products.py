@@ -42,7 +42,7 @@ from cpu_kernels.memory import (
     word,
 )
 
-FLOATS_BLOCK = 16  # rows of float weights that stay in the first-level cache while tiles pass
+FLOATS_BLOCK = 8  # rows of float weights that are multiplied with all activations, then the next
 
 
 @njit(inline="always")
@@ -95,6 +95,7 @@ def make_float_gemv(isa: str, format: str) -> Callable:
     size = FORMATS[format].block_bytes
 
     def float_gemv(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
+        row_bytes = k * size
         x = word(prepared, 0)
         x_bytes = word(prepared, 1)
         sources, targets = stack("128"), stack("128")
@@ -107,14 +108,20 @@ def make_float_gemv(isa: str, format: str) -> Callable:
             while i < n:
                 left = n - i
                 count = 3 if left == 3 or left > 4 else min(left, 2)
+                # The last time that a block is used brings the next one.
+                ahead = FLOATS_BLOCK * row_bytes if left == count else 0
                 source, target = sources + 8 * i, targets + 8 * i
                 for row in range(block, end):
-                    at = weights + row * k * size
+                    at, offset = weights + row * row_bytes, 4 * row
                     added = load_f32(bias, row) if bias != 0 else np.float32(0.0)
                     if count == 3:
-                        dot_few_floats(isa, format, "3", at, k, source, added, target, 4 * row)
+                        dot_few_floats(
+                            isa, format, "3", at, k, ahead, source, added, target, offset
+                        )
                     elif count == 2:
-                        dot_few_floats(isa, format, "2", at, k, source, added, target, 4 * row)
+                        dot_few_floats(
+                            isa, format, "2", at, k, ahead, source, added, target, offset
+                        )
                     else:
                         total = dot_floats(isa, format, at, k, word(source, 0))
                         store_f32(word(target, 0), row, total + added)

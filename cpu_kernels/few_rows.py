@@ -19,28 +19,12 @@ from cpu_kernels.dot import multiply_bytes, wants_unsigned
 from cpu_kernels.gemv import LINE, PREFETCH_BYTES
 from cpu_kernels.groups import GROUPS, LAYOUTS, chunk_bytes, look_up
 from cpu_kernels.isa import ISAS
+from cpu_kernels.pack import transpose
 from cpu_kernels.scales import scales_and_offsets
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32, i64
 
 FEW_ROWS = 16  # of activations, at most: their sums stay in the first-level cache
 LANE = 4  # words of 32 bits in 128 bits, inside which shuffles are cheap
-
-
-def transposed(k: Emitter, vectors: list[Value]) -> list[Value]:
-    """Four vectors of words, transposed in each four of their lanes."""
-
-    def interleaved(a: Value, b: Value, unit: int, first: int) -> Value:
-        mask: list[int] = []
-        for lane in range(0, a.lanes, LANE):
-            for at in range(lane + first, lane + first + 2, unit):
-                mask += [*range(at, at + unit), *range(a.lanes + at, a.lanes + at + unit)]
-        return k.shuffle(a, b, mask)
-
-    a, b, c, d = vectors
-    low, high = [
-        (interleaved(a, b, 1, first), interleaved(c, d, 1, first)) for first in (0, LANE // 2)
-    ]
-    return [interleaved(*both, 2, first) for both in (low, high) for first in (0, LANE // 2)]
 
 
 class Group(NamedTuple):
@@ -84,7 +68,7 @@ class Panel:
         self._memory = k.stack(4 * self.rows * GROUPS * num_kinds)
         for kind in range(num_kinds):
             rows = [values[kind] for values in distinct]
-            blocks = [transposed(k, rows[i : i + LANE]) for i in range(0, self.rows, LANE)]
+            blocks = [transpose(k, rows[i : i + LANE]) for i in range(0, self.rows, LANE)]
             for position in range(GROUPS):
                 half, column = divmod(position, LANE)
                 mask = range(half * LANE, (half + 1) * LANE)
@@ -123,12 +107,12 @@ class Panel:
                 rows = self.addresses[first::LANE]
                 parts = [k.load(address + offset, i8(4 * LANE)) for address in rows]
                 vectors.append(k.concatenate(parts).view(i32(self.rows)))
-            words = transposed(k, vectors)
+            words = transpose(k, vectors)
             self._loaded[offset] = [word.view(i8(4 * self.rows)) for word in words]
         return self._loaded[offset]
 
     def _single_bits(self, offset: int, word: int) -> Value:
-        """Four of the 16 bits at `offset` of every row, each to where the fifth bit of a byte is."""
+        """Four of the 16 bits at `offset`, of every row, each to the place of a fifth bit."""
         k = self.k
         bits = [k.load(address + offset, i16(1)).cast("zext", i32) for address in self.addresses]
         bytes_ = k.gather(bits).view(i8(4 * self.rows))
@@ -198,13 +182,20 @@ def _prefetch(k: Emitter, rows: list[Value], start: Value, nbytes: int, row_byte
             k.prefetch(row + (ahead + beyond) + line * LINE, keep=False)
 
 
-@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64")
-def multiply_few(
-    k, isa, format, weights, row_bytes, num_groups, sources, num_rows, added, targets, offset
-):
-    """`panel_rows` rows of weights, `row_bytes` apart and of at least eight groups, times up to
-    FEW_ROWS prepared rows, whose addresses are at `sources`. The results for each, with the float32
-    [panel_rows] at `added`, go `offset` bytes after its address at `targets`."""
+def panel_times_rows(
+    k: Emitter,
+    isa: str,
+    format: str,
+    weights: Value,
+    row_bytes: Value,
+    num_groups: Value,
+    sources: Value,
+    num_rows: Value,
+    added: Value,
+    targets: Value,
+    offset: Value,
+) -> None:
+    """See multiply_few."""
     rows, nbytes = ISAS[isa].panel_rows, chunk_bytes(format)
     row_sums = 8 * rows * GROUPS
     sums, zeros = k.stack(FEW_ROWS * row_sums), k.stack(row_sums)
@@ -231,3 +222,15 @@ def multiply_few(
         total = _total(k, sums + row * row_sums, rows, offset_factor)
         target = k.load(targets + row * 8, i64(1))
         k.store(target + offset, total + k.load(added, f32(rows)))
+
+
+@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64")
+def multiply_few(
+    k, isa, format, weights, row_bytes, num_groups, sources, num_rows, added, targets, offset
+):
+    """`panel_rows` rows of weights, `row_bytes` apart and of at least eight groups, times up to
+    FEW_ROWS prepared rows, whose addresses are at `sources`. The results for each, with the float32
+    [panel_rows] at `added`, go `offset` bytes after its address at `targets`."""
+    panel_times_rows(
+        k, isa, format, weights, row_bytes, num_groups, sources, num_rows, added, targets, offset
+    )

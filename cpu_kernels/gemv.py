@@ -134,7 +134,9 @@ def dot_floats(k, isa, format, weights, count, x):
 
 
 @emitted("void", "i64 i64 i64 i64 f32 i64 i64")
-def dot_few_floats(k, isa, format, num_rows, weights, count, ahead, sources, added, targets, offset):
+def dot_few_floats(
+    k, isa, format, num_rows, weights, count, ahead, sources, added, targets, offset
+):
     """The same with `num_rows` (a literal string: 2, or 3, whose sums just fit in the registers of
     AVX2) rows of activations, whose addresses are at `sources`. Each result, with `added`, goes
     `offset` bytes after its address at `targets`. Weights `ahead` bytes further on are wanted next.

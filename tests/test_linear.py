@@ -9,6 +9,7 @@ from naive_formats import quantized_activations, random_matrix, to_float64
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import ISAS, available
 from cpu_kernels.linear import (
+    FEW_ROWS,
     Matrix,
     gather_rows,
     multiply,
@@ -102,12 +103,19 @@ def test_product(format, isa, teams):
 @pytest.mark.parametrize("format", FORMATS)
 def test_few_rows_are_as_one_row(format, isa, teams):
     rng = np.random.default_rng(2)
-    shape = 19, 512
-    matrix = Matrix(random_matrix(rng, format, shape).reshape(-1), format, shape, ISAS[isa])
-    x = rng.standard_normal((8, shape[1])).astype(np.float32)
-    single = np.concatenate([run_product(teams[1], matrix, x[i : i + 1]) for i in range(8)])
-    for n in range(2, 9):
-        assert (run_product(teams[2], matrix, x[:n]) == single[:n]).all()
+    block = FORMATS[format].block_size
+    # Whole chunks; a part of one at the end; less than one. 43 rows leave some to the last panel.
+    for shape in (43, 512), (43, 576 if block < 256 else 768), (43, 64 if block < 256 else 256):
+        if shape[1] % block:
+            continue
+        bias = rng.standard_normal(shape[0]).astype(np.float32)
+        data = random_matrix(rng, format, shape).reshape(-1)
+        matrix = Matrix(data, format, shape, ISAS[isa], bias)
+        x = rng.standard_normal((FEW_ROWS, shape[1])).astype(np.float32)
+        single = [run_product(teams[1], matrix, x[i : i + 1]) for i in range(FEW_ROWS)]
+        for n in (2, 3, 4, 5, 7, FEW_ROWS):
+            got = run_product(teams[2], matrix, x[:n])
+            np.testing.assert_array_equal(got, np.concatenate(single[:n]))
 
 
 @pytest.mark.parametrize("format", [f for f in FORMATS if not FORMATS[f].is_float])

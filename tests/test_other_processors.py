@@ -4,7 +4,7 @@ import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
 
-from cpu_kernels import gemm, gemv
+from cpu_kernels import few_rows, gemm, gemv
 from cpu_kernels.groups import LAYOUTS
 from cpu_kernels.simd import Emitter, Value
 
@@ -47,7 +47,10 @@ def test_kernels_use_the_instruction_they_are_for(isa, format):
     def many(k, panel, num_chunks, sources, position, tile):
         gemm.panel_product(k, isa, format, panel, num_chunks, sources, position, tile)
 
-    for write, num_values in ((few, 4), (many, 5)):
+    def several(k, *values):
+        few_rows.panel_times_rows(k, isa, format, *values)
+
+    for write, num_values in ((few, 4), (several, 8), (many, 5)):
         try:
             text = assembly(write, num_values, triple, cpu)
         except RuntimeError as error:  # this LLVM was built without that target

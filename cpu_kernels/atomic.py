@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from llvmlite import ir
 from numba import types
@@ -90,6 +91,23 @@ def yield_processor(typingctx):
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@intrinsic
+def nanoseconds(typingctx):
+    """A clock that goes on (0 on systems without clock_gettime)."""
+
+    def generate(context, builder, signature, arguments):
+        if not hasattr(time, "CLOCK_MONOTONIC"):
+            return ir.Constant(_WORD, 0)
+        place = cgutils.alloca_once(builder, ir.ArrayType(_WORD, 2))
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), place.type])
+        function = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
+        builder.call(function, [ir.Constant(ir.IntType(32), time.CLOCK_MONOTONIC), place])
+        seconds, rest = (builder.extract_value(builder.load(place), i) for i in range(2))
+        return builder.add(builder.mul(seconds, ir.Constant(_WORD, 10**9)), rest)
+
+    return types.int64(), generate
 
 
 @intrinsic

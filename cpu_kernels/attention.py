@@ -32,7 +32,7 @@ from cpu_kernels.norm import (
 )
 from cpu_kernels.record import Record, floats
 from cpu_kernels.rope import RopeTable, rotate_adjacent, rotate_half, rotation
-from cpu_kernels.team import Team, barrier, op, share
+from cpu_kernels.team import OF_ATTENTION, Team, barrier, op, share
 from cpu_kernels.tile import multiply_kernel
 
 
@@ -270,7 +270,7 @@ class Attention:
 
     def __init__(self, team: Team) -> None:
         self._team = team
-        self._batch = PreparedBatch(team.num_threads)
+        self._batch = PreparedBatch(team)
         self._ropes: dict[Any, RopeTable] = {}
 
     def layer(self, weights: Any, config: Any, index: int) -> AttentionLayer:
@@ -288,7 +288,18 @@ class Attention:
             return
         self._batch.prepare(x, batch, kv, layer.geometry)
         self._use(layer, kv, index)
-        self._team.run(layer.op.address, layer.record.address)
+        self._team.queue(layer.op.address, layer.record.address, OF_ATTENTION)
+
+    @property
+    def batch(self) -> tuple[Any, ...]:
+        """What all layers know of the batch at hand: x, batch, kv and the geometry of layers."""
+        return self._batch.current
+
+    def again(self, x: np.ndarray, batch: Any, kv: KVPages, geometry: Any) -> bool:
+        """Be ready to run all layers again on another batch; False: not as they are."""
+        self._batch.prepare(x, batch, kv, geometry)
+        needed = self._batch.num_positions
+        return all(needed <= rope.num_positions for rope in self._ropes.values())
 
     def _rope(self, rope: Any, head_dim: int, context_length: int) -> RopeTable:
         key = rope, head_dim
@@ -307,6 +318,7 @@ class Attention:
                     f"the KV cache has {heads} heads of {size} values, "
                     f"the layer {g.num_kv_heads} of {g.head_dim}"
                 )
+            self._team.forget()  # it may wait to be run as it is
             record.set(kv=kv.records[index].address, coarse=rope.coarse)
             record.mark_filled_for(kv.records[index], rope.coarse)
 

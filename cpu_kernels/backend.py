@@ -6,12 +6,15 @@ was prepared; a call only adds what changes with the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import numpy as np
 
 from cpu_kernels.attention import Attention, AttentionLayer, kv_pages
+from cpu_kernels.chosen import ChosenExperts
 from cpu_kernels.delta import DeltaLayer, DeltaNet
 from cpu_kernels.embed import Embedding
 from cpu_kernels.experts import Combine, ExpertLayer, Weighted
@@ -40,6 +43,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    finds_experts = True
     few_rows = FEW_ROWS
 
     def __init__(self, threads: int, isa: str = "auto", exact: bool = False) -> None:
@@ -64,6 +68,7 @@ class CpuBackend:
         self._join = Join(self._team)
         self._head = Head(self._team)
         self._hidden_size = 0
+        self._known: tuple[Any, ...] = ()  # what the team's last chain was for
 
     def matrix(
         self, data: np.ndarray, format: str, shape: tuple[int, int], bias: np.ndarray | None = None
@@ -112,6 +117,7 @@ class CpuBackend:
         layer = ExpertLayer(
             layout, config, self._isa, self.exact, self._workspace, biases, others, kinds
         )
+        layer.chosen = ChosenExperts(layer)
         self._hidden_size = layer.hidden_size  # of all layers
         return layer
 
@@ -133,6 +139,33 @@ class CpuBackend:
         return kv_pages(config, num_pages, page_size, dtype)
 
     # -- the forward pass --
+
+    @contextmanager
+    def chain(self, num_tokens: int, layers: Sequence[Any]) -> Iterator[None]:
+        if num_tokens > FEW_ROWS:
+            yield
+            return
+        with self._team.chain():
+            yield
+        self._known = list(layers), *self._attention.batch
+
+    def again(
+        self, layers: Sequence[Any], table: Matrix, batch: Any, kv: KVPages, scale: float = 1.0
+    ) -> np.ndarray | None:
+        if not self._team.is_known:
+            return None
+        known, x, _, known_kv, geometry = self._known
+        if kv is not known_kv or len(layers) != len(known) or not all(map(is_, layers, known)):
+            return None
+        if self._embedding.fill(table, batch.tokens, scale) is not x:
+            return None
+        if not self._attention.again(x, batch, kv, geometry):
+            return None
+        self._team.again()
+        return x
+
+    def chained_seconds(self) -> dict[str, float]:
+        return self._team.take_seconds()
 
     def embed(self, table: Matrix, tokens: np.ndarray, scale: float = 1.0) -> np.ndarray:
         return self._embedding.run(table, tokens, scale)
@@ -160,6 +193,19 @@ class CpuBackend:
         self, h: np.ndarray, layer: ExpertLayer, addresses: np.ndarray, jobs: Any, out: np.ndarray
     ) -> None:
         layer.run(self._team, h, addresses, jobs, out)
+
+    def routed_experts(
+        self,
+        x: np.ndarray,
+        router: RouterLayer,
+        layer: ExpertLayer,
+        table: Any,
+        into: np.ndarray,
+    ) -> np.ndarray:
+        h, chosen = self._router.choose(x, router)
+        out = self.pair_outputs(router.top_k)
+        layer.chosen.run(self._team, h, chosen, table, out, into)
+        return h
 
     def weighted(self, h: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return self._weighted.run(self._team, h, weights)

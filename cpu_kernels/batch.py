@@ -11,6 +11,7 @@ from cpu_kernels.flash import BATCH, BLOCK_ROWS, partial_bytes, workspace_bytes
 from cpu_kernels.kv import CHUNK, KV, KVPages
 from cpu_kernels.memory import load_i32, store_word, word
 from cpu_kernels.record import Record, Scratch
+from cpu_kernels.team import Team
 
 SPLIT_ROWS = 16  # up to this many rows, chunks of positions are spread over the threads
 SPLIT_BYTES = 64 << 20  # unless their partial results need more memory than this
@@ -59,44 +60,54 @@ def _plan(batch, kv, num_sequences):
 class PreparedBatch:
     """The record of the batch at hand, which all layers share, and the memory they work in."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, team: Team) -> None:
         self.record = Record(BATCH)
         self.num_positions = 0
-        self._num_threads = num_threads
+        self._team = team
         self._scratch = Scratch()
-        self._current: tuple[Any, ...] = (None,) * 4
+        self.current: tuple[Any, ...] = (None,) * 4
         self._reserved: tuple[Any, ...] = ()
+        self._positions = self._sequences = np.empty(0, np.int32)
+        self._tables = np.empty((0, 0), np.int32)
 
     def prepare(self, x: np.ndarray, batch: Any, kv: KVPages, geometry: Any) -> None:
         """Make the record say what attention on `x` needs; quick if it does already.
 
         Raises ValueError for arrays of the wrong type or shape, and for rows without a page.
         """
-        old_x, old_batch, old_kv, old_geometry = self._current
+        old_x, old_batch, old_kv, old_geometry = self.current
         if x is old_x and batch is old_batch and kv is old_kv and geometry == old_geometry:
             return
-        self._current = (None,) * 4
+        self._team.finish_batch()  # layers that wait use the record
+        self.current = (None,) * 4
         num_rows = len(x)
         _check(x, "x", np.float32, (num_rows, geometry.hidden_size))
         _check(batch.positions, "positions", np.int32, (num_rows,))
         _check(batch.sequences, "sequences", np.int32, (num_rows,))
         num_sequences, max_pages = batch.page_tables.shape
         _check(batch.page_tables, "page_tables", np.int32, (num_sequences, max_pages))
-        self.record.set(
-            x=x,
-            num_rows=num_rows,
-            positions=batch.positions,
-            sequences=batch.sequences,
-            tables=batch.page_tables,
-            max_pages=max_pages,
-            blocks=self._scratch.room("blocks", 16 * num_rows),
-        )
+        if not self.record.is_filled_for(x, num_rows, num_sequences, max_pages):
+            self._positions, self._sequences = np.empty((2, num_rows), np.int32)
+            self._tables = np.empty((num_sequences, max_pages), np.int32)
+            self.record.set(
+                x=x,
+                num_rows=num_rows,
+                positions=self._positions,
+                sequences=self._sequences,
+                tables=self._tables,
+                max_pages=max_pages,
+                blocks=self._scratch.room("blocks", 16 * num_rows),
+            )
+            self.record.mark_filled_for(x, num_rows, num_sequences, max_pages)
+        # Copied, because that is quicker than to ask for the addresses of new arrays.
+        self._positions[:], self._sequences[:] = batch.positions, batch.sequences
+        self._tables[:] = batch.page_tables
         largest = _plan(self.record.address, kv.any_record.address, num_sequences)
         if largest < 0:
             raise ValueError(f"attention cannot use this batch: {_REASONS[largest]}")
         self.num_positions = largest + 1
         self._reserve(num_rows, geometry)
-        self._current = x, batch, kv, geometry
+        self.current = x, batch, kv, geometry
 
     def _reserve(self, num_rows: int, g: Any) -> None:
         num_chunks = -(-self.num_positions // CHUNK)
@@ -112,7 +123,7 @@ class PreparedBatch:
             split=int(split),
             normed=room("normed", 4 * num_rows * g.hidden_size),
             queries=room("queries", 4 * num_rows * g.num_heads * g.padded_dim),
-            workspaces=room("workspaces", self._num_threads * workspace),
+            workspaces=room("workspaces", self._team.num_threads * workspace),
             workspace_bytes=workspace,
             partials=room("partials", partials if split else 0),
             out=room("out", 4 * num_rows * g.hidden_size),

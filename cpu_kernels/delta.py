@@ -19,7 +19,7 @@ from cpu_kernels.memory import load_f32, store_f32, word
 from cpu_kernels.norm import add, apply_norm, rms_norm_rows, rms_scale, scaled_copy
 from cpu_kernels.record import Record, Scratch, fields, floats
 from cpu_kernels.recurrent import RUNS, convolve, run_at, runs_of
-from cpu_kernels.team import Team, barrier, next_task, op, share
+from cpu_kernels.team import OF_ATTENTION, Team, barrier, next_task, op, share
 
 # A batch; `runs` is a record of RUNS.
 DELTA_BATCH = fields(
@@ -236,9 +236,10 @@ class DeltaNet:
             return
         if not self._batch.is_filled_for(x, batch):
             self._fill(x, layer, batch)
-        self._team.run(delta_net.address, layer.record.address)
+        self._team.queue(delta_net.address, layer.record.address, OF_ATTENTION)
 
     def _fill(self, x: np.ndarray, layer: DeltaLayer, batch: Any) -> None:
+        self._team.forget()  # layers that wait use the record
         self._batch.mark_filled_for()
         n, d = len(x), layer.delta
         if x.dtype != np.float32 or x.shape != (n, layer.hidden_size):

@@ -10,7 +10,7 @@ from cpu_kernels.linear import gather_rows
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import scaled_copy
 from cpu_kernels.record import Record, Scratch, fields
-from cpu_kernels.team import Team, barrier, op, share
+from cpu_kernels.team import OF_ATTENTION, Team, barrier, op, share
 
 EMBED = fields("table tokens num_rows out hidden_size scale")
 
@@ -36,23 +36,34 @@ class Embedding:
         self._team = team
         self._scratch = Scratch()
         self._record = Record(EMBED)
+        self._tokens = np.empty(0, np.int32)
 
     def run(self, table: Any, tokens: np.ndarray, scale: float) -> np.ndarray:
         """float32 [num_tokens, hidden_size], until the next call. `table` is a Matrix
         [vocab_size, hidden_size], whose rows are multiplied with `scale`; IndexError for a token
         that it does not have."""
-        vocab_size, hidden_size = table.shape
-        tokens = np.ascontiguousarray(tokens, np.int32)
-        num_rows = len(tokens)
-        if num_rows and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        x = self.fill(table, tokens, scale)
+        if len(tokens):
+            self._team.queue(embed.address, self._record.address, OF_ATTENTION)
+        return x
+
+    def fill(self, table: Any, tokens: np.ndarray, scale: float) -> np.ndarray:
+        """The same, where the op is run by others: where it will write."""
+        num_rows, (vocab_size, hidden_size) = len(tokens), table.shape
+        ids = tokens.tolist()
+        if num_rows and (min(ids) < 0 or max(ids) >= vocab_size):
             raise IndexError(
-                f"token ids must be 0 to {vocab_size - 1}, not {tokens.min()} to {tokens.max()}"
+                f"token ids must be 0 to {vocab_size - 1}, not {min(ids)} to {max(ids)}"
             )
         x = self._scratch.floats("x", num_rows, hidden_size)
-        self._record.set(
-            table=table.address, tokens=tokens, num_rows=num_rows, out=x, hidden_size=hidden_size,
-            scale=float(scale),
-        )  # fmt: skip
-        if num_rows:
-            self._team.run(embed.address, self._record.address)
+        if not self._record.is_filled_for(x, table, scale):
+            self._team.forget()  # it may wait to be run as it is
+            self._tokens = np.empty(num_rows, np.int32)
+            self._record.set(
+                table=table.address, tokens=self._tokens, num_rows=num_rows, out=x,
+                hidden_size=hidden_size, scale=float(scale),
+            )  # fmt: skip
+            self._record.mark_filled_for(x, table, scale)
+        # Copied, because that is quicker than to ask for the address of a new array.
+        self._tokens[:] = ids
         return x

@@ -22,7 +22,7 @@ from cpu_kernels.memory import call_kernel, load_f32, load_i32, word
 from cpu_kernels.norm import scaled_copy
 from cpu_kernels.record import Record, Scratch, fields
 from cpu_kernels.simd import emitted, f32
-from cpu_kernels.team import Team, barrier, next_task, op, parts_of, share
+from cpu_kernels.team import Team, barrier, next_task, op, part_of, parts_of, share
 from cpu_kernels.workspace import Workspace
 
 # What it costs to decode a row of weights, in rows of activations multiplied with it.
@@ -108,7 +108,7 @@ def _bias(r, job, matrix):
 
 
 @njit(error_model="numpy")
-def _gate_and_up(r, part, num_parts):
+def _gate_and_up(r, part, num_parts, team):
     """A part of the activated gate h, times up h, for every row of every job."""
     starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
     hidden, size = word(r, EXPERTS.hidden_size), word(r, EXPERTS.expert_size)
@@ -116,7 +116,7 @@ def _gate_and_up(r, part, num_parts):
     gate_out, up_out = word(r, EXPERTS.gate_out), word(r, EXPERTS.up_out)
     pairs, top_k = word(r, EXPERTS.pairs), word(r, EXPERTS.top_k)
     activation, limit = word(r, EXPERTS.activation), load_f32(r, 2 * EXPERTS.limit)
-    low, high = share(_total_cost(starts, num_jobs, size), part, num_parts)
+    low, high = part_of(team, _total_cost(starts, num_jobs, size), part, num_parts)
     before = 0
     for job in range(num_jobs):
         row, num_rows = _job_rows(starts, job)
@@ -143,13 +143,13 @@ def _gate_and_up(r, part, num_parts):
 
 
 @njit(error_model="numpy")
-def _down(r, part, num_parts):
+def _down(r, part, num_parts, team):
     """A part of down @ inner, for every row of every job."""
     starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
     hidden, size = word(r, EXPERTS.hidden_size), word(r, EXPERTS.expert_size)
     prepared, identity = word(r, EXPERTS.inner_prepared), word(r, EXPERTS.identity)
     out, pairs = word(r, EXPERTS.out), word(r, EXPERTS.pairs)
-    low, high = share(_total_cost(starts, num_jobs, hidden), part, num_parts)
+    low, high = part_of(team, _total_cost(starts, num_jobs, hidden), part, num_parts)
     before = 0
     for job in range(num_jobs):
         row, num_rows = _job_rows(starts, job)
@@ -177,7 +177,7 @@ def run_experts(r, thread, num_threads, team):
     num_parts = parts_of(team, num_jobs * _divide_up(size, ROW_BLOCK))
     part = next_task(team, 0)
     while part < num_parts:
-        _gate_and_up(r, part, num_parts)
+        _gate_and_up(r, part, num_parts, team)
         part = next_task(team, 0)
     barrier(team)
     inner_prepared = word(r, EXPERTS.inner_prepared)
@@ -186,7 +186,7 @@ def run_experts(r, thread, num_threads, team):
     num_parts = parts_of(team, num_jobs * _divide_up(word(r, EXPERTS.hidden_size), ROW_BLOCK))
     part = next_task(team, 1)
     while part < num_parts:
-        _down(r, part, num_parts)
+        _down(r, part, num_parts, team)
         part = next_task(team, 1)
 
 
@@ -204,8 +204,9 @@ def _experts(r, thread, num_threads, team):
     run_experts(r, thread, num_threads, team)
 
 
-@op
-def _combine(r, thread, num_threads, team):
+@njit(error_model="numpy")
+def add_pairs(r, thread, num_threads):
+    """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * top_k + rank]."""
     hidden, top_k = word(r, COMBINE.hidden_size), word(r, COMBINE.top_k)
     x, out, weights = word(r, COMBINE.x), word(r, COMBINE.out), word(r, COMBINE.weights)
     # Columns in blocks of 64, so that one row is shared, too.
@@ -218,6 +219,11 @@ def _combine(r, thread, num_threads, team):
             source = out + 4 * (pair * hidden + 64 * block)
             target = x + 4 * (row * hidden + 64 * block)
             add_scaled(target, source, count, load_f32(weights, pair))
+
+
+@op
+def _combine(r, thread, num_threads, team):
+    add_pairs(r, thread, num_threads)
 
 
 @op
@@ -238,6 +244,8 @@ class ExpertLayer:
     With `others`, layouts of the same shapes, expert e has the `kinds[e]`-th (int32
     [num_experts]) of `layout` and these.
     """
+
+    chosen: Any = None  # the same for what a router chose: see cpu_kernels.chosen
 
     def __init__(
         self,
@@ -260,37 +268,32 @@ class ExpertLayer:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, not {config.activation!r}"
             )
-        self.record = Record(
-            EXPERTS,
-            hidden_size=self.hidden_size,
-            expert_size=self.expert_size,
-            activation=ACTIVATIONS.index(config.activation),
-            limit=float(config.activation_limit),
-        )
         kernels = [
             products_of(isa, tensor.format, exact)
             for each in (layout, *others)
             for tensor in (each.gate, each.up, each.down)
         ]
-        self.record.set(kernels=np.array(kernels, np.int64))
+        self.facts: dict[str, Any] = {  # of a record, whatever it computes
+            "hidden_size": self.hidden_size,
+            "expert_size": self.expert_size,
+            "activation": ACTIVATIONS.index(config.activation),
+            "limit": float(config.activation_limit),
+            "kernels": np.array(kernels, np.int64),
+        }
         if others:
-            self._set_kinds(kinds, 1 + len(others))
+            self.facts["kinds"] = _checked(kinds, 1 + len(others))
         if biases is not None:
-            self._set_biases(biases)
+            self.facts["biases"] = self._joined(biases)
         self._asks_who = bool(others) or biases is not None
+        self.record = Record(EXPERTS, **self.facts)
         _ = _experts.address  # compiled now rather than in the first token
 
-    def _set_kinds(self, kinds: np.ndarray | None, count: int) -> None:
-        if kinds is None or kinds.dtype != np.int32 or not 0 <= kinds.min() <= kinds.max() < count:
-            raise ValueError(f"kinds must be int32, each less than {count}, the number of layouts")
-        self.record.set(kinds=np.ascontiguousarray(kinds))
-
-    def _set_biases(self, biases: Any) -> None:
+    def _joined(self, biases: Any) -> np.ndarray:
         count, sizes = len(biases.gate), (self.expert_size, self.expert_size, self.hidden_size)
         for array, size in zip(biases, sizes, strict=True):
             if array.shape != (count, size):
                 raise ValueError(f"biases must have shape {(count, size)}, not {array.shape}")
-        self.record.set(biases=np.concatenate(biases, axis=1, dtype=np.float32))
+        return np.concatenate(biases, axis=1, dtype=np.float32)
 
     def run(
         self, team: Team, h: np.ndarray, addresses: np.ndarray, jobs: Any, out: np.ndarray
@@ -302,6 +305,7 @@ class ExpertLayer:
             return
         if addresses.shape != (num_jobs, 3) or addresses.dtype != np.int64:
             raise ValueError(f"addresses must be int64 [{num_jobs}, 3]")
+        team.finish()  # other layers that wait use the workspace, too
         space = self.workspace
         if not self.record.is_filled_for(h, out, num_jobs, num_pairs, space.version):
             self._fill(h, out, num_jobs, num_pairs)
@@ -327,6 +331,12 @@ class ExpertLayer:
         self.record.mark_filled_for(h, out, num_jobs, num_pairs, space.version)
 
 
+def _checked(kinds: np.ndarray | None, count: int) -> np.ndarray:
+    if kinds is None or kinds.dtype != np.int32 or not 0 <= kinds.min() <= kinds.max() < count:
+        raise ValueError(f"kinds must be int32, each less than {count}, the number of layouts")
+    return np.ascontiguousarray(kinds)
+
+
 class Combine:
     """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * top_k + rank]."""
 
@@ -336,6 +346,7 @@ class Combine:
 
     def run(self, team: Team, x: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
         num_rows, top_k = weights.shape
+        team.finish()  # one that waits has other weights
         if not self.record.is_filled_for(x, out, num_rows, top_k):
             if x.shape[0] != num_rows or out.shape != (num_rows * top_k, x.shape[1]):
                 raise ValueError(
@@ -349,7 +360,7 @@ class Combine:
             self.record.mark_filled_for(x, out, num_rows, top_k)
         # Copied, because that is quicker than to ask for the address of a new array.
         self._weights[:] = weights
-        team.run(_combine.address, self.record.address)
+        team.queue(_combine.address, self.record.address)
 
 
 class Weighted:

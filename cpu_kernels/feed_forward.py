@@ -75,8 +75,8 @@ class FeedForwardLayer:
         layout = _Layout(weights.gate, weights.up, weights.down)
         self.layer = ExpertLayer(layout, config, isa, exact, workspace)
         addresses = [matrix.data.ctypes.data for matrix in layout]
-        self._addresses, self._version = np.array([addresses], np.int64), 0
-        self.layer.record.set(num_jobs=1, top_k=1)
+        self._addresses = np.array([addresses], np.int64)
+        self._starts = np.zeros(2, np.int32)  # its own, as several layers may wait to be run
         self.norm = None if norm is None else np.ascontiguousarray(norm, np.float32)
         self.record = Record(
             FEED_FORWARD,
@@ -89,22 +89,29 @@ class FeedForwardLayer:
     def run(
         self, team: Team, x: np.ndarray, h: np.ndarray | None, into: np.ndarray | None = None
     ) -> None:
-        num_rows, hidden = x.shape
+        if not self.record.is_filled_for(x, h, into, self.workspace.version):
+            self._fill(team, x, h, into)
+        team.queue(_feed_forward.address, self.record.address)
+
+    def _fill(
+        self, team: Team, x: np.ndarray, h: np.ndarray | None, into: np.ndarray | None
+    ) -> None:
         if h is None and self.norm is None:
             raise ValueError("this feed-forward was prepared without a norm: give it h")
-        space, size = self.workspace, self.layer.expert_size
-        space.reserve(num_rows, hidden, num_rows, size)
+        team.forget()  # it may wait to be run as it is
+        space, (num_rows, hidden) = self.workspace, x.shape
+        space.reserve(num_rows, hidden, num_rows, self.layer.expert_size)
         space.reserve_dense(num_rows, hidden)
-        if self._version != space.version:
-            own = {"addresses": self._addresses, "pairs": space.arrays["identity"]}
-            self.layer.record.set(**(space.arrays | own))
-            self._version = space.version
-        space.arrays["starts"][:2] = 0, num_rows
-        space.starts = None
+        self._starts[:] = 0, num_rows
+        own = {
+            "addresses": self._addresses, "starts": self._starts, "pairs": space.arrays["identity"]
+        }  # fmt: skip
+        self.layer.record.set(**(space.arrays | own))
         self.layer.record.set(
-            h=space.dense["h"] if h is None else h, num_rows=num_rows, out=space.dense["out"]
-        )
+            h=space.dense["h"] if h is None else h, num_rows=num_rows, out=space.dense["out"],
+            num_jobs=1, top_k=1,
+        )  # fmt: skip
         norm = self.norm if h is None else None
         target = x if into is None else into
         self.record.set(x=x, target=target, scores=space.dense["scores"], norm=norm)
-        team.run(_feed_forward.address, self.record.address)
+        self.record.mark_filled_for(x, h, into, space.version)

@@ -11,7 +11,7 @@ from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, word
 from cpu_kernels.norm import apply_norm, layer_norm, norm_vectors, rms_scale
 from cpu_kernels.record import Record, Scratch, fields
-from cpu_kernels.team import Team, barrier, op, share
+from cpu_kernels.team import OF_HEAD, Team, barrier, op, share
 
 HEAD = fields(
     "x rows num_rows norm norm_bias eps hidden_size normed prepared head logits vocab_size softcap"
@@ -60,23 +60,34 @@ class Head:
         self._team = team
         self._scratch = Scratch()
         self._record = Record(HEAD)
+        self._rows = np.empty(0, np.int32)
 
     def run(self, x: np.ndarray, rows: np.ndarray, layer: OutputLayer) -> np.ndarray:
         """Logits of the given rows of x (float32 [num_tokens, hidden_size]): a new float32
         [len(rows), vocab_size]. IndexError for rows that x does not have."""
-        rows = np.ascontiguousarray(rows, np.int32)
-        num_rows, hidden_size = len(rows), layer.hidden_size
-        if x.dtype != np.float32 or x.shape != (len(x), hidden_size):
-            raise ValueError(f"x must be float32 [num_tokens, {hidden_size}], not {x.shape}")
+        num_rows = len(rows)
+        if x.dtype != np.float32 or x.shape != (len(x), layer.hidden_size):
+            raise ValueError(f"x must be float32 [num_tokens, {layer.hidden_size}], not {x.shape}")
         logits = np.empty((num_rows, layer.vocab_size), np.float32)
         if not num_rows:
             return logits
-        if rows.min() < 0 or rows.max() >= len(x):
-            raise IndexError(f"rows must be 0 to {len(x) - 1}: {rows.min()} to {rows.max()}")
-        room = self._scratch.room
+        numbers = rows.tolist()
+        if min(numbers) < 0 or max(numbers) >= len(x):
+            raise IndexError(f"rows must be 0 to {len(x) - 1}: {min(numbers)} to {max(numbers)}")
+        if not self._record.is_filled_for(x, layer, num_rows):
+            self._fill(x, layer, num_rows)
+        # Copied, because that is quicker than to ask for the address of a new array.
+        self._rows[:] = numbers
+        self._record.set(logits=logits)
+        self._team.run(head.address, self._record.address, OF_HEAD)
+        return logits
+
+    def _fill(self, x: np.ndarray, layer: OutputLayer, num_rows: int) -> None:
+        room, hidden_size = self._scratch.room, layer.hidden_size
+        self._rows = np.empty(num_rows, np.int32)
         self._record.set(
             x=x,
-            rows=rows,
+            rows=self._rows,
             num_rows=num_rows,
             **layer.norm,
             eps=layer.eps,
@@ -84,9 +95,7 @@ class Head:
             normed=room("normed", 4 * num_rows * hidden_size),
             prepared=room("prepared", prepared_bytes(num_rows, hidden_size)),
             head=layer.head.address,
-            logits=logits,
             vocab_size=layer.vocab_size,
             softcap=layer.softcap,
         )
-        self._team.run(head.address, self._record.address)
-        return logits
+        self._record.mark_filled_for(x, layer, num_rows)

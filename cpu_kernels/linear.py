@@ -26,7 +26,7 @@ from cpu_kernels.products import (
     make_float_gemv,
     make_gemv,
 )
-from cpu_kernels.team import next_task, parts_of, share
+from cpu_kernels.team import next_task, part_of, parts_of, share
 
 ROW_BLOCK = 16  # threads share the rows of a matrix in blocks of this many
 
@@ -96,7 +96,7 @@ def multiply(matrix, prepared, n, y, ldy, team, counter):
     num_parts = parts_of(team, blocks)
     part = next_task(team, counter)
     while part < num_parts:
-        first, last = share(blocks, part, num_parts)
+        first, last = part_of(team, blocks, part, num_parts)
         arguments = (
             word(matrix, DATA), word(matrix, COLUMNS),
             first * ROW_BLOCK, min(last * ROW_BLOCK, rows),
@@ -118,7 +118,7 @@ def multiply_heads(matrix, num_heads, prepared, n, head_rows, y, ldy, team, coun
     num_parts = parts_of(team, num_heads * blocks)
     part = next_task(team, counter)
     while part < num_parts:
-        task, end = share(num_heads * blocks, part, num_parts)
+        task, end = part_of(team, num_heads * blocks, part, num_parts)
         while task < end:
             head, block = task // blocks, task % blocks
             stop = min(block + end - task, blocks)

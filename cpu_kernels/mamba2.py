@@ -21,7 +21,7 @@ from cpu_kernels.norm import add, apply_norm, rms_norm_rows, rms_scale
 from cpu_kernels.record import Record, Scratch, fields, floats
 from cpu_kernels.recurrent import RUNS, convolve, run_at, runs_of
 from cpu_kernels.simd import emitted, f32
-from cpu_kernels.team import Team, barrier, next_task, op, share
+from cpu_kernels.team import OF_ATTENTION, Team, barrier, next_task, op, share
 
 COLUMNS = LANES  # of a head's state that are computed at once
 
@@ -214,9 +214,10 @@ class Mamba2:
             return
         if not self._batch.is_filled_for(x, batch):
             self._fill(x, layer, batch)
-        self._team.run(mamba2.address, layer.record.address)
+        self._team.queue(mamba2.address, layer.record.address, OF_ATTENTION)
 
     def _fill(self, x: np.ndarray, layer: Mamba2Layer, batch: Any) -> None:
+        self._team.forget()  # layers that wait use the record
         self._batch.mark_filled_for()
         n, m = len(x), layer.mamba2
         if x.dtype != np.float32 or x.shape != (n, layer.hidden_size):

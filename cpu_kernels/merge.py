@@ -55,6 +55,7 @@ class Merge:
 
     def branches(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Two arrays like x, filled with zeros, until the next call."""
+        self._team.forget()  # a layer before may use them
         dense, routed = (self._scratch.floats(name, *x.shape) for name in ("dense", "routed"))
         dense[:], routed[:] = 0.0, 0.0
         return dense, routed
@@ -66,4 +67,4 @@ class Merge:
                 raise ValueError(f"shapes differ: {x.shape}, {dense.shape}, {routed.shape}")
             layer.record.set(x=x, dense=dense, routed=routed, num_rows=len(x))
             layer.record.mark_filled_for(x, dense, routed)
-        self._team.run(_merge.address, layer.record.address)
+        self._team.queue(_merge.address, layer.record.address)

@@ -22,7 +22,7 @@ from cpu_kernels.memory import load_f32, load_i32, store_f32, word
 from cpu_kernels.norm import norm_rows, norm_vectors, rms_norm_rows
 from cpu_kernels.record import Record, Scratch, fields, floats
 from cpu_kernels.simd import emitted, f32
-from cpu_kernels.team import Team, barrier, op, share
+from cpu_kernels.team import OF_ROUTER, Team, barrier, op, share
 
 ROUTER = fields(
     "num_rows x norm norm_bias eps h hidden_size router num_experts top_k scoring correction "
@@ -288,6 +288,14 @@ class Router:
         h = self._scratch.floats("h", *x.shape)
         return h, self._run(x, h, layer, layer.record)
 
+    def choose(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
+        """The same where only ops want to know: both are there when the team has done what waits,
+        and until the next call."""
+        h = self._scratch.floats("h", *x.shape)
+        chosen = self._filled(x, h, layer, layer.record)
+        self._team.queue(route.address, layer.record.address, OF_ROUTER)
+        return h, chosen
+
     def guess(self, x: np.ndarray, h: np.ndarray, layer: RouterLayer) -> Routing:
         """The experts that the layer would choose for x, of which another layer made the `h`."""
         own = None if layer.own_norm is None else x
@@ -296,12 +304,20 @@ class Router:
     def _run(
         self, x: np.ndarray | None, h: np.ndarray, layer: RouterLayer, record: Record
     ) -> Routing:
-        chosen = self._chosen
-        if chosen is None or not record.is_filled_for(x, h, chosen):
-            chosen = self._fill(x, h, layer, record)
-        self._team.run(route.address, record.address)
+        chosen = self._filled(x, h, layer, record)
+        self._team.run(route.address, record.address, OF_ROUTER)
         # Copies, because look-ahead and traces keep them; quicker than the address of new arrays.
         return Routing(chosen.experts.copy(), chosen.weights.copy())
+
+    def _filled(
+        self, x: np.ndarray | None, h: np.ndarray, layer: RouterLayer, record: Record
+    ) -> Routing:
+        """Where the results of such a call will be."""
+        chosen = self._chosen
+        if chosen is None or not record.is_filled_for(x, h, chosen):
+            self._team.forget()  # the layer may wait to be run as it is
+            chosen = self._fill(x, h, layer, record)
+        return chosen
 
     def _fill(
         self, x: np.ndarray | None, h: np.ndarray, layer: RouterLayer, record: Record

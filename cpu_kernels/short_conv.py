@@ -13,7 +13,7 @@ from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import add, apply_norm, rms_norm_rows
 from cpu_kernels.record import Record, Scratch, fields, floats
 from cpu_kernels.recurrent import RUNS, convolve, runs_of
-from cpu_kernels.team import Team, barrier, op, share
+from cpu_kernels.team import OF_ATTENTION, Team, barrier, op, share
 
 CONV_BATCH = fields("x num_rows runs normed prepared gates gated mixed out")
 CONV = fields("batch hidden_size eps norm gates conv conv_size history o")
@@ -107,9 +107,10 @@ class ShortConv:
             return
         if not self._batch.is_filled_for(x, batch):
             self._fill(x, layer.hidden_size, batch)
-        self._team.run(short_conv.address, layer.record.address)
+        self._team.queue(short_conv.address, layer.record.address, OF_ATTENTION)
 
     def _fill(self, x: np.ndarray, size: int, batch: Any) -> None:
+        self._team.forget()  # layers that wait use the record
         self._batch.mark_filled_for()
         if x.dtype != np.float32 or x.shape != (len(x), size):
             raise ValueError(f"x must be float32 [num_tokens, {size}]")

@@ -5,13 +5,17 @@ by all threads at once; `record` is the address of its arguments, an int64 struc
 raise, and all threads must pass the same barriers. Thread 0 is the caller, so that a team of one
 is a plain call. Workers spin for a moment after an op, because the next one usually follows within
 microseconds, and then sleep until they are woken: an idle process uses no processor time.
+
+Ops can also wait for each other (`Team.chain`), and then run in one go: what Python does between
+two of them costs as much as some of the ops do.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from time import perf_counter
 
@@ -24,15 +28,21 @@ from cpu_kernels.atomic import (
     atomic_load,
     atomic_store,
     call_op,
+    nanoseconds,
     pause,
     yield_processor,
 )
 from cpu_kernels.cache import compiling
+from cpu_kernels.memory import store_word, word
 
 NUM_COUNTERS = 8
 PARTS = 8  # of an op's work, for each thread
 LEAST_BLOCKS = 4  # of a part, where there are enough for all threads
-SPIN_MICROSECONDS = 200.0
+SPIN_MICROSECONDS = 500.0
+MOST_LINKS = 32  # of a chain; while more are prepared, workers would fall asleep
+TIMED = ("attention", "router", "experts", "head")  # that the time of chains is counted for
+OF_ATTENTION, OF_ROUTER, OF_EXPERTS, OF_HEAD = range(4)
+NUM_TIMED = len(TIMED)
 
 # Byte offsets in a team's memory. What different threads write lies on different cache lines.
 _SEQUENCE = 0  # counts the ops started; the caller writes it last, workers watch it
@@ -87,12 +97,23 @@ def restart_tasks(team, counter):
 
 @njit(cache=True, error_model="numpy")
 def parts_of(team, blocks):
-    """How many parts to cut so many blocks of work into. Threads take them one after the other, so
-    that a core that is slow, or that others use too, takes fewer."""
+    """How many parts to cut so many blocks of work into, for `part_of`. Threads take them one after
+    the other, so that a core that is slow, or that others use too, takes fewer."""
     num_threads = atomic_load(team + _NUM_THREADS)
     if num_threads == 1:
         return min(blocks, 1)
     return min(max(num_threads, min(PARTS * num_threads, blocks // LEAST_BLOCKS)), blocks)
+
+
+@njit(cache=True, error_model="numpy")
+def part_of(team, total, part, num_parts):
+    """Part [lo, hi) of `total`. Where there are several for each thread, each is smaller than those
+    before it: the last ones let threads end together, and few are small, as to begin one takes
+    time."""
+    if num_parts < 2 * atomic_load(team + _NUM_THREADS):
+        return share(total, part, num_parts)
+    left, after, square = num_parts - part, num_parts - part - 1, num_parts * num_parts
+    return total - total * left * left // square, total - total * after * after // square
 
 
 @njit(cache=True, error_model="numpy")
@@ -118,6 +139,36 @@ def barrier(team):
         atomic_store(team + _GENERATION, generation + 1)
     else:
         _wait_until(team + _GENERATION, generation + 1, atomic_load(team + _PATIENCE))
+
+
+@njit(cache=True, error_model="numpy")
+def _next_op(team):
+    """A barrier, after which tasks of all counters start at 0 again."""
+    num_threads = atomic_load(team + _NUM_THREADS)
+    generation = atomic_load(team + _GENERATION)
+    if atomic_add(team + _ARRIVED, 1) == num_threads - 1:
+        for counter in range(NUM_COUNTERS):
+            atomic_store(team + _COUNTERS + 8 * counter, 0)
+        atomic_store(team + _ARRIVED, 0)
+        atomic_store(team + _GENERATION, generation + 1)
+    else:
+        _wait_until(team + _GENERATION, generation + 1, atomic_load(team + _PATIENCE))
+
+
+@op
+def _chain(links, thread, num_threads, team):
+    """Ops one after the other. `links`: their number, nanoseconds by part, then function, record
+    and part of each."""
+    begin = nanoseconds()
+    for link in range(word(links, 0)):
+        at = links + 8 * (1 + NUM_TIMED + 3 * link)
+        if link > 0:
+            _next_op(team)
+        call_op(word(at, 0), word(at, 1), thread, num_threads, team)
+        if thread == 0:
+            end, part = nanoseconds(), 1 + word(at, 2)
+            store_word(links, part, word(links, part) + end - begin)
+            begin = end
 
 
 @njit(cache=True, error_model="numpy")
@@ -232,6 +283,16 @@ class Team:
         self._run_if_awake = _run_if_awake.get_overload((types.int64,) * 3)
         self._closed = False
         self.seconds = 0.0  # spent in ops, so far
+        self._chaining = False
+        self._num_links = 0
+        self._tape: list[int] | None = None  # the links of this chain
+        self._kept: np.ndarray | None = None  # as `_links`, but of the whole last chain
+        self._kept_words = memoryview(np.zeros(1 + NUM_TIMED, np.int64))
+        self._untold = False  # whether chains have run since `take_seconds`
+        self._links = np.zeros(1 + NUM_TIMED + 3 * (MOST_LINKS + 1), np.int64)
+        self._link_words = memoryview(self._links)
+        self._links_address = self._links.ctypes.data
+        self._chain = _chain.address  # compiled before the first token
         self._semaphores = [threading.Semaphore(0) for _ in range(num_threads)]
         self._threads = [
             threading.Thread(
@@ -245,9 +306,101 @@ class Team:
         for thread in self._threads:
             thread.start()
 
-    def run(self, function: int, record: int) -> None:
-        """Run the op at address `function` on all threads; returns when all have finished."""
+    def run(self, function: int, record: int, part: int = OF_EXPERTS) -> None:
+        """Run the op at address `function` on all threads, after those that wait; returns when all
+        have finished."""
+        self._tape = None  # somebody wants to know, and may go on in another way
+        if self._num_links:
+            self._link(function, record, part)
+            self.finish()
+            return
         self._lock.acquire()  # half the price of `with`, and this runs several times per layer
+        try:
+            self._run(function, record)
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def chain(self) -> Iterator[None]:
+        """Within, ops that are given to `queue` may wait until another is run, or until the end. If
+        nothing else was run meanwhile, `again` does the same."""
+        self._chaining, self._tape, self._kept = True, [], None
+        try:
+            yield
+            self.finish()
+            if self._tape:
+                words = [len(self._tape) // 3, *[0] * NUM_TIMED, *self._tape]
+                self._kept = np.array(words, np.int64)
+                self._kept_words = memoryview(self._kept)
+                self._kept_address = self._kept.ctypes.data
+        finally:
+            self._chaining, self._num_links = False, 0  # an error leaves nothing behind
+
+    def again(self) -> None:
+        """Run the last chain's ops again (see `is_known`), with what their records say now."""
+        assert self._kept is not None
+        with self._lock:
+            self._untold = True
+            self._run(self._chain, self._kept_address)
+
+    def finish_batch(self) -> None:
+        """Finish, as what all layers know of the batch changes: once a chain, right after the op
+        that it begins with, or it cannot be run again."""
+        if self._tape is not None and len(self._tape) > 3:
+            self._tape = None
+        self.finish()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all of the last chain's ops can be run again."""
+        return self._kept is not None
+
+    def forget(self) -> None:
+        """Finish, and do not run this chain's ops again, nor the last one's: what they use changes,
+        or will with each token."""
+        self._tape = self._kept = None
+        self.finish()
+
+    def queue(self, function: int, record: int, part: int = OF_EXPERTS) -> None:
+        """Run an op now or, in a chain, later, before others. What it uses must stay as it is until
+        then (see `finish`); `take_seconds` counts its time for `part`."""
+        if not self._chaining:
+            self.run(function, record, part)
+            return
+        if self._tape is not None:
+            self._tape += function, record, part
+        self._link(function, record, part)
+        if self._num_links == MOST_LINKS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Run what waits: to be called before records or memory that it uses are written to."""
+        if not self._num_links:
+            return
+        with self._lock:
+            self._links[0], self._num_links = self._num_links, 0
+            self._untold = True
+            self._run(self._chain, self._links_address)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds that the ops of chains took since the last call, by part; empty if none has."""
+        if not self._untold:
+            return {}
+        self._untold = False
+        seconds = dict.fromkeys(TIMED, 0.0)
+        for words in (self._link_words, self._kept_words):
+            for place, part in enumerate(TIMED, 1):
+                seconds[part] += words[place] / 1e9
+                words[place] = 0
+        return seconds
+
+    def _link(self, function: int, record: int, part: int) -> None:
+        with self._lock:
+            at, words = 1 + NUM_TIMED + 3 * self._num_links, self._link_words
+            words[at], words[at + 1], words[at + 2] = function, record, part
+            self._num_links += 1
+
+    def _run(self, function: int, record: int) -> None:
         finished = False
         start = perf_counter()
         try:
@@ -260,7 +413,6 @@ class Team:
                 self._wake()
                 _finish(self._address)
             self.seconds += perf_counter() - start
-            self._lock.release()
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""

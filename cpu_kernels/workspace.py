@@ -23,7 +23,7 @@ class Workspace:
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
         self.dense: dict[str, np.ndarray] = {}
-        self.version = 0  # changes whenever one of `arrays` is replaced
+        self.version = 0  # changes whenever an array is replaced
         # Whose values are in the arrays of these names: a token's experts have one pair each, in
         # every layer.
         self.starts: np.ndarray | None = None
@@ -59,9 +59,12 @@ class Workspace:
         self.starts, self.pairs = starts, pairs
 
     def reserve_dense(self, num_rows: int, hidden_size: int) -> None:
+        before = self.dense.copy()
         _grow(self.dense, "h", 4 * num_rows * hidden_size)
         _grow(self.dense, "out", 4 * num_rows * hidden_size)
         _grow(self.dense, "scores", 4 * num_rows)
+        if any(self.dense[name] is not before.get(name) for name in self.dense):
+            self.version += 1
 
     @property
     def nbytes(self) -> int:

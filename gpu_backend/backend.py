@@ -6,6 +6,7 @@ so that everything here runs, and is tested, on machines without a GPU.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ class GpuBackend:
     One forward pass at a time. Raises RuntimeError if there is no such device.
     """
 
+    finds_experts = False
+
     def __init__(
         self,
         device: str = "cuda",
@@ -65,6 +68,15 @@ class GpuBackend:
         self._hidden_size = 0
         self._rows: Rows | None = None  # of the latest h
         self._host_h: tuple[torch.Tensor, np.ndarray] | None = None
+
+    def chain(self, num_tokens: int, layers: Any) -> AbstractContextManager[None]:
+        return nullcontext()  # a device puts off everything by itself
+
+    def again(self, layers: Any, table: Any, batch: Any, kv: Any, scale: float = 1.0) -> None:
+        """Never: a device is given each pass anew."""
+
+    def chained_seconds(self) -> dict[str, float]:
+        return {}
 
     @property
     def isa(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ class Cards:
     `names` are for people.
     """
 
+    finds_experts = GpuBackend.finds_experts
+
     def __init__(self, cards: Sequence[GpuBackend], names: Sequence[str]) -> None:
         self.cards = list(cards)
         self.names = list(names)
@@ -31,6 +34,15 @@ class Cards:
         self._owners = [
             card for card, own in zip(self.cards, layers, strict=True) for _ in own
         ]  # fmt: skip
+
+    def chain(self, num_tokens: int, layers: Any) -> AbstractContextManager[None]:
+        return self.cards[0].chain(num_tokens, layers)
+
+    def again(self, layers: Any, table: Any, batch: Any, kv: Any, scale: float = 1.0) -> None:
+        """Never: a device is given each pass anew."""
+
+    def chained_seconds(self) -> dict[str, float]:
+        return self.cards[0].chained_seconds()
 
     def of_layer(self, index: int) -> GpuBackend:
         return self._owners[index]

@@ -5,7 +5,18 @@ import pytest
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from cpu_kernels.team import NUM_COUNTERS, Team, barrier, next_task, op, share
+from cpu_kernels.team import (
+    MOST_LINKS,
+    NUM_COUNTERS,
+    OF_ROUTER,
+    Team,
+    barrier,
+    next_task,
+    op,
+    part_of,
+    parts_of,
+    share,
+)
 
 
 @intrinsic
@@ -53,6 +64,13 @@ def take_tasks(record, thread, num_threads, team):
         while task < num_tasks:
             memory[1 + counter * num_tasks + task] += 1
             task = next_task(team, counter)
+
+
+@op
+def append_digit(record, thread, num_threads, team):
+    """record: a digit, and the address of a number for each thread, which it becomes the end of."""
+    numbers = words(words(record, 2)[1], num_threads)
+    numbers[thread] = 10 * numbers[thread] + words(record, 2)[0]
 
 
 def team_threads():
@@ -155,3 +173,64 @@ def test_an_interrupted_run_leaves_the_team_usable(monkeypatch):
 def test_impossible_teams_are_refused(arguments):
     with pytest.raises(ValueError, match="not"):
         Team(*arguments)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_chained_ops_run_in_order_each_with_all_tasks(num_threads):
+    num_tasks, digits = 100, [1, 2, 3, 4, 5] * 3
+    tasks, numbers = np.zeros(1 + num_tasks * NUM_COUNTERS, np.int64), np.zeros(64, np.int64)
+    tasks[0] = num_tasks
+    records = [np.array([digit, numbers.ctypes.data]) for digit in digits]
+    with Team(num_threads) as team:
+        with team.chain():
+            for record in records:
+                team.queue(take_tasks.address, tasks.ctypes.data)
+                team.queue(append_digit.address, record.ctypes.data, OF_ROUTER)
+            team.run(take_tasks.address, tasks.ctypes.data)
+            assert (tasks[1:] == len(digits) + 1).all()  # what waited has run, too
+            team.queue(take_tasks.address, tasks.ctypes.data)
+        seconds = team.take_seconds()
+    assert (tasks[1:] == len(digits) + 2).all()
+    assert set(numbers[:num_threads].tolist()) == {int("".join(map(str, digits)))}
+    assert {part for part, spent in seconds.items() if spent > 0} == {"router", "experts"}
+    assert team.take_seconds() == {}
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_long_chains_run_as_they_grow(num_threads):
+    memory = np.zeros(64, np.int64)
+    with Team(num_threads) as team, team.chain():
+        for _ in range(5 * MOST_LINKS // 2):
+            team.queue(count_calls.address, memory.ctypes.data)
+        assert memory[0] == 2 * MOST_LINKS
+
+
+def test_a_chain_that_an_error_ends_leaves_nothing_behind():
+    memory = np.zeros(64, np.int64)
+    with Team(2) as team:
+        with pytest.raises(KeyError), team.chain():
+            team.queue(count_calls.address, memory.ctypes.data)
+            raise KeyError
+        team.queue(count_calls.address, memory.ctypes.data)  # out of a chain: at once
+        assert memory[:2].tolist() == [1, 1]
+
+
+def test_what_waits_is_run_before_memory_changes():
+    memory = np.zeros(64, np.int64)
+    with Team(2) as team, team.chain():
+        team.queue(count_calls.address, memory.ctypes.data)
+        assert memory[0] == 0
+        team.finish()
+        assert memory[:2].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
+def test_parts_cover_all_work_and_become_smaller(num_threads):
+    with Team(num_threads) as team:
+        for total in (0, 1, 5, 31, 32, 1000, 12345):
+            num_parts = parts_of(team._address, total)
+            parts = [part_of(team._address, total, i, num_parts) for i in range(num_parts)]
+            assert [i for lo, hi in parts for i in range(lo, hi)] == list(range(total))
+            if total >= 1000 and num_threads > 1:
+                sizes = [hi - lo for lo, hi in parts]
+                assert max(sizes) * num_threads <= total and sizes[-1] * num_parts < total

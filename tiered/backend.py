@@ -12,14 +12,15 @@ Where a model has `layer_norms`, the `norm` of attention, router and output laye
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import psutil
 
 from tiered.config import EngineConfig, ModelConfig
-from tiered.experts import ExpertJobs, ExpertLayout, Routing
+from tiered.experts import ExpertJobs, ExpertLayout, ExpertTable, Routing
 from tiered.gpu.devices import device_names
 from tiered.user_cache import gpu_file, tuning_file
 
@@ -153,6 +154,9 @@ class Backend(Protocol):
     few_rows: int
     """Tokens of a forward pass up to which each gets the bits that it would have alone."""
 
+    finds_experts: bool
+    """Whether there is `routed_experts`."""
+
     name: str
     isa: str  # the instructions its kernels use
     num_threads: int
@@ -221,6 +225,20 @@ class Backend(Protocol):
     def kv_pages(self, config: ModelConfig, num_pages: int, page_size: int, dtype: str) -> Any:
         """KV cache memory for all layers; `dtype` is "f32", "f16" or "int8"."""
 
+    def chain(self, num_tokens: int, layers: Sequence[Any]) -> AbstractContextManager[None]:
+        """Within, a pass of so many tokens through `layers`: what does not return NumPy may be put
+        off until something does, or until the end, if that is quicker. (On a GPU all is.)"""
+
+    def again(
+        self, layers: Sequence[Any], table: Matrix, batch: Batch, kv: Any, scale: float = 1.0
+    ) -> Array | None:
+        """The last chain, if it was for the same `layers` and all in it was put off, with another
+        batch: x after all of it, from `embed` on. None: it must be called for anew."""
+
+    def chained_seconds(self) -> Mapping[str, float]:
+        """Seconds that what was put off has taken since the last call, by part: "attention",
+        "router", "experts", "head"."""
+
     def embed(self, table: Matrix, tokens: np.ndarray, scale: float = 1.0) -> Array:
         """x: rows of the embedding table, times `scale`; starts a new forward pass."""
 
@@ -242,6 +260,12 @@ class Backend(Protocol):
         """Run jobs.experts[i], whose gate, up and down lie at addresses[i] (int64 [num_used, 3]),
         on its pairs; write each pair's result (unweighted) to that row of `out`. `h` has a row for
         each token, or one for each pair."""
+
+    def routed_experts(
+        self, x: Array, router: Any, layer: Any, table: ExpertTable, into: Array
+    ) -> Array:
+        """route, experts and combine of one token, without telling what was chosen: `into` (x, or a
+        branch) += what the experts say. Counts their uses in the `table`. Returns h."""
 
     def weighted(self, h: Array, weights: np.ndarray) -> Array:
         """A row for each pair: weights[t, rank] * h[t]; until the next call."""

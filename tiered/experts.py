@@ -82,6 +82,14 @@ class LayerLayouts(NamedTuple):
         return table
 
 
+class ExpertTable(NamedTuple):
+    """Where all experts of a layer lie, and how often each was used. These arrays stay what they
+    are for as long as the model is used."""
+
+    addresses: np.ndarray  # int64 [num_experts, 3]: of gate, up and down
+    uses: np.ndarray  # int64 [num_experts], counted by whoever uses them
+
+
 def aligned(nbytes: int, alignment: int = BLOB_ALIGNMENT) -> int:
     return -(-nbytes // alignment) * alignment
 

@@ -175,11 +175,19 @@ class Generation:
 
     def _decode(self, sequence: kv_cache.Sequence, tokens: Sequence[int]) -> np.ndarray:
         """Logits after each of a few tokens, float32 [len(tokens), vocab_size]."""
+        begin, other = perf_counter(), self._seconds_elsewhere
         self.governors.begin()
         logits = self._forward(sequence, tokens, np.arange(len(tokens)))
         if len(tokens) == 1:  # they compare steps that are alike
             self.governors.end()
+        elsewhere = self._seconds_elsewhere - other
+        self.counted.decode_python += perf_counter() - begin - elsewhere
         return logits
+
+    @property
+    def _seconds_elsewhere(self) -> float:
+        """Spent in arithmetic and waiting for experts, so far."""
+        return self.decoder.backend.seconds + self.decoder.clock.seconds["waiting"]
 
     def _chunks(self, ids: Sequence[int]) -> list[Sequence[int]]:
         size = self.choices.prefill_chunk

@@ -15,7 +15,14 @@ import numpy as np
 from tiered.backend import Array, Backend, Batch
 from tiered.clock import PartClock
 from tiered.config import ModelConfig
-from tiered.experts import ExpertJobs, Routing, group_by_expert, group_kept, weighted_once
+from tiered.experts import (
+    ExpertJobs,
+    ExpertTable,
+    Routing,
+    group_by_expert,
+    group_kept,
+    weighted_once,
+)
 from tiered.routing import RoutingRules
 from tiered.tracing.trace import DECODE, PREFILL
 
@@ -32,6 +39,10 @@ class ExpertSource(Protocol):
         """Yield, as they become ready, positions in `experts` and the addresses of their gate,
         up and down (int64 [count, 3]); these stay valid until the next is asked for. `starts` (as
         in ExpertJobs) says how many rows each has, for those who decide where it runs."""
+
+    def table(self, layer: int) -> ExpertTable | None:
+        """Where all experts of a layer lie, if they are in memory for good and it is enough to know
+        afterwards how often each was used."""
 
 
 class LookAhead(Protocol):
@@ -90,6 +101,7 @@ class Decoder:
         cold_copy: ColdCopy | None = None,
     ) -> None:
         self.config = config
+        self.sparse_layers = config.sparse_layers
         self.backend = backend
         self.embedding = embedding
         self.layers = layers
@@ -99,7 +111,8 @@ class Decoder:
         self.rules = rules
         self.cold_copy = cold_copy
         self.trace: RoutingRecorder | None = None
-        self.clock = PartClock("attention", "router", "experts", "waiting", "head")
+        parts = "attention", "router", "experts", "waiting", "head"
+        self.clock = PartClock(*parts, known=backend.chained_seconds)
 
     def forward(self, batch: Batch, kv: Any, rows: np.ndarray, output: Any = None) -> np.ndarray:
         """Logits after the tokens at `rows` of the batch: float32 [len(rows), vocab_size]; or what
@@ -113,12 +126,28 @@ class Decoder:
             self.trace.begin(PREFILL if len(batch.tokens) > 1 else DECODE)
         if self.rules is not None:
             self.rules.begin(len(batch.tokens))
+        x = self.again(batch, kv)
+        if x is not None:
+            return x
         b = self.backend.of_layer(0)
-        # [num_tokens, hidden_size]
-        x = b.embed(self.embedding, batch.tokens, self.config.embedding_scale)
-        for index in range(len(self.layers)):
-            x = self.backend.of_layer(index).take(x)  # to the next GPU, where there are several
-            self.layer(x, index, batch, kv)
+        with self.backend.chain(len(batch.tokens), self.layers):
+            # [num_tokens, hidden_size]
+            x = b.embed(self.embedding, batch.tokens, self.config.embedding_scale)
+            for index in range(len(self.layers)):
+                x = self.backend.of_layer(index).take(x)  # to the next GPU, where there are several
+                self.layer(x, index, batch, kv)
+        self.clock.lap("experts")
+        return x
+
+    def again(self, batch: Batch, kv: Any) -> Array | None:
+        """What `hidden` does, if it is the same calls as for the token before."""
+        sparse = self.sparse_layers
+        if len(batch.tokens) != 1 or (sparse and self.table(sparse[0]) is None):
+            return None
+        scale = self.config.embedding_scale
+        x = self.backend.again(self.layers, self.embedding, batch, kv, scale)
+        if x is not None:
+            self.clock.lap("experts")
         return x
 
     def layer(self, x: Array, index: int, batch: Batch, kv: Any) -> None:
@@ -142,6 +171,36 @@ class Decoder:
 
     def experts(self, x: Array, index: int, batch: Batch) -> None:
         """Route, look ahead, fetch, run, combine: x += experts(norm(x))."""
+        b, layer, into, dense = self.backend.of_layer(index), self.layers[index], x, None
+        if layer.merge is not None:
+            dense, into = b.branches(x)
+        table = self.table(index) if len(batch.tokens) == 1 else None
+        if table is not None:
+            h = b.routed_experts(x, layer.router, layer.experts, table, into)
+        else:
+            h = self.fetched_experts(x, index, batch, into)
+        if layer.merge is not None:
+            b.feed_forward(x, None, layer.shared, dense)
+            b.merge(x, dense, into, layer.merge)
+        elif layer.shared is not None:
+            b.feed_forward(x, h, layer.shared)
+        self.clock.lap("experts")
+
+    def table(self, index: int) -> ExpertTable | None:
+        """Where the layer's experts lie, if only the backend has to know which are chosen."""
+        if (
+            self.rules is not None
+            or self.look_ahead is not None
+            or self.cold_copy is not None
+            or self.trace is not None
+            or self.config.weighted_inputs
+            or not self.backend.finds_experts
+        ):
+            return None
+        return self.source.table(index) if self.source is not None else None
+
+    def fetched_experts(self, x: Array, index: int, batch: Batch, into: Array) -> Array:
+        """into += experts(norm(x)), which are fetched as the router chooses; norm(x)."""
         b, clock, layer = self.backend.of_layer(index), self.clock, self.layers[index]
         h, routing = b.route(x, layer.router)  # [num_tokens, hidden_size]
         clock.lap("router")
@@ -176,18 +235,10 @@ class Decoder:
                 clock.lap("waiting")
                 b.experts(given, cold_layer, addresses, cold, out)
                 clock.lap("experts")
-        if layer.merge is None:
-            b.combine(x, out, weights)
-            if layer.shared is not None:
-                b.feed_forward(x, h, layer.shared)
-        else:
-            dense, routed = b.branches(x)
-            b.combine(routed, out, weights)
-            b.feed_forward(x, None, layer.shared, dense)
-            b.merge(x, dense, routed, layer.merge)
-        clock.lap("experts")
+        b.combine(into, out, weights)
         if self.trace is not None:
             self.trace.record(index, batch.positions, routing)
+        return h
 
     def guess(self, x: Array, h: Array, index: int) -> None:
         """Apply the routers of layers ahead to this layer's hidden state."""

@@ -13,7 +13,7 @@ from tiered import policies
 from tiered.budget import MemoryPlan
 from tiered.cache.floors import check_budget
 from tiered.config import EngineConfig
-from tiered.experts import ExpertKey
+from tiered.experts import ExpertKey, ExpertTable
 from tiered.fetch import Group
 from tiered.slots import RamMemory
 from tiered.stats import EngineStats
@@ -31,21 +31,30 @@ class MappedExperts:
     """
 
     def __init__(self, store: ExpertStore) -> None:
-        self.hits = 0
+        config = store.checkpoint.config
         self.journal: Journal | None = None
-        self._addresses = {
-            layer: store.address_table(layer)  # int64 [num_experts, 3]
-            for layer in store.checkpoint.config.sparse_layers
+        self.uses = np.zeros((config.num_layers, config.num_experts), np.int64)
+        self._tables = {
+            layer: ExpertTable(store.address_table(layer), self.uses[layer])
+            for layer in config.sparse_layers
         }
+
+    @property
+    def hits(self) -> int:
+        return int(self.uses.sum())
 
     def fetch(
         self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
     ) -> Iterator[tuple[Any, np.ndarray]]:
-        self.hits += len(experts)
+        addresses, uses = self._tables[layer]
+        uses[experts] += 1
         if self.journal is not None:
             keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
             self.journal.fetched(keys, [True] * len(keys))
-        yield range(len(experts)), self._addresses[layer].take(experts, 0)
+        yield range(len(experts)), addresses.take(experts, 0)
+
+    def table(self, layer: int) -> ExpertTable | None:
+        return self._tables[layer] if self.journal is None else None
 
 
 class TieredExperts:
@@ -67,6 +76,9 @@ class TieredExperts:
         keys = [of_layer[expert] for expert in experts.tolist()]
         with self.tier.fetch(keys) as groups:
             yield from self.addressed(groups, layer, experts)
+
+    def table(self, layer: int) -> None:
+        """The tier must know which are used: others may be evicted."""
 
     def addressed(
         self, groups: Iterable[Group], layer: int, experts: np.ndarray

@@ -18,6 +18,7 @@ class EngineStats:
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    decode_python: float = 0.0  # of these, what was neither the CPU's arithmetic nor waiting
     hits: int = 0
     misses: int = 0
     prefetches: int = 0

@@ -61,7 +61,8 @@ def command(
     results.print(
         f"decode reads {report['weights_gb_per_token']:.3f} GB of weights a token: "
         f"{report['decode_gb_s']:.1f} GB/s, {report['of_bandwidth']:.0%} of this machine's "
-        f"{report['bandwidth_gb_s']:.1f} GB/s"
+        f"{report['bandwidth_gb_s']:.1f} GB/s; Python takes {report['python_us_per_layer']:.0f} us "
+        "a layer"
     )
     if report["misses"]:
         results.print(

@@ -211,6 +211,9 @@ class ExpertsOfCards:
     ) -> Iterator[Group]:
         return self.sources[layer].fetch(layer, experts, starts)
 
+    def table(self, layer: int) -> None:
+        """The tiers must know which are used."""
+
     @property
     def hits(self) -> int:
         return sum(card.hits for card in self.cards)

@@ -70,6 +70,7 @@ def bench_model(engine: Engine, prefill: int, decode: int, runs: int = 1) -> dic
     threads = engine.backend.num_threads
     bandwidth = read_bandwidth(threads)
     per_token = weights_per_token(engine, stats.dropped_share)
+    steps = (stats.new_tokens - runs) * engine.config.num_layers
     return {
         "tiered": __version__,
         "model": str(engine.checkpoint.path),
@@ -85,6 +86,7 @@ def bench_model(engine: Engine, prefill: int, decode: int, runs: int = 1) -> dic
         "decode_gb_s": per_token * speed.decode_tok_s / 1e9,
         "bandwidth_gb_s": bandwidth / 1e9,
         "of_bandwidth": per_token * speed.decode_tok_s / bandwidth,
+        "python_us_per_layer": 1e6 * stats.decode_python / max(1, steps),
         "hit_rate": stats.hit_rate,
         "misses": stats.misses,
         "dropped": stats.dropped_share,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,9 +37,18 @@ class Listener:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
+    finds_experts = False  # it wants to hear what is chosen
+
     def of_layer(self, index: int) -> Any:
         """This one hears every layer."""
         return self
+
+    def chain(self, num_tokens: int, layers: Any) -> AbstractContextManager[None]:
+        """It looks into arrays between two calls, so nothing is put off."""
+        return nullcontext()
+
+    def again(self, *_: Any) -> None:
+        """No pass is done without being heard."""
 
 
 class LayerTap(Listener):

@@ -42,6 +42,9 @@ class LayerExperts:
     ) -> Iterator[tuple[Any, np.ndarray]]:
         yield range(len(experts)), self.addresses[experts]
 
+    def table(self, layer: int) -> None:
+        """It is for one layer, of many tokens."""
+
 
 class Layouts:
     """The layouts of one layer's experts, in the place of a store's."""

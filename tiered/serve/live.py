@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from tiered.experts import ExpertKey
+from tiered.experts import ExpertKey, ExpertTable
 from tiered.kv_cache import PAGE_SIZE
 from tiered.model import ExpertSource
 from tiered.serve.scheduler import Scheduler
-from tiered.source import TieredExperts
+from tiered.source import MappedExperts, TieredExperts
 
 if TYPE_CHECKING:
     from tiered.engine import Engine
@@ -32,19 +32,24 @@ class WatchedExperts:
     def __init__(self, source: ExpertSource, num_layers: int, num_experts: int) -> None:
         self.source = source
         self.tier = source.tier if isinstance(source, TieredExperts) else None
-        self.hits = np.zeros((num_layers, num_experts), np.int64)
-        self.misses = np.zeros((num_layers, num_experts), np.int64)
+        self.hits, self.misses = np.zeros((2, num_layers, num_experts), np.int64)
+        self._counts_itself = isinstance(source, MappedExperts)
+        if isinstance(source, MappedExperts):
+            self.hits = source.uses
 
     def fetch(
         self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
     ) -> Iterator[tuple[Any, np.ndarray]]:
-        if self.tier is None:
-            self.hits[layer, experts] += 1
-        else:
+        if self.tier is not None:
             there = [ExpertKey(layer, expert) in self.tier for expert in experts.tolist()]
             self.hits[layer, experts] += there
             self.misses[layer, experts] += np.logical_not(there)
+        elif not self._counts_itself:
+            self.hits[layer, experts] += 1
         return self.source.fetch(layer, experts, starts)
+
+    def table(self, layer: int) -> ExpertTable | None:
+        return self.source.table(layer)
 
 
 class Live:

@@ -1,0 +1,102 @@
+"""Decoding when nobody has to know what routers choose: the same bits as when somebody does."""
+
+import golden
+import numpy as np
+import pytest
+import tiny
+
+from tiered import Engine
+from tiered.generation import log_softmax
+
+# Experts of HF folders, which cannot be mapped: interleaved or transposed.
+NOT_MAPPED = "gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe"
+
+
+class Listener:
+    """A recorder of routing that keeps nothing: it is enough that it would like to know."""
+
+    def begin(self, phase):
+        pass
+
+    def record(self, layer, positions, routing):
+        pass
+
+
+def open_engine(path, **choices):
+    return Engine(path, quantize="none", context=256, kv_tokens=512, **choices)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("model_type", tiny.ARCHITECTURES)
+def test_chained_and_unchained_passes_are_the_same_bits(model_type, threads, tmp_path):
+    if model_type in NOT_MAPPED:
+        path = tiny.gguf_checkpoint(tmp_path / "model.gguf", model_type, "f32", seed=7)
+    else:
+        path = golden.checkpoint(tmp_path / "model", model_type)
+    answer = [5, 3, 9, 9, 1, 2, 7, 4]
+    with open_engine(path, threads=threads) as engine:
+        assert engine.plan.mapped or engine.source is None
+        got, hits = engine.score_tokens(golden.PROMPT, answer), engine.stats.hits
+        engine.decoder.trace = Listener()
+        expected = engine.score_tokens(golden.PROMPT, answer)
+        assert engine.stats.hits == 2 * hits
+    assert np.array_equal(got, expected)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    with open_engine(golden.checkpoint(tmp_path / "model", "olmoe"), threads=2) as engine:
+        yield engine
+
+
+def test_a_known_pass_is_run_again_whatever_came_between(engine):
+    """Texts in turn, prompts and pages in between: each goes on as if it were alone."""
+    answers = [5, 3, 9, 9, 1, 2], [8, 8, 2, 30, 4, 6]
+    prompts = golden.PROMPT, golden.PROMPT[:3]
+    alone = [engine.score_tokens(*text) for text in zip(prompts, answers, strict=True)]
+    g, known = engine.generation, 0
+    sequences = [g.kv.open() for _ in prompts]
+    logits = [g.begin(*text) for text in zip(sequences, prompts, strict=True)]
+    got = [[], []]
+    for step in range(len(answers[0])):
+        for text in (0, 1):
+            token = answers[text][step]
+            got[text].append(log_softmax(logits[text])[token])
+            logits[text] = g._decode(sequences[text], [token])[0]
+            known += engine.backend._team.is_known
+        if step == 3:
+            engine.logits(golden.PROMPT)
+    assert known > 5
+    assert np.array_equal(np.float32(got), alone)
+    for sequence in sequences:
+        g.kv.close(sequence)
+
+
+def test_other_layers_are_not_mistaken_for_the_known_ones(engine):
+    answer = [5, 3, 9, 9, 1, 2]
+    before = engine.score_tokens(golden.PROMPT, answer)
+    assert engine.backend._team.is_known
+    layers = engine.decoder.layers
+    engine.decoder.layers = layers[:1]
+    one = engine.score_tokens(golden.PROMPT, answer)
+    engine.decoder.layers = layers
+    assert not np.array_equal(one, before)
+    assert np.array_equal(engine.score_tokens(golden.PROMPT, answer), before)
+
+
+def test_time_is_counted_for_the_parts_that_took_it(engine):
+    engine.score_tokens(golden.PROMPT, [5] * 50)
+    parts = engine.stats.parts
+    names = "attention", "router", "experts", "head"
+    assert all(parts[name] > 0 for name in names)
+    assert sum(parts[name] for name in names) >= engine.backend.seconds * 0.999
+
+
+def test_a_router_of_no_numbers_leads_to_an_error(engine):
+    """Not to experts that are not there."""
+    for layer in engine.decoder.layers:
+        layer.router.norm["norm"] = np.full(engine.config.hidden_size, np.nan, np.float32)
+    batch = engine.kv.batch([(engine.kv.open(), [5])])
+    for _ in range(3):
+        x = engine.decoder.hidden(batch, engine.kv.pages)
+        assert np.isnan(engine.decoder.head(x, np.array([0]))).all()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import cycle
 from mmap import mmap
 from random import Random
@@ -28,41 +27,81 @@ REPEATS = 24  # tokens timed for each number of experts
 READS = 48  # experts read to measure the disk
 
 
-def calibrate(engine: Engine, model: ModelSizes, context: int) -> Hardware:
-    """This machine as this model sees it, after `context` tokens. The engine must hold all experts.
+class Parts(defaultdict[str, list[float]]):
+    """Seconds of each part, by name, of many tokens."""
 
-    Efficiencies are relative to the bandwidth of plain reads; above 1 for what stays in caches.
+    def __init__(self) -> None:
+        super().__init__(list)
+
+
+class Calibration:
+    """What one model's operations cost on this machine, from as many measurements as there were.
+
+    Other programs can only make something slower, so the quicker quarter of all counts. Costs are
+    told as efficiencies, relative to the bandwidth of plain reads; above 1 for what stays in
+    caches.
     """
-    from cpu_kernels.bandwidth import read_bandwidth
 
-    threads = engine.backend.num_threads
-    bandwidth = read_bandwidth(threads)
-    touch_all(engine)
-    text = engine.kv.open()
-    try:
-        prompt = [Random(i).randrange(engine.config.vocab_size) for i in range(context)]
-        engine.decoder.forward(engine.kv.batch([(text, prompt)]), engine.kv.pages, np.array([0]))
-        few, all_ = (_parts(engine, text, count) for count in (1, engine.config.top_k))
-        disk = read_speed(engine)
-        disk = replace(disk, busy_efficiency=_busy_share(engine, text, disk))
-    finally:
-        engine.kv.close(text)
-    blobs = sum(model.experts)
-    top_k, sparse = engine.config.top_k, len(engine.config.sparse_layers)
-    per_byte = max(0.5 * all_["experts"] / (top_k * blobs), 1e-15)
-    if top_k > 1:
-        per_byte = max(per_byte, (all_["experts"] - few["experts"]) / ((top_k - 1) * blobs))
-    fixed = max(0.0, all_["experts"] - per_byte * top_k * blobs)  # combining, starting, Python
-    dense = sum(model.attention) + sum(model.shared) + model.kv(context)
-    host = Host(
-        ram=engine.plan.limit, bandwidth=bandwidth / GB, cores=threads, compute=1.0,
-        efficiency=1 / per_byte / bandwidth,
-        attention_efficiency=dense / (all_["attention"] + all_["shared"]) / bandwidth,
-        head_efficiency=model.head / all_["head"] / bandwidth,
-        wake=fixed / sparse * 1e6,
-        overhead=all_["router"] / model.num_layers * 1e6,
-    )  # fmt: skip
-    return Hardware("this machine", f"this machine, {threads} threads", host, disk)
+    def __init__(self, model: ModelSizes, context: int) -> None:
+        self.model, self.context = model, context
+        self._few, self._all = Parts(), Parts()
+        self._rates: list[float] = []  # of the disk, bytes per second
+        self._latencies: list[float] = []
+        self._busy_shares: list[float] = []
+        self._bandwidth = 0.0  # of plain reads: the unit of efficiencies
+        self._threads = self._ram = 0
+
+    def measure(self, engine: Engine) -> None:
+        """Once more, after `context` tokens. The engine must hold all experts."""
+        from cpu_kernels.bandwidth import read_bandwidth
+
+        self._threads, self._ram = engine.backend.num_threads, engine.plan.limit
+        if not self._bandwidth:
+            self._bandwidth = read_bandwidth(self._threads)
+        touch_all(engine)
+        text = engine.kv.open()
+        try:
+            size = engine.config.vocab_size
+            prompt = [Random(i).randrange(size) for i in range(self.context)]
+            batch = engine.kv.batch([(text, prompt)])
+            engine.decoder.forward(batch, engine.kv.pages, np.array([0]))
+            _add_parts(engine, text, 1, self._few)
+            _add_parts(engine, text, engine.config.top_k, self._all)
+            rate, latency = read_speed(engine)
+            self._rates.append(rate)
+            self._latencies.append(latency)
+            self._busy_shares.append(_busy_share(engine, text, rate))
+        finally:
+            engine.kv.close(text)
+
+    def hardware(self) -> Hardware:
+        """This machine as this model sees it."""
+        model, bandwidth = self.model, self._bandwidth
+        few, all_ = (
+            {name: float(np.percentile(times, 25)) for name, times in parts.items()}
+            for parts in (self._few, self._all)
+        )
+        blobs = sum(model.experts)
+        top_k, sparse = model.top_k, sum(map(bool, model.experts))
+        per_byte = max(0.5 * all_["experts"] / (top_k * blobs), 1e-15)
+        if top_k > 1:
+            per_byte = max(per_byte, (all_["experts"] - few["experts"]) / ((top_k - 1) * blobs))
+        fixed = max(0.0, all_["experts"] - per_byte * top_k * blobs)  # combining, Python
+        dense = sum(model.attention) + sum(model.shared) + model.kv(self.context)
+        host = Host(
+            ram=self._ram, bandwidth=bandwidth / GB, cores=self._threads, compute=1.0,
+            efficiency=1 / per_byte / bandwidth,
+            attention_efficiency=dense / (all_["attention"] + all_["shared"]) / bandwidth,
+            head_efficiency=model.head / all_["head"] / bandwidth,
+            wake=fixed / sparse * 1e6,
+            overhead=all_["router"] / model.num_layers * 1e6,
+        )  # fmt: skip
+        disk = Disk(
+            float(np.percentile(self._rates, 75)) / GB,
+            float(np.percentile(self._latencies, 25)) * 1e6,
+            float(np.median(self._busy_shares)),
+        )
+        return Hardware("this machine", f"this machine, {self._threads} threads", host, disk)
 
 
 def touch_all(engine: Engine) -> None:
@@ -77,17 +116,14 @@ def touch_all(engine: Engine) -> None:
             engine.checkpoint.view(tensor)[::4096].max(initial=0)
 
 
-def _parts(engine: Engine, text: Text, count: int) -> dict[str, float]:
-    """Seconds of a token's parts, with `count` random experts in each layer: the quicker quarter's,
-    because other programs can only make it slower."""
+def _add_parts(engine: Engine, text: Text, count: int, times: Parts) -> None:
+    """Seconds of tokens' parts, with `count` random experts in each layer."""
     random = np.random.default_rng(count)
-    times: defaultdict[str, list[float]] = defaultdict(list)
     length = len(text.tokens)
     for _ in range(REPEATS):
         for name, seconds in _token(engine, text, count, random).items():
             times[name].append(seconds)
         engine.kv.truncate(text, length)
-    return {name: float(np.percentile(values, 25)) for name, values in times.items()}
 
 
 def _token(engine: Engine, text: Text, count: int, random: np.random.Generator) -> dict[str, float]:
@@ -160,8 +196,8 @@ def _reads(engine: Engine) -> Reads:
     return Reads(engine.store, engine.config.sparse_layers, engine.choices.readers)
 
 
-def read_speed(engine: Engine) -> Disk:
-    """Experts read one at a time for the latency, then by all of a tier's threads."""
+def read_speed(engine: Engine) -> tuple[float, float]:
+    """Bytes per second of all of a tier's threads, and seconds of latency of one."""
     reads = _reads(engine)
     start = perf_counter()
     for key in reads.keys[:8]:
@@ -173,10 +209,10 @@ def read_speed(engine: Engine) -> Disk:
             future.result()
     rate = sum(reads.done) / (perf_counter() - start)
     each = sum(reads.done) / READS
-    return Disk(rate / GB, max(0.0, alone - each / rate) * 1e6)
+    return rate, max(0.0, alone - each / rate)
 
 
-def _busy_share(engine: Engine, text: Text, disk: Disk) -> float:
+def _busy_share(engine: Engine, text: Text, alone: float) -> float:
     """The share of the disk's speed that is left while this model's tokens are computed."""
     reads, length = _reads(engine), len(text.tokens)
     random = np.random.default_rng(0)
@@ -193,4 +229,4 @@ def _busy_share(engine: Engine, text: Text, disk: Disk) -> float:
             reads.stopped = True
         for future in futures:
             future.result()
-    return min(1.0, max(0.05, rate / (disk.bandwidth * GB)))
+    return min(1.0, max(0.05, rate / alone))

@@ -147,10 +147,13 @@ class Chooser:
         best = min(scores, key=scores.__getitem__)
         if scores[best] < now:
             self.plan = best
-            fixed = best.cached and best.keep == "never"
-            self.target = self.shadows[best].simulation.on_gpu() if fixed else []
+            stays = best.cached and best.keep in ("never", "recent")
+            self.target = self.shadows[best].simulation.on_gpu() if stays else []
             self._mirror.simulation.follow(self.plan, self.target)
             self.num_switches += 1
+        elif self.target and self.plan.keep == "recent":  # it had the time to get there
+            self.target = []
+            self._mirror.simulation.follow(self.plan)
         for plan, value in self._correction.items():  # what was found out long ago may have changed
             if plan != self.plan:
                 self._correction[plan] = value + 0.02 * (usual - value)

@@ -12,19 +12,25 @@ from itertools import cycle
 from mmap import mmap
 from random import Random
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 
+from tiered import policies
 from tiered.engine import Engine
 from tiered.experts import ExpertKey, Routing, aligned, group_by_expert
 from tiered.kv_cache import Sequence as Text
 from tiered.planning.hardware import GB, Disk, Hardware, Host
 from tiered.planning.sizes import ModelSizes
 from tiered.reader import BLOCK
+from tiered.slots import RamMemory
+from tiered.source import TieredExperts
 from tiered.store import ExpertStore
+from tiered.tier import Tier
 
 REPEATS = 24  # tokens timed for each number of experts
 READS = 48  # experts read to measure the disk
+FETCHES = 24  # by a tier, of each kind
 
 
 class Parts(defaultdict[str, list[float]]):
@@ -45,9 +51,10 @@ class Calibration:
     def __init__(self, model: ModelSizes, context: int) -> None:
         self.model, self.context = model, context
         self._few, self._all = Parts(), Parts()
-        self._rates: list[float] = []  # of the disk, bytes per second
-        self._latencies: list[float] = []
-        self._busy_shares: list[float] = []
+        self._fetches: list[TierTimes] = []
+        self._mapped: list[float] = []  # seconds of a fetch without a tier
+        self._disk_shares: list[float] = []  # of its speed, while tokens are computed
+        self._reading: list[float] = []  # seconds of tokens while the disk is read
         self._bandwidth = 0.0  # of plain reads: the unit of efficiencies
         self._threads = self._ram = 0
 
@@ -67,15 +74,17 @@ class Calibration:
             engine.decoder.forward(batch, engine.kv.pages, np.array([0]))
             _add_parts(engine, text, 1, self._few)
             _add_parts(engine, text, engine.config.top_k, self._all)
-            rate, latency = read_speed(engine)
-            self._rates.append(rate)
-            self._latencies.append(latency)
-            self._busy_shares.append(_busy_share(engine, text, rate))
+            self._fetches.append(tier_times(engine))
+            self._mapped.append(mapped_seconds(engine))
+            alone = _alone(engine)
+            rate, seconds = _competing(engine, text)
+            self._disk_shares.append(rate / alone)
+            self._reading += seconds
         finally:
             engine.kv.close(text)
 
-    def hardware(self) -> Hardware:
-        """This machine as this model sees it."""
+    def hardware(self, mapped: bool) -> Hardware:
+        """This machine as this model sees it; `mapped`: without a tier."""
         model, bandwidth = self.model, self._bandwidth
         few, all_ = (
             {name: float(np.percentile(times, 25)) for name, times in parts.items()}
@@ -88,19 +97,24 @@ class Calibration:
             per_byte = max(per_byte, (all_["experts"] - few["experts"]) / ((top_k - 1) * blobs))
         fixed = max(0.0, all_["experts"] - per_byte * top_k * blobs)  # combining, Python
         dense = sum(model.attention) + sum(model.shared) + model.kv(self.context)
+        fetch = TierTimes(*np.percentile(self._fetches, 25, axis=0).tolist())
+        nbytes = blobs / sparse
+        per_read = max((fetch.all_ - fetch.one) / max(1, top_k - 1), 0.05 * fetch.one)
+        disk = Disk(
+            nbytes / per_read / GB,
+            max(0.0, fetch.one - per_read) * 1e6,
+            min(1.0, max(0.05, float(np.median(self._disk_shares)))),
+            min(1.0, sum(all_.values()) / float(np.percentile(self._reading, 25))),
+        )
+        tier = 0.0 if mapped else max(0.0, fetch.hit - float(np.percentile(self._mapped, 25)))
         host = Host(
             ram=self._ram, bandwidth=bandwidth / GB, cores=self._threads, compute=1.0,
             efficiency=1 / per_byte / bandwidth,
             attention_efficiency=dense / (all_["attention"] + all_["shared"]) / bandwidth,
             head_efficiency=model.head / all_["head"] / bandwidth,
             wake=fixed / sparse * 1e6,
-            overhead=all_["router"] / model.num_layers * 1e6,
+            overhead=(all_["router"] / model.num_layers + tier) * 1e6,
         )  # fmt: skip
-        disk = Disk(
-            float(np.percentile(self._rates, 75)) / GB,
-            float(np.percentile(self._latencies, 25)) * 1e6,
-            float(np.median(self._busy_shares)),
-        )
         return Hardware("this machine", f"this machine, {self._threads} threads", host, disk)
 
 
@@ -196,37 +210,81 @@ def _reads(engine: Engine) -> Reads:
     return Reads(engine.store, engine.config.sparse_layers, engine.choices.readers)
 
 
-def read_speed(engine: Engine) -> tuple[float, float]:
-    """Bytes per second of all of a tier's threads, and seconds of latency of one."""
-    reads = _reads(engine)
-    start = perf_counter()
-    for key in reads.keys[:8]:
-        reads.store.read_into(key, reads.slots[0])
-    alone = (perf_counter() - start) / 8
-    start = perf_counter()
-    with ThreadPoolExecutor(reads.readers) as pool:
-        for future in [pool.submit(reads.run, worker) for worker in range(reads.readers)]:
-            future.result()
-    rate = sum(reads.done) / (perf_counter() - start)
-    each = sum(reads.done) / READS
-    return rate, max(0.0, alone - each / rate)
+class TierTimes(NamedTuple):
+    """Seconds of a layer's fetch from a tier: of what is there, of one expert that is not, and of
+    `top_k` that are not."""
+
+    hit: float
+    one: float
+    all_: float
 
 
-def _busy_share(engine: Engine, text: Text, alone: float) -> float:
-    """The share of the disk's speed that is left while this model's tokens are computed."""
+def tier_times(engine: Engine) -> TierTimes:
+    """Measured with a tier that has room for one fetch only."""
+    store, config = engine.store, engine.config
+    assert store is not None
+    below = engine.blocks or store
+    count = config.top_k
+    space = below.space(count * max(below.blob_bytes))
+    random = np.random.default_rng(0)
+    policy = policies.create("lru", space)
+    with Tier(RamMemory(space), below, policy, engine.choices.readers) as tier:
+        source = TieredExperts(tier, below.offsets)
+
+        def seconds(experts: np.ndarray, layer: int) -> float:
+            start = perf_counter()
+            for _ in source.fetch(layer, experts):
+                pass
+            return perf_counter() - start
+
+        hits, ones, alls = [], [], []
+        for index in range(FETCHES):
+            layer = config.sparse_layers[index % len(config.sparse_layers)]
+            experts = random.permutation(config.num_experts).astype(np.int32)
+            alls.append(seconds(experts[:count], layer))
+            hits.append(seconds(experts[:count], layer))
+            ones.append(seconds(experts[count : count + 1], layer))
+    return TierTimes(*(float(np.percentile(times, 25)) for times in (hits, ones, alls)))
+
+
+def mapped_seconds(engine: Engine) -> float:
+    """Of the fetch of a layer from an engine that has all of it."""
+    experts = np.arange(engine.config.top_k, dtype=np.int32)
+    times = []
+    for layer in engine.config.sparse_layers:
+        start = perf_counter()
+        for _ in engine.source.fetch(layer, experts):  # type: ignore[union-attr]
+            pass
+        times.append(perf_counter() - start)
+    return float(np.percentile(times, 25))
+
+
+def _competing(engine: Engine, text: Text) -> tuple[float, list[float]]:
+    """Bytes per second of readers while this model's tokens are computed, and the seconds of each
+    of these tokens."""
     reads, length = _reads(engine), len(text.tokens)
     random = np.random.default_rng(0)
+    seconds = []
     with ThreadPoolExecutor(reads.readers) as pool:
         futures = [pool.submit(reads.run, worker, True) for worker in range(reads.readers)]
         start = perf_counter()
         try:
-            for _ in range(REPEATS // 4):
-                _token(engine, text, engine.config.top_k, random)
+            for _ in range(REPEATS // 2):
+                seconds.append(sum(_token(engine, text, engine.config.top_k, random).values()))
                 engine.kv.truncate(text, length)
         finally:
-            seconds = perf_counter() - start
-            rate = sum(reads.done) / seconds
+            rate = sum(reads.done) / (perf_counter() - start)
             reads.stopped = True
         for future in futures:
             future.result()
-    return min(1.0, max(0.05, rate / alone))
+    return rate, seconds
+
+
+def _alone(engine: Engine) -> float:
+    """Bytes per second of readers while nothing is computed."""
+    reads = _reads(engine)
+    start = perf_counter()
+    with ThreadPoolExecutor(reads.readers) as pool:
+        for future in [pool.submit(reads.run, worker) for worker in range(reads.readers)]:
+            future.result()
+    return sum(reads.done) / (perf_counter() - start)

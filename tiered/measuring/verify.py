@@ -119,7 +119,7 @@ def verify(
             with Engine(path, **choices) as engine:
                 calibration.measure(engine)
             done.append(_run(path, prompt, num_tokens, limit, choices))
-        hardware = calibration.hardware()
+        hardware = calibration.hardware(done[0].mapped)
         guess = _forecast(model, hardware, budget, done[0].mapped, routed, choices)
         found.append(_compare(share, budget, guess, done))
     return Verification(model, hardware, tuple(found))

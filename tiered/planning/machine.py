@@ -28,6 +28,7 @@ class Rates:
     disk_latency: float
     wake: float
     disk_busy: float = 1.0  # share of reading that goes on while the processor computes
+    cpu_reading: float = 1.0  # share of computing that goes on while the disk is read
     overhead: float = 0.0  # of control, for each layer without a GPU
     gpu: float = 0.0
     link: float = 0.0
@@ -49,6 +50,7 @@ class Rates:
             "disk": disk.bandwidth * GB,
             "disk_latency": disk.latency * MICRO,
             "disk_busy": disk.busy_efficiency,
+            "cpu_reading": disk.host_efficiency,
             "wake": host.wake * MICRO,
             "overhead": host.overhead * MICRO,
         }
@@ -157,6 +159,9 @@ class Machine:
                 nbytes += work[at][1]
                 at += 1
             end = self.cpu_end(nbytes, begin + self.rates.wake)
+            if at < len(work) and self.rates.cpu_reading < 1:
+                share, reading = self.rates.cpu_reading, work[-1][0] + late - begin
+                end += (1 - share) * min(reading, (end - begin) / share)
             busy += end - begin
             if at < len(work) and self.rates.disk_busy < 1:
                 share, left = self.rates.disk_busy, work[-1][0] + late - begin

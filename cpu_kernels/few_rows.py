@@ -185,9 +185,7 @@ def _total(k: Emitter, sums: Value, rows: int, offset_factor: float) -> Value:
     return totals[0]
 
 
-def _prefetch(
-    k: Emitter, rows: list[Value], start: Value, nbytes: int, row_bytes: Value
-) -> None:
+def _prefetch(k: Emitter, rows: list[Value], start: Value, nbytes: int, row_bytes: Value) -> None:
     """A chunk's bytes of every row further on, or of the next panel's where a row ends before."""
     ahead = start + k.minimum(k.integer(PREFETCH_BYTES // len(rows)), row_bytes)
     beyond = k.select(ahead.compare("<", row_bytes), k.integer(0), row_bytes * (len(rows) - 1))

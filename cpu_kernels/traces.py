@@ -61,7 +61,7 @@ def _parse(data, num_experts, records, is_named, counts):
         letter = data[at]
         if letter == LETTER_F:
             end = keys_end(data, at + 1, 1)
-        elif letter == LETTER_R or letter == LETTER_G:
+        elif letter in (LETTER_R, LETTER_G):
             begin = at + (6 if letter == LETTER_R else 7)
             end = begin
             if end <= size:
@@ -201,7 +201,7 @@ def _count_demands(records, first):
     while at < len(records):
         kind = records[at]
         at += 2
-        if kind == FETCHED or kind == PREFETCHED:
+        if kind in (FETCHED, PREFETCHED):
             count = records[at]
             if kind == FETCHED:
                 for i in range(at + 1, at + 1 + count):
@@ -217,7 +217,7 @@ def _demand_times(records, free, times):
     while at < len(records):
         kind = records[at]
         at += 2
-        if kind == FETCHED or kind == PREFETCHED:
+        if kind in (FETCHED, PREFETCHED):
             count = records[at]
             if kind == FETCHED:
                 for i in range(at + 1, at + 1 + count):

@@ -73,9 +73,7 @@ class Chooser:
         def shadow(plan: Strategy) -> Shadow:
             machine = Machine(Rates.learnt(costs, 1.0, 1e-12))
             return Shadow(
-                Simulation(
-                    model, machine, budgets, plan, policy=policy, look_ahead=0, costs=costs
-                )
+                Simulation(model, machine, budgets, plan, policy=policy, look_ahead=0, costs=costs)
             )
 
         self.shadows = {plan: shadow(plan) for plan in plans}

@@ -50,7 +50,9 @@ class Records:
         """See cpu_kernels.traces.future."""
         from cpu_kernels.traces import future
 
-        return future(self.array, self.info.num_experts * len(self.info.blob_bytes))
+        num_keys = self.info.num_experts * len(self.info.blob_bytes)
+        found: tuple[np.ndarray, np.ndarray] = future(self.array, num_keys)
+        return found
 
 
 def records_of(trace: Trace) -> Records:

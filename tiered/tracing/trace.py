@@ -140,7 +140,8 @@ class LongTrace(Trace):
 
     @property
     def num_routed(self) -> int:
-        return self.records.num_routed
+        num_routed: int = self.records.num_routed
+        return num_routed
 
 
 class TraceWriter:

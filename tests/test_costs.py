@@ -68,10 +68,10 @@ def seconds(model, machine, budgets, tokens, strategy, dynamic=False):
         model, clock, budgets, strategy, policy=POLICY, chooser=chooser, look_ahead=0
     )
     simulation.warm(tokens[:WARM])
-    for token in tokens[:WARM]:
+    for token in tokens[WARM:-TIMED]:
         simulation.token(token, 500)
     start = clock.now
-    for token in tokens[WARM:]:
+    for token in tokens[-TIMED:]:
         simulation.token(token, 500)
     return clock.now - start
 
@@ -84,7 +84,8 @@ def regret(seed, holds_all):
     vram = int(model.all_experts * random.uniform(0.1, 0.9))
     ram = model.all_experts if holds_all else int(model.all_experts * random.uniform(0.3, 0.9))
     locality = locality_of(model.num_experts, random.choice(["weak", "typical", "strong"]))
-    tokens = routing(model.num_layers, model.num_experts, model.top_k, WARM + TIMED, locality, seed)
+    num_tokens = 2 * WARM + TIMED
+    tokens = routing(model.num_layers, model.num_experts, model.top_k, num_tokens, locality, seed)
     budgets = Budgets(vram, ram)
     plans = [*STATIC, STRATEGIES["on-demand"], STRATEGIES["cpu"]]
     best = min(seconds(model, machine, budgets, tokens, plan) for plan in plans)

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from tiered.experts import ExpertKey, Routing
+from tiered.tracing import trace as trace_module
+from tiered.tracing import trace_csv
 from tiered.tracing.trace import (
     DECODE,
     PREFILL,
@@ -163,3 +165,100 @@ def test_a_real_csv_trace():
     assert (trace.info.num_experts, trace.info.top_k) == (128, 6)
     assert set(trace.info.blob_bytes) == {4336640, 3593216}
     assert trace.num_routed == 28260
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "gemma-4-26b-a4b"])
+@pytest.mark.parametrize("kind", ["csv", "ours"])
+def test_a_long_trace_is_read_as_the_same_integers(tmp_path, monkeypatch, name, kind):
+    """By a kernel, as its events would give."""
+    path = DATA / f"{name}.route.csv.gz"
+    events = read_trace(path).events
+    if kind == "ours":
+        path, info = tmp_path / "trace", read_trace(path).info
+        rewrite(path, info, events)
+    short = read_trace(path)
+    monkeypatch.setattr(trace_module, "LONG", 1)
+    monkeypatch.setattr(trace_csv, "LONG", 1)
+    long = read_trace(path)
+    assert type(long) is not type(short)
+    assert long.info == short.info
+    assert long.num_routed == short.num_routed
+    same_records(long.records, short.records)
+    assert len(long.events) == len(short.events)
+
+
+def rewrite(path, info, events):
+    """The same in our format, with records of other kinds in between."""
+    with TraceWriter(path, info) as writer:
+        for index, event in enumerate(events):
+            if isinstance(event, Pass):
+                writer.begin(event.phase)
+            elif isinstance(event, Routed):
+                writer.record(event.layer, np.zeros(1), event.routing)
+            else:
+                writer.fetched(event.keys, [False] * len(event.keys))
+                if index % 5 == 0:
+                    writer.prefetched(event.keys[:2], 1 << 40, event.keys[2:3])
+                if index % 7 == 0:
+                    writer.cut_short(1)
+                if index % 11 == 0:
+                    writer.dropped(event.keys[0])
+                    writer.guess(event.keys[0].layer, 1, ROUTING)
+
+
+def same_records(a, b):
+    assert np.array_equal(a.array, b.array)
+    assert (a.num_asked, a.num_routed) == (b.num_asked, b.num_routed)
+    assert a.all_have_sizes == b.all_have_sizes
+    assert all(map(np.array_equal, a.future, b.future))
+
+
+def test_when_experts_are_demanded(tmp_path):
+    write(tmp_path / "trace")
+    times, first = read_trace(tmp_path / "trace").records.future
+    demands = [e.keys for e in read_trace(tmp_path / "trace").events if isinstance(e, Fetched)]
+    for key in {key for keys in demands for key in keys}:
+        number = key.layer * INFO.num_experts + key.expert
+        expected = [time for time, keys in enumerate(demands) if key in keys]
+        assert times[first[number] : first[number + 1]].tolist() == expected
+    assert first[-1] == sum(map(len, demands))
+
+
+def test_every_shortened_long_trace_is_read_up_to_there(tmp_path, monkeypatch):
+    write(tmp_path / "trace")
+    data = (tmp_path / "trace").read_bytes()
+    for end in range(data.index(b"\n", 20) + 1, len(data)):
+        (tmp_path / "cut").write_bytes(data[:end])
+        monkeypatch.setattr(trace_module, "LONG", 1 << 30)
+        short = read_trace(tmp_path / "cut").records
+        monkeypatch.setattr(trace_module, "LONG", 1)
+        same_records(read_trace(tmp_path / "cut").records, short)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"), [(b"Z", "begins no record"), (b"D\x01\x00\x63\x00", "names an expert")]
+)
+def test_a_damaged_long_trace_is_refused(tmp_path, monkeypatch, record, message):
+    write(tmp_path / "trace")
+    with (tmp_path / "trace").open("ab") as file:
+        file.write(record)
+    monkeypatch.setattr(trace_module, "LONG", 1)
+    with pytest.raises(ValueError, match=message):
+        _ = read_trace(tmp_path / "trace").records
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("0,1,1,0,0,x,0.5,0,0", "not all numbers: 0,1,1,0,0,x"),
+        ("0,1,1,0", "not all numbers"),
+        ("0,1,2,0,0,4,0.5,0,0", "names an expert"),
+        ("0,1,2,2,0,0,0.5,0,0", "names an expert"),
+        ("0,1,2,0,0,1,0.5,0,0", "no multiple of 2"),
+    ],
+)
+def test_a_damaged_long_csv_is_refused(tmp_path, monkeypatch, row, message):
+    monkeypatch.setattr(trace_csv, "LONG", 1)
+    (tmp_path / "trace").write_text(CSV + row)
+    with pytest.raises(ValueError, match=message):
+        _ = read_trace(tmp_path / "trace").records

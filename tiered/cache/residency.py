@@ -6,7 +6,7 @@ speed of the disk. A live tier and a replayed trace share this class, so their c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 
 from tiered.experts import ExpertKey
@@ -69,6 +69,8 @@ class Residency:
         self._largest = max(space.blob_bytes)
         self._slots: dict[ExpertKey, int] = {}
         self._unused: list[int] = list(range(space.num_slots - 1, -1, -1))
+        # Whether a memory above this one has an expert, too: those go first.
+        self.is_above: Callable[[ExpertKey], bool] | None = None
         self.vacated: list[int] = []  # slots whose expert has left and that still hold its bytes
         self._guesses: set[ExpertKey] = set()  # prefetched, not yet demanded
         self._touch = policy.touch
@@ -231,10 +233,12 @@ class Residency:
 
     def evict(self, incoming: ExpertKey, evictable: Evictable) -> None:
         """Evict one expert so that `incoming` may come."""
-        if self._victim_for is not None:
-            victim = self._victim_for(incoming, evictable)
-        else:
-            victim = self._victim(evictable)
+        victim = self._spare(evictable)
+        if victim is None:
+            if self._victim_for is not None:
+                victim = self._victim_for(incoming, evictable)
+            else:
+                victim = self._victim(evictable)
         if victim not in self._slots:
             raise RuntimeError(
                 f"policy {type(self.policy).__module__} chose {victim} to evict, "
@@ -242,6 +246,13 @@ class Residency:
             )
         self._leave(victim)
         self.stats.evictions += 1
+
+    def _spare(self, evictable: Evictable) -> ExpertKey | None:
+        """One that a memory above has, too; the oldest here."""
+        is_above = self.is_above
+        if is_above is None:
+            return None
+        return next((key for key in self._slots if is_above(key) and evictable(key)), None)
 
     def recycle(self) -> None:
         """The vacated slots hold nothing any more."""

@@ -8,6 +8,7 @@ from typing import Any
 from tiered import policies
 from tiered.checkpoints.checkpoint import Checkpoint
 from tiered.config import EngineConfig
+from tiered.gpu.busy import Busy, Channel
 from tiered.gpu.placement import Balanced, ExpertsOfCards, PlacedExperts
 from tiered.gpu.shares import LayerBytes, Share, check_shares, parse_vram, share_out
 from tiered.gpu.uploads import MappedBlobs, Uploads
@@ -133,8 +134,9 @@ def _place_on(
             wanted = max(least, int(wanted * SHRINK))
     blobs = MappedBlobs(store) if isinstance(below, MappedExperts) else below.tier
     policy = policies.create(choices.policy, space)
-    tier = stack.enter_context(Tier(slots, Uploads(blobs, slots), policy, loaders=3))
-    costs = Costs.unknown(nbytes)
+    costs, cpu = Costs.unknown(nbytes), Busy()
+    link = Channel(costs.observe_link, cpu)
+    tier = stack.enter_context(Tier(slots, Uploads(blobs, slots, link), policy, loaders=3))
     return PlacedExperts(
         tier,
         below,
@@ -143,4 +145,6 @@ def _place_on(
         costs,
         few_rows=card.few_rows,
         admission=Admission(space, costs),
+        cpu=cpu,
+        link=link,
     )

@@ -16,6 +16,7 @@ import numpy as np
 
 from tiered.experts import ExpertKey
 from tiered.governor import Allowance, Always
+from tiered.gpu.busy import Busy, Channel
 from tiered.model import ExpertSource
 from tiered.planning.admission import Admission
 from tiered.planning.costs import Costs, Miss
@@ -79,6 +80,8 @@ class PlacedExperts:
         few_rows: int,
         admission: Admission | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        cpu: Busy | None = None,
+        link: Channel | None = None,
     ) -> None:
         self.vram = vram
         self.below = below
@@ -88,7 +91,7 @@ class PlacedExperts:
         self.admission = admission
         self.promotion: Allowance = Always()  # whether anything is copied afterwards now
         self.hits = self.copies = self.computed_in_ram = 0  # experts, each once per layer
-        self._clock = clock
+        self._cpu, self._link = cpu or Busy(clock), link
         sparse = store.checkpoint.config.sparse_layers
         self._offsets = {layer: store.layout(layer).offsets for layer in sparse}
         self._nbytes = {layer: store.layout(layer).nbytes for layer in sparse}
@@ -167,11 +170,17 @@ class PlacedExperts:
     ) -> Iterator[Group]:
         """The consumer computes a group before it asks for the next: that is what is timed."""
         for ready, addresses in self.below.fetch(layer, experts[there]):
-            begin = self._clock()
-            yield [there[i] for i in ready], addresses
-            seconds = self._clock() - begin
+            begin, copied = self._cpu.clock(), self._copying()
+            with self._cpu.running():
+                yield [there[i] for i in ready], addresses
+            seconds = self._cpu.clock() - begin
+            overlap = (self._copying() - copied) / seconds if self._link and seconds else copying
             nbytes = float(self._nbytes[layer] * len(ready))
-            self.costs.observe_cpu(nbytes, seconds, float(copying))
+            self.costs.observe_cpu(nbytes, seconds, min(1.0, overlap))
+
+    def _copying(self) -> float:
+        """Seconds in which copies to the GPU ran so far, also those that nobody waits for."""
+        return self._link.busy() if self._link else 0.0
 
     def _promote(self, computed: Sequence[ExpertKey]) -> None:
         """Start copying one expert that the CPU had to compute, if nothing else is under way."""

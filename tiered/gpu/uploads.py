@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
 
 from tiered.experts import ExpertKey
+from tiered.gpu.busy import Channel
+from tiered.policies import Space
 from tiered.store import ExpertStore
 from tiered.tier import Source
 
 
 class DeviceMemory(Protocol):
     """What an upload needs of the memory that it fills: see gpu_backend.slots.GpuSlots."""
+
+    space: Space
 
     def staging(self) -> AbstractContextManager[Any]:
         """A pair of buffers; `host` is uint8, in RAM."""
@@ -29,15 +33,18 @@ class Uploads:
     What its `read_into` is given to fill is a slot of `memory`, with its `number`.
     """
 
-    def __init__(self, below: Source, memory: DeviceMemory) -> None:
+    def __init__(self, below: Source, memory: DeviceMemory, link: Channel | None = None) -> None:
         self.below = below
         self.memory = memory
+        self.link = link  # measures copies
 
     def read_into(self, key: ExpertKey, buffer: Any) -> None:
         with self.memory.staging() as staging:
             self.below.read_into(key, staging.host)
+            nbytes = self.memory.space.nbytes(key)
             try:
-                self.memory.upload(key, buffer.number, staging)
+                with self.link.request(nbytes) if self.link else nullcontext():
+                    self.memory.upload(key, buffer.number, staging)
             except RuntimeError as error:  # a device that failed; tiers know OSError
                 raise OSError(f"the copy to the GPU failed: {error}") from error
 

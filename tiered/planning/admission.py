@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from math import sqrt
 
 from tiered.experts import ExpertKey
 from tiered.planning.costs import Costs
@@ -133,8 +134,9 @@ class Admission:
     def worth_a_read(self, key: ExpertKey, victim: ExpertKey) -> bool:
         """The same if `victim` is in no other memory: to need it again means to read it."""
         rule = self._latest if self.recent_hits else self.popularity
-        more = rule.counts.get(key, 0.0) - rule.counts.get(victim, 0.0)  # uses, as far as it sees
-        return more * self._gain() > rule.weight * self._costs.disk(self._nbytes)
+        wanted, left = (rule.counts.get(one, 0.0) / rule.weight for one in (key, victim))
+        more = wanted - left - sqrt(wanted + left)  # uses, as far as it sees; not by mere chance
+        return more * self._gain() > self._costs.disk(self._nbytes)
 
     def _gain(self) -> float:
         """What a hit saves."""

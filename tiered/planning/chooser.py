@@ -13,7 +13,7 @@ from time import perf_counter
 
 from tiered.experts import ExpertKey
 from tiered.planning.costs import Costs, Miss
-from tiered.planning.machine import Machine, Rates
+from tiered.planning.machine import Machine, Rates, num_launches
 from tiered.planning.simulation import Simulation
 from tiered.planning.sizes import ModelSizes
 from tiered.planning.strategies import DYNAMIC, STATIC, Budgets, Strategy
@@ -30,11 +30,19 @@ class Shadow:
         self.seconds = 0.0  # per token, averaged over the latest
         self._tokens = 0
 
-    def token(self, routed: Sequence[Sequence[int]], rates: Rates, memory: int) -> None:
+    def token(self, routed: Sequence[Sequence[int]], rates: Rates, memory: int) -> float:
         self.simulation.machine.rates = rates
         seconds = self.simulation.token(routed, 0)
         self._tokens = min(self._tokens + 1, memory)
         self.seconds += (seconds - self.seconds) / self._tokens
+        return seconds
+
+    def held(self) -> set[ExpertKey]:
+        """What is in memory and would have to be read otherwise."""
+        ram, vram = self.simulation.ram, self.simulation.gpu.residency
+        if ram is None:
+            return set()
+        return {*ram.keys, *(vram.keys if vram else ())}
 
 
 class Chooser:
@@ -61,18 +69,22 @@ class Chooser:
         self.plan = plans[0]
         self.target: list[ExpertKey] = []
         self.num_switches = 0
-        self.shadows = {
-            plan: Shadow(
-                Simulation(
-                    model, Machine(Rates.learnt(costs, 1e12)), budgets, plan,
-                    policy=policy, look_ahead=0, costs=costs,
-                )
+
+        def shadow(plan: Strategy) -> Shadow:
+            machine = Machine(Rates.learnt(costs, 1.0, 1e-12))
+            return Shadow(
+                Simulation(model, machine, budgets, plan, policy=policy, look_ahead=0, costs=costs)
             )
-            for plan in plans
-        }  # fmt: skip
+
+        self.shadows = {plan: shadow(plan) for plan in plans}
+        # Does what is really done, also when plans change: what it takes longer than this is what
+        # the model does not know.
+        self._mirror = shadow(plans[0])
         self._correction: dict[Strategy, float] = {}  # measured / shadow
         self._period, self._memory, self._margin = period, memory, margin
         self._dense = sum(model.attention) + sum(model.shared) + model.head
+        self._launches = num_launches(model)
+        self._nbytes = max(model.experts)
         self._clock = clock
         self._start: float | None = None
         self._experts = 0.0  # seconds of this token's experts
@@ -82,7 +94,7 @@ class Chooser:
 
     def warm(self, tokens: Sequence[Routed]) -> None:
         """Fill the shadows' tiers as the real ones were filled."""
-        for shadow in self.shadows.values():
+        for shadow in (*self.shadows.values(), self._mirror):
             shadow.simulation.warm(tokens)
 
     def place(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:
@@ -106,13 +118,12 @@ class Chooser:
         rest = max(1e-9, seconds - self._experts)
         self._rest += (rest - self._rest) * (0.1 if self._rest else 1.0)
         self._experts = 0.0
-        rates = Rates.learnt(self.costs, self._dense / self._rest)
+        rates = Rates.learnt(self.costs, self._dense, self._rest, self._launches)
         for shadow in self.shadows.values():
             shadow.token(routed, rates, self._memory)
         self._tokens += 1
-        if self._tokens > self._period // 3:  # a plan that has just begun still changes the tiers
-            self._measured += seconds
-            self._shadowed += self.shadows[self.plan].seconds
+        self._measured += seconds
+        self._shadowed += self._mirror.token(routed, rates, self._memory)
         if self._tokens >= self._period:
             self._decide()
 
@@ -127,12 +138,20 @@ class Chooser:
             plan: shadow.seconds * self._correction.get(plan, usual)
             for plan, shadow in self.shadows.items()
         }
+        read = self.costs.disk(self._nbytes)
+        now, held = scores[self.plan] * (1 - self._margin), self._mirror.held()
+        for plan, shadow in self.shadows.items():  # what has to be read first counts against it
+            scores[plan] += len(shadow.held() - held) * read / self._memory
         best = min(scores, key=scores.__getitem__)
-        if scores[best] < scores[self.plan] * (1 - self._margin):
+        if scores[best] < now:
             self.plan = best
-            fixed = best.cached and best.keep == "never"
-            self.target = self.shadows[best].simulation.on_gpu() if fixed else []
+            stays = best.cached and best.keep in ("never", "recent")
+            self.target = self.shadows[best].simulation.on_gpu() if stays else []
+            self._mirror.simulation.follow(self.plan, self.target)
             self.num_switches += 1
+        elif self.target and self.plan.keep == "recent":  # it had the time to get there
+            self.target = []
+            self._mirror.simulation.follow(self.plan)
         for plan, value in self._correction.items():  # what was found out long ago may have changed
             if plan != self.plan:
                 self._correction[plan] = value + 0.02 * (usual - value)

@@ -71,6 +71,7 @@ class Costs:
     ) -> None:
         self.gpu, self.cpu, self.link, self.disk = gpu, cpu, link, disk
         self.slowdown = slowdown
+        self.link_slowdown = 1.0  # how much longer copies take while the CPU computes experts
         self.sync = sync  # seconds until the host knows what the GPU's router chose
 
     @classmethod
@@ -85,14 +86,11 @@ class Costs:
 
     def observe_cpu(self, nbytes: float, seconds: float, overlap: float) -> None:
         """The CPU computed; `overlap` is the share of that time (0 to 1) in which copies ran."""
-        if overlap < 0.1:
-            self.cpu.observe(nbytes, seconds)
-            return
-        alone = self.cpu(nbytes)
-        measured = max(1.0, 1 + (seconds / alone - 1) / overlap)
-        self.slowdown += 0.1 * (measured - self.slowdown)
-        rest = (1 - overlap) + overlap * self.slowdown  # what of it is news about the CPU itself
-        self.cpu.observe(nbytes, seconds / rest)
+        self.slowdown = _observe(self.cpu, self.slowdown, nbytes, seconds, overlap)
+
+    def observe_link(self, nbytes: float, seconds: float, overlap: float) -> None:
+        """Something was copied; `overlap` is the share of that time in which the CPU computed."""
+        self.link_slowdown = _observe(self.link, self.link_slowdown, nbytes, seconds, overlap)
 
     def cpu_seconds(self, nbytes: float, copying: float) -> float:
         """Of the CPU for `nbytes`, while copies run for the first `copying` seconds."""
@@ -113,8 +111,9 @@ class Costs:
         if not misses:
             return gpu
         arrival = wait
+        slowdown = self.link_slowdown if copied < len(misses) else 1.0
         for nbytes, ready in misses[:copied]:
-            arrival = max(arrival, ready) + self.link(nbytes)
+            arrival = max(arrival, ready) + slowdown * self.link(nbytes)
             gpu = max(gpu, arrival) + self.gpu(nbytes)
         if copied == len(misses):
             return gpu
@@ -130,3 +129,16 @@ class Costs:
         """How many of the misses to copy, so that the layer ends soonest."""
         ends = [self.layer_seconds(hits, misses, n, wait) for n in range(len(misses) + 1)]
         return ends.index(min(ends))
+
+
+def _observe(line: Line, slowdown: float, nbytes: float, seconds: float, overlap: float) -> float:
+    """What one of two that share the memory took tells of it alone (`line`) or, if the other was
+    busy for a share of that time, of how much slower it is then: returns that."""
+    if overlap < 0.1:
+        line.observe(nbytes, seconds)
+        return slowdown
+    measured = max(1.0, 1 + (seconds / line(nbytes) - 1) / overlap)
+    slowdown += 0.1 * (measured - slowdown)
+    rest = (1 - overlap) + overlap * slowdown  # what of it is news about the line itself
+    line.observe(nbytes, seconds / rest)
+    return slowdown

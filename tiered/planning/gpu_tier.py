@@ -62,7 +62,8 @@ class GpuTier:
         `layer`: what a layer asked for; none of it is evicted. `below` is the RAM tier; None: all
         is there.
         """
-        tier, keep = self.residency, self.strategy.keep
+        tier = self.residency
+        keep = "never" if self.target else self.strategy.keep
         if tier is None:
             return
         batch = [key for key in layer if key in tier]

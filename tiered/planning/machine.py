@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tiered.planning.costs import Costs, Line
 from tiered.planning.hardware import GB, Hardware
+from tiered.planning.sizes import ModelSizes
 
 MICRO = 1e-6
 KERNELS_PER_ATTENTION = 6
@@ -27,6 +28,7 @@ class Rates:
     disk_latency: float
     wake: float
     disk_busy: float = 1.0  # share of reading that goes on while the processor computes
+    cpu_reading: float = 1.0  # share of computing that goes on while the disk is read
     overhead: float = 0.0  # of control, for each layer without a GPU
     gpu: float = 0.0
     link: float = 0.0
@@ -48,6 +50,7 @@ class Rates:
             "disk": disk.bandwidth * GB,
             "disk_latency": disk.latency * MICRO,
             "disk_busy": disk.busy_efficiency,
+            "cpu_reading": disk.host_efficiency,
             "wake": host.wake * MICRO,
             "overhead": host.overhead * MICRO,
         }
@@ -64,9 +67,11 @@ class Rates:
         )  # fmt: skip
 
     @classmethod
-    def learnt(cls, costs: Costs, dense: float) -> Rates:
-        """What was measured on a machine with a GPU; `dense` in bytes per second."""
+    def learnt(cls, costs: Costs, dense: float, seconds: float, num_launches: int = 0) -> Rates:
+        """What was measured on a machine with a GPU. `dense` bytes take `seconds` of a token, of
+        which so many launches are a part."""
         cpu, gpu, link, disk = costs.cpu, costs.gpu, costs.link, costs.disk
+        dense /= max(seconds - num_launches * gpu.fixed / 2, 0.01 * seconds)
         return cls(
             dense=dense, head=dense, cpu=1 / cpu.per_byte, wake=cpu.fixed,
             cpu_copying=1 / cpu.per_byte / costs.slowdown,
@@ -84,6 +89,12 @@ class Rates:
         gpu = Line(2 * self.launch, 1 / self.gpu, nbytes)
         link = Line(self.copy_latency, 1 / self.link, nbytes)
         return Costs(gpu, cpu, link, disk, self.cpu / self.cpu_copying, self.sync)
+
+
+def num_launches(model: ModelSizes) -> int:
+    """Of a token, beside its experts."""
+    parts = model.num_layers + sum(shared > 0 for shared in model.shared)
+    return KERNELS_PER_ATTENTION * parts + model.num_layers + 1
 
 
 class Machine:
@@ -148,6 +159,9 @@ class Machine:
                 nbytes += work[at][1]
                 at += 1
             end = self.cpu_end(nbytes, begin + self.rates.wake)
+            if at < len(work) and self.rates.cpu_reading < 1:
+                share, reading = self.rates.cpu_reading, work[-1][0] + late - begin
+                end += (1 - share) * min(reading, (end - begin) / share)
             busy += end - begin
             if at < len(work) and self.rates.disk_busy < 1:
                 share, left = self.rates.disk_busy, work[-1][0] + late - begin

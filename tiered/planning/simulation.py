@@ -60,6 +60,8 @@ class Simulation:
             raise MemoryError(f"{budgets.ram} bytes of RAM hold no expert of {sizes.name}")
         self.admission = Admission(sizes.space(vram), self.costs)
         self.gpu = GpuTier(self._tier(vram, policy), self.admission, strategy)
+        if self.ram is not None and self.gpu.residency is not None:
+            self.ram.is_above = self.gpu.__contains__
         self._loaded: dict[ExpertKey, float] = {}  # of guesses on their way into RAM
         self.reset()
 

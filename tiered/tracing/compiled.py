@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import cached_property
 from importlib import import_module
 from inspect import signature
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +20,8 @@ from tiered.experts import ExpertKey
 from tiered.policies import Policy, Space
 
 if TYPE_CHECKING:
-    from tiered.tracing.trace import Trace
+    from cpu_kernels.traces import Parsed
+    from tiered.tracing.trace import Trace, TraceInfo
 
 WORTH_LOADING = 1_000_000  # routed experts in all: Python takes seconds for them
 KNOWN = frozenset(
@@ -35,65 +35,66 @@ def knows(policy: str | Callable[..., Policy], trace: Trace) -> bool:
 
 
 class Records:
-    """A trace as integers, as the kernels read it: made once for all policies and budgets.
+    """A trace as integers, as the kernels read it: made once for all policies and budgets."""
 
-    ValueError if it names an expert that its model does not have.
-    """
-
-    def __init__(self, trace: Trace) -> None:
-        from cpu_kernels.residency import DROPPED, FETCHED, PASS, PREFETCHED
-        from tiered.tracing.trace import DECODE, Dropped, Fetched, Pass, Prefetched
-
-        self.info = trace.info
-        num_experts = trace.info.num_experts
-
-        def numbered(keys: list[ExpertKey]) -> list[int]:
-            return [len(keys), *[layer * num_experts + expert for layer, expert in keys]]
-
-        records: list[int] = []
-        self._demands: list[list[ExpertKey]] = []
-        named: set[ExpertKey] = set()
-        self.num_asked = 0  # how often demands and guesses name an expert
-        for event in trace.events:
-            if isinstance(event, Fetched):
-                records += FETCHED, -1 if event.num_asked is None else event.num_asked
-                records += numbered(event.keys)
-                self._demands.append(event.keys)
-                self.num_asked += len(event.keys)
-                named.update(event.keys)
-            elif isinstance(event, Pass):
-                records += PASS, event.phase == DECODE
-            elif isinstance(event, Prefetched):
-                records += PREFETCHED, event.limit
-                records += numbered(event.keys) + numbered(event.given_up)
-                self.num_asked += len(event.keys)
-                named.update(event.keys, event.given_up)
-            elif isinstance(event, Dropped):
-                records += DROPPED, numbered([event.key])[1]
-                named.add(event.key)
-        for key in named:
-            if not (0 <= key.layer < len(self.info.blob_bytes) and 0 <= key.expert < num_experts):
-                raise ValueError(f"the trace names {key}, which its model does not have")
-        self.all_have_sizes = all(self.info.blob_bytes[key.layer] for key in named)
-        self.array = np.array(records, np.int64)
+    def __init__(self, info: TraceInfo, parsed: Parsed) -> None:
+        self.info = info
+        self.array = parsed.records  # int64
+        self.num_routed = parsed.num_routed
+        self.num_asked = parsed.num_asked  # how often demands and guesses name an expert
+        is_named = parsed.is_named.reshape(len(info.blob_bytes), info.num_experts)
+        self.all_have_sizes = bool(np.array(info.blob_bytes)[is_named.any(1)].all())
 
     @cached_property
     def future(self) -> tuple[np.ndarray, np.ndarray]:
-        """When each expert is demanded: int64 times, one expert after the other, and int64 [number
-        of experts + 1], where each one's begin."""
-        keys = np.array(list(chain.from_iterable(self._demands)), np.int64).reshape(-1, 2)
-        numbers = keys[:, 0] * self.info.num_experts + keys[:, 1]
-        times = np.repeat(np.arange(len(self._demands)), [len(keys) for keys in self._demands])
-        order = np.argsort(numbers, kind="stable")
-        every = np.arange(self.info.num_experts * len(self.info.blob_bytes) + 1)
-        return times[order], np.searchsorted(numbers[order], every)
+        """See cpu_kernels.traces.future."""
+        from cpu_kernels.traces import future
+
+        num_keys = self.info.num_experts * len(self.info.blob_bytes)
+        found: tuple[np.ndarray, np.ndarray] = future(self.array, num_keys)
+        return found
+
+
+def records_of(trace: Trace) -> Records:
+    """ValueError if the trace names an expert that its model does not have."""
+    from cpu_kernels.residency import DROPPED, FETCHED, PASS, PREFETCHED
+    from cpu_kernels.traces import WHOLE, Parsed
+    from tiered.tracing.trace import DECODE, Dropped, Fetched, Pass, Prefetched
+
+    num_layers, num_experts = len(trace.info.blob_bytes), trace.info.num_experts
+    records: list[int] = []
+    is_named = np.zeros((num_layers, num_experts), np.uint8)
+    num_asked = 0
+
+    def numbered(keys: list[ExpertKey]) -> list[int]:
+        for key in keys:
+            if not (0 <= key.layer < num_layers and 0 <= key.expert < num_experts):
+                raise ValueError(f"the trace names {key}, which its model does not have")
+            is_named[key] = 1
+        return [len(keys), *[layer * num_experts + expert for layer, expert in keys]]
+
+    for event in trace.events:
+        if isinstance(event, Fetched):
+            records += FETCHED, -1 if event.num_asked is None else event.num_asked
+            records += numbered(event.keys)
+            num_asked += len(event.keys)
+        elif isinstance(event, Pass):
+            records += PASS, event.phase == DECODE
+        elif isinstance(event, Prefetched):
+            records += PREFETCHED, event.limit
+            records += numbered(event.keys) + numbered(event.given_up)
+            num_asked += len(event.keys)
+        elif isinstance(event, Dropped):
+            records += DROPPED, numbered([event.key])[1]
+    parsed = Parsed(np.array(records, np.int64), is_named, trace.num_routed, num_asked, WHOLE, 0)
+    return Records(trace.info, parsed)
 
 
 def prepare(records: Records) -> None:
     """What is done once, for all policies and budgets: a replay is timed without it."""
-    from cpu_kernels.residency import load
+    from cpu_kernels import residency
 
-    load()
+    residency.load()
     _ = records.future
 
 

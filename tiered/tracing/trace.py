@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tiered.tracing.compiled import Records
 
 MAGIC = b"tiered-trace 1\n"
+LONG = 8 << 20  # bytes of a file: more are read by a compiled kernel, which takes a second to load
 PREFILL, DECODE = 0, 1
 
 
@@ -89,10 +90,12 @@ class Dropped(NamedTuple):
 Event = Pass | Routed | Guessed | Fetched | Prefetched | Dropped
 
 
-@dataclass
 class Trace:
-    info: TraceInfo
-    events: list[Event] = field(default_factory=list)
+    """What was recorded, event by event."""
+
+    def __init__(self, info: TraceInfo, events: list[Event]) -> None:
+        self.info = info
+        self.events = events
 
     @property
     def is_live(self) -> bool:
@@ -107,9 +110,38 @@ class Trace:
     @cached_property
     def records(self) -> Records:
         """The same as integers, for the compiled twin of a tier."""
-        from tiered.tracing.compiled import Records
+        from tiered.tracing.compiled import records_of
 
-        return Records(self)
+        return records_of(self)
+
+
+class LongTrace(Trace):
+    """One whose events would take long to make: they are made only if somebody asks for them.
+
+    So what is wrong with the file is found out when it is used.
+    """
+
+    def __init__(
+        self,
+        info: TraceInfo,
+        read_events: Callable[[], list[Event]],
+        read_records: Callable[[], Records],
+    ) -> None:
+        self.info = info
+        self._read_events, self._read_records = read_events, read_records
+
+    @cached_property
+    def events(self) -> list[Event]:  # type: ignore[override]
+        return self._read_events()
+
+    @cached_property
+    def records(self) -> Records:
+        return self._read_records()
+
+    @property
+    def num_routed(self) -> int:
+        num_routed: int = self.records.num_routed
+        return num_routed
 
 
 class TraceWriter:
@@ -167,7 +199,7 @@ def read_trace(path: str | Path) -> Trace:
     if is_csv(path):
         return read_csv(path)
     data = path.read_bytes()
-    header, _, body = data.removeprefix(MAGIC).partition(b"\n")
+    header, _, _ = data.removeprefix(MAGIC).partition(b"\n")
     if not data.startswith(MAGIC):
         raise ValueError(f"{path} is no routing trace: it begins neither as ours nor as CSV do")
     try:
@@ -176,7 +208,10 @@ def read_trace(path: str | Path) -> Trace:
         info = TraceInfo(**{**fields, "blob_bytes": blobs, "mixes": mixes})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is a damaged trace: its second line is no header") from error
-    return Trace(info, _Reader(path, info, body).events())
+    reader = _Reader(path, info, data, len(MAGIC) + len(header) + 1)
+    if len(data) >= LONG:
+        return LongTrace(info, reader.events, reader.records)
+    return Trace(info, reader.events())
 
 
 def _mixes(fields: dict[str, Any]) -> dict[int, tuple[int, ...]]:
@@ -205,15 +240,30 @@ ROUTED, GUESSED = struct.Struct("<HHB"), struct.Struct("<HBHB")
 
 
 class _Reader:
-    """Goes through the records. A trace has millions: the methods are few and flat."""
+    """Goes through the records, which begin at a byte of `data`. The methods are few and flat."""
 
-    def __init__(self, path: Path, info: TraceInfo, data: bytes) -> None:
+    def __init__(self, path: Path, info: TraceInfo, data: bytes, begin: int) -> None:
         self._path = path
+        self._info = info
         self._data = data
-        self._at = 0
+        self._at = self._begin = begin
         self._key = KeyTable(len(info.blob_bytes), info.num_experts)
 
+    def records(self) -> Records:
+        """All at once, as integers."""
+        from cpu_kernels import traces
+        from tiered.tracing.compiled import Records
+
+        info, data = self._info, self._data
+        parsed = traces.parse(data, self._begin, len(info.blob_bytes), info.num_experts)
+        if parsed.status == traces.UNKNOWN_RECORD:
+            raise ValueError(unknown_record(self._path, data[parsed.at]))
+        if parsed.status == traces.UNKNOWN_EXPERT:
+            raise ValueError(unknown_expert(self._path))
+        return Records(info, parsed)
+
     def events(self) -> list[Event]:
+        self._at = self._begin
         events: list[Event] = []
         read: dict[int, Callable[[], Event]] = {
             ord("P"): self._pass,
@@ -233,11 +283,11 @@ class _Reader:
                 elif letter == ord("C"):
                     _cut_short(events, *self._take(COUNT))
                 else:
-                    raise ValueError(f"{self._path} is damaged: {chr(letter)!r} begins no record")
+                    raise ValueError(unknown_record(self._path, letter))
         except struct.error:
             pass  # cut short by a crash
         except IndexError as error:
-            raise ValueError(f"{self._path} is damaged: it names an expert that is not") from error
+            raise ValueError(unknown_expert(self._path)) from error
         return events
 
     def _pass(self) -> Pass:
@@ -285,6 +335,14 @@ class _Reader:
         weights = np.frombuffer(self._bytes(2 * count), "<f2").astype(np.float32)
         experts.shape = weights.shape = num_tokens, top_k
         return Routing(experts, weights)
+
+
+def unknown_record(path: Path, letter: int) -> str:
+    return f"{path} is damaged: {chr(letter)!r} begins no record"
+
+
+def unknown_expert(path: Path) -> str:
+    return f"{path} is damaged: it names an expert that is not"
 
 
 def _cut_short(events: list[Event], num_asked: int) -> None:

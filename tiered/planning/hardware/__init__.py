@@ -61,6 +61,7 @@ class Disk:
     bandwidth: float  # GB/s of parallel direct reads
     latency: float = 100.0  # µs
     busy_efficiency: float = 1.0  # of the bandwidth, reached while all cores compute
+    host_efficiency: float = 1.0  # of the speed of experts, reached while the disk is read
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from cpu_kernels.dot import multiply_bytes, wants_unsigned
 from cpu_kernels.gemv import LINE, PREFETCH_BYTES
 from cpu_kernels.groups import GROUPS, LAYOUTS, chunk_bytes, look_up
 from cpu_kernels.isa import ISAS
-from cpu_kernels.pack import transpose
 from cpu_kernels.scales import scales_and_offsets
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32, i64
 
@@ -68,7 +67,7 @@ class Panel:
         self._memory = k.stack(4 * self.rows * GROUPS * num_kinds)
         for kind in range(num_kinds):
             rows = [values[kind] for values in distinct]
-            blocks = [transpose(k, rows[i : i + LANE]) for i in range(0, self.rows, LANE)]
+            blocks = [k.transpose(rows[i : i + LANE]) for i in range(0, self.rows, LANE)]
             for position in range(GROUPS):
                 half, column = divmod(position, LANE)
                 mask = range(half * LANE, (half + 1) * LANE)
@@ -107,7 +106,7 @@ class Panel:
                 rows = self.addresses[first::LANE]
                 parts = [k.load(address + offset, i8(4 * LANE)) for address in rows]
                 vectors.append(k.concatenate(parts).view(i32(self.rows)))
-            words = transpose(k, vectors)
+            words = k.transpose(vectors)
             self._loaded[offset] = [word.view(i8(4 * self.rows)) for word in words]
         return self._loaded[offset]
 

@@ -8,7 +8,7 @@ rows' scales, then their offsets. Panels of float32 weights have one weight per 
 from __future__ import annotations
 
 from cpu_kernels.activations import FIRST_SUMS, SECOND_SUMS, SUMS
-from cpu_kernels.few_rows import LANE, Group, Panel, transposed
+from cpu_kernels.few_rows import LANE, Group, Panel
 from cpu_kernels.groups import GROUPS, LAYOUTS, row_of_chunks
 from cpu_kernels.isa import ISAS
 from cpu_kernels.simd import Emitter, Value, emitted, f32
@@ -74,7 +74,7 @@ def pack_floats(k, isa, values, count, panel, row):
     whole = count >> 2
     with k.loop(whole) as i:
         vectors = [k.load(start + i * 16, f32(4)) for start in starts]
-        for number, vector in enumerate(transposed(k, vectors)):
+        for number, vector in enumerate(k.transpose(vectors)):
             k.store(target + (i * (4 * step) + step * number), vector)
     with k.loop(count & 3) as i:
         at = (whole << 2) + i

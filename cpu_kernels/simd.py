@@ -213,6 +213,23 @@ class Emitter:
             value = self.builder.insert_element(value, scalar.ir, I32(index))
         return Value(self, value)
 
+    def transpose(self, vectors: Sequence[Value]) -> list[Value]:
+        """Four vectors of words, transposed in each four of their lanes."""
+        a, b, c, d = vectors
+        starts = range(0, a.lanes, 4)
+
+        def interleave(low: Value, high: Value, chosen: Sequence[int]) -> Value:
+            lanes = [i if i < 4 else low.lanes + i - 4 for i in chosen]
+            return self.shuffle(low, high, [start + lane for start in starts for lane in lanes])
+
+        pairs = [
+            (interleave(a, b, chosen), interleave(c, d, chosen))
+            for chosen in ((0, 4, 1, 5), (2, 6, 3, 7))
+        ]
+        return [
+            interleave(*pair, chosen) for pair in pairs for chosen in ((0, 1, 4, 5), (2, 3, 6, 7))
+        ]
+
     def select(self, mask: Value, a: Value, b: Value) -> Value:
         return Value(self, self.builder.select(mask.ir, a.ir, b.ir))
 

@@ -6,6 +6,7 @@ import pytest
 from faults import Blobs, Unreliable
 
 from tiered import policies
+from tiered.cache.residency import Residency
 from tiered.experts import ExpertKey
 from tiered.loaders import Loaders
 from tiered.policies import Space
@@ -340,3 +341,25 @@ def test_places_are_page_aligned():
     memory.slot(0)[:] = 7
     assert np.all(memory.slot(0) == 7)
     memory.close()
+
+
+def test_what_a_memory_above_has_leaves_first():
+    space = Space(3, (1,))
+    residency = Residency(space, policies.create("lru", space))
+    keys = [ExpertKey(0, expert) for expert in range(5)]
+    residency.lookup(keys[:3])
+    residency.is_above = {keys[1], keys[2]}.__contains__
+    residency.lookup([keys[3]])
+    assert keys[1] not in residency and keys[0] in residency
+    residency.lookup([keys[2], keys[4]])  # what is demanded stays, and then the policy decides
+    assert keys[2] in residency and keys[0] not in residency
+
+
+@pytest.mark.parametrize("policy", policies.online())
+def test_a_fetch_of_nothing(policy):
+    """As of a GPU's tier, in a layer whose experts all run on the processor."""
+    space = Space.of_slots(3, 1)
+    with Tier(NullMemory(space), Blobs(), policies.create(policy, space)) as tier:
+        with tier.fetch([]) as groups:
+            assert list(groups) == []
+        assert tier.stats.misses == 0

@@ -141,7 +141,7 @@ class Residency:
 
         `keys` and `also` are protected, and must fit together.
         """
-        if self._batch is not None:
+        if self._batch is not None and keys:
             self._batch(keys)
         slots = list(map(self._slots.get, keys))
         touch, stats = self._touch, self.stats

@@ -8,10 +8,11 @@ from typing import Any
 from tiered import policies
 from tiered.checkpoints.checkpoint import Checkpoint
 from tiered.config import EngineConfig
+from tiered.experts import ExpertKey
 from tiered.gpu.busy import Busy, Channel
 from tiered.gpu.placement import Balanced, ExpertsOfCards, PlacedExperts
 from tiered.gpu.shares import LayerBytes, Share, check_shares, parse_vram, share_out
-from tiered.gpu.uploads import MappedBlobs, Uploads
+from tiered.gpu.uploads import MappedBlobs, TimedReads, Uploads
 from tiered.kv_cache import layer_bytes
 from tiered.memory import format_bytes
 from tiered.planning.admission import Admission
@@ -98,9 +99,26 @@ def place_experts(
         if layers:
             left = None if limit is None else limit - share.fixed
             room = _room(card, left)
-            placed = _place_on(card, name, layers, room, store, below, choices, stack)
-            sources |= dict.fromkeys(layers, placed)
-    return ExpertsOfCards(sources)
+            source = _place_on(card, name, layers, room, store, below, choices, stack)
+            sources |= dict.fromkeys(layers, source)
+    placed = ExpertsOfCards(sources)
+    if isinstance(below, TieredExperts):
+        _beneath(below.tier, placed)
+    return placed
+
+
+def _beneath(ram: Tier, placed: ExpertsOfCards) -> None:
+    """A RAM tier below GPUs: what they have leaves it first, and its reads are timed."""
+
+    def is_above(key: ExpertKey) -> bool:
+        return key.layer in placed.sources and key in placed.sources[key.layer].vram
+
+    def observe(nbytes: float, seconds: float, overlap: float) -> None:
+        for card in placed.cards:
+            card.costs.disk.observe(nbytes, seconds)
+
+    ram.residency.is_above = is_above
+    ram.source = TimedReads(ram.source, ram.memory.space, Channel(observe, Busy()))
 
 
 def _place_on(

@@ -194,12 +194,18 @@ class PlacedExperts:
                     residency.space.capacity
                 )
                 victim = None if has_room else would_evict(residency, key, self._evictable(key))
-                worth = has_room or (
-                    victim is not None and admission.worth(key, victim, is_there=False)
-                )
+                worth = has_room or (victim is not None and self._is_worth(key, victim))
             if worth:
                 tier.prefetch([key], 1)
                 return
+
+    def _is_worth(self, key: ExpertKey, victim: ExpertKey) -> bool:
+        """Whether `key` should take the place of `victim`, which may be in no other memory."""
+        assert self.admission is not None
+        ram: Tier | None = getattr(self.below, "tier", None)
+        if ram is not None and victim not in ram:
+            return self.admission.worth_a_read(key, victim)
+        return self.admission.worth(key, victim, is_there=False)
 
     def _evictable(self, key: ExpertKey) -> Callable[[ExpertKey], bool]:
         """What this layer has just used stays."""

@@ -49,6 +49,17 @@ class Uploads:
                 raise OSError(f"the copy to the GPU failed: {error}") from error
 
 
+class TimedReads:
+    """A source below a RAM tier, whose reads a channel measures."""
+
+    def __init__(self, below: Source, space: Space, disk: Channel) -> None:
+        self._below, self._space, self._disk = below, space, disk
+
+    def read_into(self, key: ExpertKey, buffer: Any) -> None:
+        with self._disk.request(self._space.nbytes(key)):
+            self._below.read_into(key, buffer)
+
+
 class MappedBlobs:
     """Blobs of a store whose experts all fit in RAM: copied from the memory map of its files."""
 

@@ -104,7 +104,7 @@ NOT_FOUND_OUT = (1, 4, 14, 44)
 
 
 def with_a_disk(seed):
-    missing = pytest.mark.xfail(reason="a slow start hides the best plan", strict=True)
+    missing = pytest.mark.xfail(reason="a slow start hides the best plan")
     return pytest.param(seed, marks=missing if seed in NOT_FOUND_OUT else ())
 
 

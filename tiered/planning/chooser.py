@@ -19,8 +19,6 @@ from tiered.planning.sizes import ModelSizes
 from tiered.planning.strategies import DYNAMIC, STATIC, Budgets, Strategy
 from tiered.planning.synthetic import Routed
 
-MISTAKEN = 1.25  # times its shadow: then plans that were not tried are taken at their word
-
 
 class Shadow:
     """A plan that is followed in bookkeeping only."""
@@ -131,11 +129,8 @@ class Chooser:
         now = self._measured / self._shadowed
         before = self._correction.get(self.plan, now)
         self._correction[self.plan] = 0.5 * (before + now)
-        usual = min(self._correction.values())
-        if usual > MISTAKEN:  # something is not in the model: others may be free of it
-            usual = 1.0
         scores = {
-            plan: shadow.seconds * self._correction.get(plan, usual)
+            plan: shadow.seconds * self._correction.get(plan, 1.0)
             for plan, shadow in self.shadows.items()
         }
         read = self.costs.disk(self._nbytes)
@@ -154,6 +149,6 @@ class Chooser:
             self._mirror.simulation.follow(self.plan)
         for plan, value in self._correction.items():  # what was found out long ago may have changed
             if plan != self.plan:
-                self._correction[plan] = value + 0.02 * (usual - value)
+                self._correction[plan] = value + 0.02 * (1.0 - value)
         self._measured = self._shadowed = 0.0
         self._tokens = 0

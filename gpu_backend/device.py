@@ -58,7 +58,7 @@ class TorchDevice:
         if self.is_cuda:
             if not torch.cuda.is_available():
                 raise RuntimeError(
-                    "no CUDA device was found by torch: use device='cpu', or install a torch "
+                    "no CUDA device was found by torch: use --device cpu, or install a torch "
                     "built for this machine's driver"
                 )
             self.index = self.torch_device.index or 0

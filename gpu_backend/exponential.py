@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from cpu_kernels.exponential_terms import (
+    COEFFICIENTS,
+    LARGEST,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG2_E,
+    SHIFT,
+)
+
 
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """a * b + c in float32, rounded once: the product is exact in float64."""
@@ -16,20 +25,14 @@ def exponential(x: torch.Tensor) -> torch.Tensor:
     def constant(value: float) -> torch.Tensor:
         return torch.full_like(x, value)
 
-    y = torch.where(x > 87.0, constant(87.0), x)
-    shifted = fma(y, constant(1.44269504), constant(12582912.0))
-    n = shifted - 12582912.0
-    r = fma(n, constant(-0.693145751953125), y)
-    r = fma(n, constant(-1.42860682e-06), r)
-    p = constant(1.9875691500e-4)
-    for coefficient in (
-        1.3981999507e-3,
-        8.3334519073e-3,
-        4.1665795894e-2,
-        1.6666665459e-1,
-        5.0000001201e-1,
-    ):
+    y = torch.where(x > LARGEST, constant(LARGEST), x)
+    shifted = fma(y, constant(LOG2_E), constant(SHIFT))
+    n = shifted - SHIFT
+    r = fma(n, constant(-LN2_HIGH), y)
+    r = fma(n, constant(-LN2_LOW), r)
+    p = constant(COEFFICIENTS[0])
+    for coefficient in COEFFICIENTS[1:]:
         p = fma(p, r, constant(coefficient))
     p = fma(p, r * r, r + 1.0)
     bits = p.view(torch.int32) + (shifted.view(torch.int32) << 23)
-    return torch.where(y < -87.0, constant(0.0), bits.view(torch.float32))
+    return torch.where(y < -LARGEST, constant(0.0), bits.view(torch.float32))

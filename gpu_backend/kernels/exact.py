@@ -8,6 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cpu_kernels import exponential_terms as terms
+
+SHIFT, LOG2_E = tl.constexpr(terms.SHIFT), tl.constexpr(terms.LOG2_E)
+LN2_HIGH, LN2_LOW = tl.constexpr(terms.LN2_HIGH), tl.constexpr(terms.LN2_LOW)
+LARGEST, DEGREE = tl.constexpr(terms.LARGEST), tl.constexpr(len(terms.COEFFICIENTS))
+
+
+@triton.constexpr_function
+def coefficient(index):
+    return terms.COEFFICIENTS[index]
+
 
 @triton.jit
 def fma(a, b, c, EMULATE: tl.constexpr):
@@ -56,21 +67,18 @@ def round_even(x):
 @triton.jit
 def exponential(x, EMULATE: tl.constexpr):
     """e ** x to about 1e-7; 0 below -87, 6e37 above 87. See cpu_kernels.exponential."""
-    y = tl.where(x > 87.0, 87.0, x)
-    log2_of_e = tl.full(y.shape, 1.44269504, tl.float32)
-    shifted = fma(y, log2_of_e, tl.full(y.shape, 12582912.0, tl.float32), EMULATE)
-    n = shifted - 12582912.0
-    r = fma(n, tl.full(y.shape, -0.693145751953125, tl.float32), y, EMULATE)
-    r = fma(n, tl.full(y.shape, -1.42860682e-06, tl.float32), r, EMULATE)
-    p = tl.full(y.shape, 1.9875691500e-4, tl.float32)
-    p = fma(p, r, tl.full(y.shape, 1.3981999507e-3, tl.float32), EMULATE)
-    p = fma(p, r, tl.full(y.shape, 8.3334519073e-3, tl.float32), EMULATE)
-    p = fma(p, r, tl.full(y.shape, 4.1665795894e-2, tl.float32), EMULATE)
-    p = fma(p, r, tl.full(y.shape, 1.6666665459e-1, tl.float32), EMULATE)
-    p = fma(p, r, tl.full(y.shape, 5.0000001201e-1, tl.float32), EMULATE)
+    y = tl.where(x > LARGEST, LARGEST, x)
+    log2_of_e = tl.full(y.shape, LOG2_E, tl.float32)
+    shifted = fma(y, log2_of_e, tl.full(y.shape, SHIFT, tl.float32), EMULATE)
+    n = shifted - SHIFT
+    r = fma(n, tl.full(y.shape, -LN2_HIGH, tl.float32), y, EMULATE)
+    r = fma(n, tl.full(y.shape, -LN2_LOW, tl.float32), r, EMULATE)
+    p = tl.full(y.shape, coefficient(0), tl.float32)
+    for index in tl.static_range(1, DEGREE):
+        p = fma(p, r, tl.full(y.shape, coefficient(index), tl.float32), EMULATE)
     p = fma(p, r * r, r + 1.0, EMULATE)
     bits = p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
-    return tl.where(y < -87.0, 0.0, bits.to(tl.float32, bitcast=True))
+    return tl.where(y < -LARGEST, 0.0, bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit

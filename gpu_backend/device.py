@@ -33,6 +33,9 @@ def card_name(device: str) -> str:
     return str(torch.cuda.get_device_name(card))
 
 
+RESERVE = 0.05  # of what is free: what the driver takes later
+
+
 class Staging(NamedTuple):
     """A pair of buffers that a blob passes on its way to a slot."""
 
@@ -82,6 +85,16 @@ class TorchDevice:
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         cached = torch.cuda.memory_reserved(self.torch_device)
         return int(free + cached - torch.cuda.memory_allocated(self.torch_device))
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """What of that a model may take."""
+        free = self.free_bytes
+        return None if free is None else int(free * (1 - RESERVE))
+
+    def costs(self, nbytes: int) -> Any:
+        """What is known of this card's speed before it has computed; None: nothing."""
+        return None
 
     def allocating(self, what: str) -> AbstractContextManager[None]:
         return allocating(what, self.torch_device)

@@ -4,8 +4,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from fake_gpu import FakeGpu, FakeGpuBackend, VirtualClock
+from fake_gpu import FakeCard, fake_gpu
 
+from cpu_kernels.backend import CpuBackend
 from tiered import Engine, policies
 from tiered.demo import random_tiny_model
 from tiered.experts import ExpertKey
@@ -15,6 +16,7 @@ from tiered.gpu.uploads import Uploads
 from tiered.planning.admission import Admission
 from tiered.planning.costs import Costs, Line, Miss
 from tiered.policies import Space
+from tiered.simulated.clock import VirtualClock
 from tiered.tier import Tier
 
 PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
@@ -36,7 +38,7 @@ class GpuEngine:
     """An engine on the fake GPU: RAM tier below, VRAM tier above, placement between them."""
 
     def __init__(self, model, device, num_slots, split=None, promote=True, ram=0.5):
-        self.backend = FakeGpuBackend(device)
+        self.backend = FakeCard(CpuBackend(2), device)
         with Engine(model, threads=1) as probe:
             experts = probe.plan.experts
         budget = int(experts * ram)
@@ -88,13 +90,13 @@ SPLITS = {"gpu": Fixed(1), "half": Fixed(0.5), "cpu": Fixed(0), "balanced": None
 def test_what_is_resident_and_where_it_runs_never_changes_the_tokens(
     model, expected, split, num_slots
 ):
-    with GpuEngine(model, FakeGpu(), num_slots, SPLITS[split]) as gpu:
+    with GpuEngine(model, fake_gpu(), num_slots, SPLITS[split]) as gpu:
         assert gpu.generate() == expected
         assert gpu.generate() == expected  # another cache state
 
 
 def test_hits_run_on_the_gpu_and_misses_beside_it(model, expected):
-    with GpuEngine(model, FakeGpu(), 100, Fixed(0)) as gpu:
+    with GpuEngine(model, fake_gpu(), 100, Fixed(0)) as gpu:
         gpu.generate()
         assert gpu.backend.computed["cpu"] > 0  # nothing was there
         before = dict(gpu.backend.computed)
@@ -106,14 +108,14 @@ def test_without_promotion_and_copies_the_gpu_stays_empty(model):
     short = PROMPT[:8]  # more rows per expert than the CPU does bit by bit would have to be copied
     with Engine(model, threads=1) as cpu:
         expected = list(cpu.generate_tokens(short, NUM_TOKENS))
-    with GpuEngine(model, FakeGpu(), 4, Fixed(0), promote=False) as gpu:
+    with GpuEngine(model, fake_gpu(), 4, Fixed(0), promote=False) as gpu:
         assert list(gpu.engine.generate_tokens(short, NUM_TOKENS)) == expected
         assert gpu.backend.device.num_copies == 0
         assert len(gpu.tier) == 0
 
 
 def test_a_governor_can_turn_promotion_off(model):
-    with GpuEngine(model, FakeGpu(), 100, Fixed(0)) as gpu:
+    with GpuEngine(model, fake_gpu(), 100, Fixed(0)) as gpu:
         gpu.source.promotion = governor = Governor((0, 1), "promotion", window=1)
         governor.add(1.0)  # from now on it probes what is without
         assert governor.limit() == 0
@@ -126,7 +128,7 @@ def test_a_governor_can_turn_promotion_off(model):
 
 
 def test_the_table_names_what_is_in_the_slots(model):
-    with GpuEngine(model, FakeGpu(), 5, Fixed(1)) as gpu:
+    with GpuEngine(model, fake_gpu(), 5, Fixed(1)) as gpu:
         gpu.generate()
         table = gpu.tier.memory.table
         residency = gpu.tier.residency
@@ -139,7 +141,7 @@ def test_the_table_names_what_is_in_the_slots(model):
 
 @pytest.mark.parametrize("copies", [[0], [3, 4], [10]])
 def test_an_aborted_copy_is_an_error_and_leaves_everything_usable(model, expected, copies):
-    device = FakeGpu(fail_copies=copies)
+    device = fake_gpu(fail_copies=copies)
     with GpuEngine(model, device, 5, Fixed(1)) as gpu:
         with pytest.raises(OSError, match=r"expert \d+ of layer \d+.*aborted"):
             gpu.generate()
@@ -148,14 +150,14 @@ def test_an_aborted_copy_is_an_error_and_leaves_everything_usable(model, expecte
 
 
 def test_overwriting_a_slot_that_is_being_read_is_found(model):
-    device = FakeGpu(bandwidth=1e6)  # kernels take long
+    device = fake_gpu(bandwidth=1e6)  # kernels take long
     device.synchronizes = False
     with GpuEngine(model, device, 2, Fixed(1)) as gpu, pytest.raises(OSError, match="race"):
         gpu.generate()
 
 
 def test_reading_a_slot_before_its_copy_has_ended_is_found():
-    device = FakeGpu()
+    device = fake_gpu()
     staging = device.staging(64)
 
     def then(blob, slot):
@@ -163,13 +165,13 @@ def test_reading_a_slot_before_its_copy_has_ended_is_found():
 
     ticket = device.upload(staging, 64, partial(then, slot=0))
     with pytest.raises(RuntimeError, match="race"):
-        device.kernel([0], 64)
+        device.kernel(64, 0, slots=[0])
     device.wait(ticket)
-    device.kernel([0], 64)
+    device.kernel(64, 0, slots=[0])
 
 
 def test_bytes_arrive_when_their_time_has_come():
-    device, arrived = FakeGpu(link=1e6, latency=1e-3), []
+    device, arrived = fake_gpu(link=1e6, latency=1e-3), []
     staging = device.staging(1000)
     staging.host[:] = 7
 
@@ -186,7 +188,7 @@ def test_bytes_arrive_when_their_time_has_come():
 
 def test_too_little_vram_is_refused_with_the_numbers(model):
     with pytest.raises(MemoryError, match=r"expert slots takes \d+ bytes, and \d+ are free"):
-        GpuEngine(model, FakeGpu(vram=1 << 18), 100)
+        GpuEngine(model, fake_gpu(vram=1 << 18), 100)
 
 
 def test_a_balanced_split_ends_both_sides_together():
@@ -201,7 +203,7 @@ def test_a_balanced_split_ends_both_sides_together():
 
 
 def test_many_rows_go_to_the_gpu_whatever_the_split_says(model):
-    with GpuEngine(model, FakeGpu(), 5, Fixed(0), promote=False) as gpu:
+    with GpuEngine(model, fake_gpu(), 5, Fixed(0), promote=False) as gpu:
         experts = np.arange(3, dtype=np.int32)
         ready = [
             (sorted(positions), addresses[:, 0] >= 1 << 62)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +22,8 @@ import psutil
 
 from tiered.config import EngineConfig, ModelConfig
 from tiered.experts import ExpertJobs, ExpertLayout, ExpertTable, Routing
-from tiered.gpu.devices import device_names
+from tiered.gpu.devices import described, device_names
+from tiered.planning.hardware import Hardware
 from tiered.user_cache import gpu_file, tuning_file
 
 Array = Any
@@ -322,16 +324,19 @@ def open_backend(choices: EngineConfig) -> Backend:
 
 def open_gpu(choices: EngineConfig) -> Backend:
     """A GPU, or several, with the CPU beside them. RuntimeError says what is missing."""
+    names = device_names("cuda" if choices.device == "auto" else choices.device)
+    machines = [machine for machine in map(described, names) if machine is not None]
+    if machines:
+        return open_simulated(choices, names, machines)
     try:
         from gpu_backend.backend import GpuBackend
-        from gpu_backend.cards import Cards
         from gpu_backend.device import card_name, num_cards
+        from gpu_backend.torch_cards import TorchCards
         from gpu_backend.tuning import load_tuning
     except ImportError as error:
         raise RuntimeError(
             f"device {choices.device!r} needs torch: pip install 'tiered[gpu]'"
         ) from error
-    names = device_names("cuda" if choices.device == "auto" else choices.device)
     if names == ["cuda:all"]:
         names = [f"cuda:{number}" for number in range(num_cards())] or ["cuda"]
     exact, host = choices.quantize == "none", open_cpu(choices)
@@ -344,7 +349,27 @@ def open_gpu(choices: EngineConfig) -> Backend:
     except BaseException:
         host.close()
         raise
-    backend: Backend = Cards(cards, names)
+    backend: Backend = TorchCards(cards, names)
+    return backend
+
+
+def open_simulated(choices: EngineConfig, names: list[str], machines: list[Hardware]) -> Backend:
+    """Described cards, in the first one's machine; the CPU computes for them."""
+    from gpu_backend.simulated import SimulatedCard, SimulatedCards, SimulatedGpu, Stream
+    from tiered.simulated.clock import VirtualClock
+    from tiered.simulated.machine import LiveMachine
+    from tiered.simulated.timing import simulated
+
+    clock, kernels, host = VirtualClock(), Stream(), open_cpu(choices)
+    hosts, cards = machines[0], []
+    for machine in machines:
+        assert machine.gpu is not None
+        live = LiveMachine.of(replace(hosts, gpu=machine.gpu))
+        device = SimulatedGpu(live, clock, machine.gpu.room, kernels)
+        cards.append(SimulatedCard(host, device))
+    label = " and ".join(machine.label for machine in machines)
+    timing = simulated(clock, cards[0].device.machine, label)
+    backend: Backend = SimulatedCards(cards, names, host, timing)
     return backend
 
 

@@ -310,9 +310,10 @@ class EngineConfig:
     readers: int = 4  # threads that read experts from disk
     speculate: str = "off"  # or one of SPECULATIONS: see tiered.speculation
     isa: str = "auto"  # see `tiered info`
-    # cpu, auto, cuda, cuda:1, ..., or sim: a GPU's arithmetic on the CPU. A GPU has to be asked
-    # for: its code is tested without one and has not run on a real card yet. Several cards, as
-    # "cuda:0,cuda:1" or "cuda:all", share a model's layers.
+    # cpu, auto, cuda, cuda:1, ..., sim:CARD for a described card on a virtual clock, or sim: a
+    # GPU's arithmetic on the CPU. A GPU has to be asked for: its code is tested without one and has
+    # not run on a real card yet. Several cards, as "cuda:0,cuda:1", "cuda:all" or
+    # "sim:CARD,sim:CARD", share a model's layers.
     device: str = "cpu"
     # What may be used of the GPU's memory; of several, each one's, or "16G,8G". None: what is free.
     vram: int | str | None = None

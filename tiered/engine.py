@@ -30,6 +30,7 @@ from tiered.kv_cache import KVCache
 from tiered.model import Decoder
 from tiered.prefetch import Prefetcher
 from tiered.routing import open_rules
+from tiered.simulated.timing import REAL, Timing
 from tiered.source import MappedExperts, TieredExperts, count, open_source
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
@@ -105,7 +106,9 @@ class Engine:
         self.plan = self._plan_memory()
         self.source: MappedExperts | TieredExperts | None = None
         if self.store is not None:
-            self.source = open_source(self.store, self.blocks, self.plan, choices, stack)
+            self.source = open_source(
+                self.store, self.blocks, self.plan, choices, stack, self.timing
+            )
         governors: list[Governor] = []
         self.prefetcher: Prefetcher | None = None
         if isinstance(self.source, TieredExperts):
@@ -154,7 +157,7 @@ class Engine:
         if self.shares and self.store and self.source:
             # Last, because experts get what the rest has left of the devices' memory.
             experts_of_cards = place_experts(
-                self.backend, self.shares, self.store, self.source, choices, stack
+                self.backend, self.shares, self.store, self.source, choices, stack, self.timing
             )
             self.decoder.source = experts_of_cards
             if draft_layer is not None:
@@ -163,13 +166,20 @@ class Engine:
             for placed in experts_of_cards.cards:
                 placed.promotion = promotion
             governors.append(promotion)
-        self.governors = Governors(governors)
+        self.governors = Governors(governors, self.timing.clock)
         self.generation = Generation(
-            self.decoder, self.kv, self.governors, choices, partial(find_damage, self.checkpoint)
-        )
+            self.decoder, self.kv, self.governors, choices,
+            partial(find_damage, self.checkpoint), self.timing.clock,
+        )  # fmt: skip
         self.generation.draft_layer = draft_layer
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
+
+    @property
+    def timing(self) -> Timing:
+        """Whose seconds this engine takes."""
+        timing: Timing = getattr(self.backend, "timing", REAL)
+        return timing
 
     @property
     def _drafts(self) -> bool:

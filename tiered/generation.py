@@ -6,6 +6,7 @@ It knows nothing of files and budgets; the engine makes what is computed with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -36,7 +37,8 @@ LOGITS_ROWS = 64  # tokens whose logits are held at once
 class Generation:
     """Computes texts with one decoder, one at a time. `counted` are its tokens and seconds.
 
-    `damage` makes the error for logits that are not numbers.
+    `damage` makes the error for logits that are not numbers. `clock` is a simulated machine's, if
+    it computes on one.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Generation:
         governors: Governors,
         choices: EngineConfig,
         damage: Callable[[], Exception],
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
         self.decoder = decoder
         self.kv = kv
@@ -54,16 +57,16 @@ class Generation:
         self.draft_layer: DraftLayer | None = None
         self.speculation = speculation_governor()
         self.counted = EngineStats()
+        self._clock = clock
         self._damage = damage
 
     def begin(self, sequence: kv_cache.Sequence, ids: Sequence[int]) -> np.ndarray:
         """Compute a prompt, but for what `sequence` has in common with it: the logits after it,
         float32 [vocab_size]."""
         shared = self.kv.truncate(sequence, common_prefix(sequence.tokens, ids[:-1]))
-        start = perf_counter()
-        for chunk in self._chunks(ids[shared:]):
-            last: np.ndarray = self._forward(sequence, chunk, np.array([len(chunk) - 1]))[0]
-        self.counted.prefill_seconds += perf_counter() - start
+        with self._timed("prefill"):
+            for chunk in self._chunks(ids[shared:]):
+                last: np.ndarray = self._forward(sequence, chunk, np.array([len(chunk) - 1]))[0]
         self.counted.prompt_tokens += len(ids) - shared
         return last
 
@@ -91,20 +94,20 @@ class Generation:
             self.counted.drafted_right += right
             if not most:
                 return
-            start = perf_counter()
-            if drafter is not None:
-                if seconds:
-                    self.speculation.add(seconds, 1 + right)
-                drafter.judge(len(draft), right)
-                for known in [*draft[:right], token]:
-                    drafter.push(known)
-                room = min(MOST - len(again), most - 1)
-                draft = drafter.draft(min(self.speculation.limit(), room))
-            if draft:
-                self.kv.set_mark(sequence)
-            rows = self._decode(sequence, [*again, token, *draft])[len(again) :]
-            seconds = perf_counter() - start
-            self.counted.decode_seconds += seconds
+            start = self._clock()
+            with self._timed("decode"):
+                if drafter is not None:
+                    if seconds:
+                        self.speculation.add(seconds, 1 + right)
+                    drafter.judge(len(draft), right)
+                    for known in [*draft[:right], token]:
+                        drafter.push(known)
+                    room = min(MOST - len(again), most - 1)
+                    draft = drafter.draft(min(self.speculation.limit(), room))
+                if draft:
+                    self.kv.set_mark(sequence)
+                rows = self._decode(sequence, [*again, token, *draft])[len(again) :]
+            seconds = self._clock() - start
 
     def _keep(self, sequence: kv_cache.Sequence, right: int, drafted: int) -> list[int]:
         """Take back what was drafted wrongly; returns what has to be computed again."""
@@ -149,9 +152,8 @@ class Generation:
             self.counted.new_tokens += 1
             for index, token in enumerate(answer):
                 result[index] = log_softmax(logits)[token]
-                start = perf_counter()
-                logits = self._decode(sequence, [token])[0]
-                self.counted.decode_seconds += perf_counter() - start
+                with self._timed("decode"):
+                    logits = self._decode(sequence, [token])[0]
                 self.counted.new_tokens += 1
             return result
         finally:
@@ -208,6 +210,17 @@ class Generation:
         except BaseException:
             self.kv.truncate(sequence, length)
             raise
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """What is done within is counted as seconds of "prefill" or "decode"."""
+        start, simulated = perf_counter(), self._clock()
+        yield
+        counted, name = self.counted, f"{phase}_seconds"
+        setattr(counted, name, getattr(counted, name) + perf_counter() - start)
+        if self._clock is not perf_counter:
+            name = f"simulated_{name}"
+            setattr(counted, name, getattr(counted, name) + self._clock() - simulated)
 
     def _finite(self, logits: np.ndarray) -> np.ndarray:
         if not np.isfinite(logits.max()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import threading
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
 
@@ -32,12 +33,12 @@ class Load:
         self.error: Exception | None = None
 
 
-class Loaders:
-    """Runs `read(load)` for queued loads, several at once, never two into the same slot.
+class Loads:
+    """Which loads wait, and which are read: several at once, never two into the same slot.
 
-    All methods but `close` are called with `lock` held; `read` runs without it and `finished`
-    with it. At most `depth` loads are read at a time, and half of these may be guesses, so that
-    demand finds a free thread.
+    All methods but `close` are called with `lock` held; `read` runs without it in threads, and
+    `finished` with it. At most `depth` loads are read at a time, and half of these may be guesses,
+    so that demand finds a free thread.
     """
 
     def __init__(
@@ -54,23 +55,27 @@ class Loaders:
         self._read = read
         self._finished = finished
         self._lock = lock
-        self._work = threading.Condition(lock)
         self._demand: deque[Load] = deque()
         self._guesses: deque[Load] = deque()
-        self._guesses_reading = 0
         self._busy: set[int] = set()  # slots being read into
+        self._guessed: set[int] = set()  # those whose read began as a guess
         self._parked: dict[int, Load] = {}  # by slot: starts when the slot is no longer busy
-        self._closing = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"tiered-loader-{i}", daemon=True)
-            for i in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+
+    @abstractmethod
+    def queued(self) -> None:
+        """A load has come, or may start now."""
+
+    @abstractmethod
+    def wait(self, changed: threading.Condition) -> None:
+        """Until something has changed in the tier whose condition this is."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let the running reads end, and forget the rest."""
 
     def put(self, load: Load) -> None:
         (self._demand if load.demand else self._guesses).append(load)
-        self._work.notify()
+        self.queued()
 
     def promote(self, load: Load) -> None:
         """Somebody waits for this guess now."""
@@ -93,53 +98,44 @@ class Loaders:
         if load.state in (State.QUEUED, State.READING):
             load.state = State.CANCELLED
 
-    def close(self) -> None:
-        """Let the running reads end, forget the rest, and end the threads."""
-        with self._lock:
-            self._closing = True
-            self._demand.clear()
-            self._guesses.clear()
-            self._work.notify_all()
-        for thread in self._threads:
-            thread.join()
+    # The rest is for those who read.
 
-    def _run(self) -> None:
-        with self._lock:
-            while (load := self._next()) is not None:
-                load.state = State.READING
-                self._busy.add(load.slot)
-                speculative = not load.demand
-                self._guesses_reading += speculative
-                self._lock.release()
-                error: Exception | None = None
-                try:
-                    self._read(load)
-                except Exception as failure:  # whatever it is, it belongs to who waits for it
-                    error = failure
-                self._lock.acquire()
-                self._guesses_reading -= speculative
-                self._busy.discard(load.slot)
-                if load.state is State.READING:
-                    load.state, load.error = (State.FAILED if error else State.DONE), error
-                self._finished(load)
-                parked = self._parked.pop(load.slot, None)
-                if parked is not None:
-                    self.put(parked)
-                del load, error, parked
+    def clear(self) -> None:
+        self._demand.clear()
+        self._guesses.clear()
 
-    def _next(self) -> Load | None:
-        """Wait for a load that may start; None: the end."""
-        while not self._closing:
-            depth = min(self.depth.limit(), self.num_threads)
-            load = None
-            if len(self._busy) < depth:
-                load = self._pop(self._demand)
-                if load is None and self._guesses_reading < max(1, depth // 2):
-                    load = self._pop(self._guesses)
-            if load is not None:
-                return load
-            self._work.wait()
+    def take(self) -> Load | None:
+        """A load that may start now."""
+        load, depth = None, min(self.depth.limit(), self.num_threads)
+        if len(self._busy) < depth:
+            load = self._pop(self._demand)
+            if load is None and len(self._guessed) < max(1, depth // 2):
+                load = self._pop(self._guesses)
+        return load
+
+    def begin(self, load: Load) -> None:
+        load.state = State.READING
+        self._busy.add(load.slot)
+        if not load.demand:
+            self._guessed.add(load.slot)
+
+    def attempt(self, load: Load) -> Exception | None:
+        """Read; whatever goes wrong belongs to who waits for it."""
+        try:
+            self._read(load)
+        except Exception as failure:
+            return failure
         return None
+
+    def end(self, load: Load, error: Exception | None) -> None:
+        self._guessed.discard(load.slot)
+        self._busy.discard(load.slot)
+        if load.state is State.READING:
+            load.state, load.error = (State.FAILED if error else State.DONE), error
+        self._finished(load)
+        parked = self._parked.pop(load.slot, None)
+        if parked is not None:
+            self.put(parked)
 
     def _pop(self, queue: deque[Load]) -> Load | None:
         while queue:
@@ -149,4 +145,58 @@ class Loaders:
             if load.slot not in self._busy:
                 return load
             self._parked[load.slot] = load
+        return None
+
+
+class Loaders(Loads):
+    """Threads that read."""
+
+    def __init__(
+        self,
+        read: Callable[[Load], None],
+        finished: Callable[[Load], None],
+        lock: threading.Lock,
+        num_threads: int,
+    ) -> None:
+        super().__init__(read, finished, lock, num_threads)
+        self._work = threading.Condition(lock)
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"tiered-loader-{i}", daemon=True)
+            for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def queued(self) -> None:
+        self._work.notify()
+
+    def wait(self, changed: threading.Condition) -> None:
+        changed.wait()
+
+    def close(self) -> None:
+        """Let the running reads end, forget the rest, and end the threads."""
+        with self._lock:
+            self._closing = True
+            self.clear()
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        with self._lock:
+            while (load := self._next()) is not None:
+                self.begin(load)
+                self._lock.release()
+                error = self.attempt(load)
+                self._lock.acquire()
+                self.end(load, error)
+                del load, error
+
+    def _next(self) -> Load | None:
+        """Wait for a load that may start; None: the end."""
+        while not self._closing:
+            if (load := self.take()) is not None:
+                return load
+            self._work.wait()
         return None

@@ -15,6 +15,7 @@ from tiered.cache.floors import check_budget
 from tiered.config import EngineConfig
 from tiered.experts import ExpertKey, ExpertTable
 from tiered.fetch import Group
+from tiered.simulated.timing import REAL, Timing
 from tiered.slots import RamMemory
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
@@ -98,6 +99,7 @@ def open_source(
     plan: MemoryPlan,
     choices: EngineConfig,
     stack: ExitStack,
+    timing: Timing = REAL,
 ) -> MappedExperts | TieredExperts:
     """What the plan says: the memory map, or a tier, which `stack` closes."""
     if plan.mapped:
@@ -107,7 +109,14 @@ def open_source(
     policy = policies.create(choices.policy, space)
     for warning in check_budget(space, store.checkpoint.config.top_k, policy):
         log.warning(warning)
-    tier = Tier(RamMemory(space), below, policy, choices.readers)
+    tier = Tier(
+        RamMemory(space),
+        blocks or timing.disk(store),
+        policy,
+        choices.readers,
+        clock=timing.clock,
+        make_loaders=timing.make_loaders,
+    )
     stack.callback(tier.close)
     return TieredExperts(tier, below.offsets)
 

@@ -19,6 +19,8 @@ class EngineStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_python: float = 0.0  # of these, what was neither the CPU's arithmetic nor waiting
+    simulated_prefill_seconds: float = 0.0  # of a described machine (--device sim:CARD) ...
+    simulated_decode_seconds: float = 0.0  # ... on its virtual clock
     hits: int = 0
     misses: int = 0
     prefetches: int = 0
@@ -55,6 +57,12 @@ class EngineStats:
         return max(0, self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
+    def simulated_decode_tok_s(self) -> float:
+        """The same on a described machine: simulated, not measured."""
+        seconds = self.simulated_decode_seconds
+        return max(0, self.new_tokens - 1) / seconds if seconds else 0.0
+
+    @property
     def bytes_per_token(self) -> float:
         """Read from disk, per new token, prefill included."""
         return self.bytes_read / max(1, self.new_tokens)
@@ -75,8 +83,13 @@ class EngineStats:
         return EngineStats(**numbers, parts=parts)
 
     def as_dict(self) -> dict[str, Any]:
+        facts = asdict(self)
+        if self.simulated_prefill_seconds:
+            facts["simulated_decode_tok_s"] = self.simulated_decode_tok_s
+        else:
+            del facts["simulated_prefill_seconds"], facts["simulated_decode_seconds"]
         return {
-            **asdict(self),
+            **facts,
             "hit_rate": self.hit_rate,
             "prefill_tok_s": self.prefill_tok_s,
             "decode_tok_s": self.decode_tok_s,

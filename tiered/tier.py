@@ -19,7 +19,7 @@ import numpy as np
 from tiered.cache.residency import Residency, TierStats
 from tiered.experts import ExpertKey
 from tiered.fetch import Fetch, Pins
-from tiered.loaders import Load, Loaders, State
+from tiered.loaders import Load, Loaders, Loads, State
 from tiered.policies import Policy
 from tiered.slots import Memory
 
@@ -60,6 +60,7 @@ class Tier:
         loaders: int = 4,
         journal: Journal | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        make_loaders: Callable[..., Loads] = Loaders,
     ) -> None:
         self.memory = memory
         self.source = source
@@ -71,7 +72,7 @@ class Tier:
         self._changed = threading.Condition(self.lock)  # a load ended, or pins were released
         self._num_waiting = 0
         self.active: list[Pins] = []  # one for each fetch that has not ended
-        self.loaders = Loaders(self._read, self._finished, self.lock, loaders)
+        self.loaders = make_loaders(self._read, self._finished, self.lock, loaders)
         self.loads: dict[int, Load] = {}  # by slot: under way, or failed as a guess
         self.places = [memory.place(slot) for slot in range(memory.space.num_slots)]
         self._last: Sequence[ExpertKey] = ()  # what the latest fetch asked for
@@ -189,7 +190,7 @@ class Tier:
     def wait(self) -> None:
         """Until a load has ended, or pins were released."""
         self._num_waiting += 1
-        self._changed.wait()
+        self.loaders.wait(self._changed)
         self._num_waiting -= 1
 
     def notify(self) -> None:

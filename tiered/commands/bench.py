@@ -64,6 +64,12 @@ def command(
         f"{report['bandwidth_gb_s']:.1f} GB/s; Python takes {report['python_us_per_layer']:.0f} us "
         "a layer"
     )
+    if simulated := report.get("simulated"):
+        results.print(
+            f"simulated, not measured: {simulated['card']}: prefill "
+            f"{simulated['prefill_tok_s']:.1f} tokens/s, decode {simulated['decode_tok_s']:.2f} "
+            f"tokens/s, {simulated['on_card']:.0%} of the experts were on the card"
+        )
     if report["misses"]:
         results.print(
             f"hit rate {report['hit_rate']:.1%}, {report['bytes_per_token'] / 1e6:.1f} MB read "

@@ -25,10 +25,19 @@ from tiered.memory import available_bytes, format_bytes
     default="int4",
     help="How a float checkpoint's experts would be held.",
 )
+@opt.option(
+    "--device",
+    metavar="sim:CARD",
+    help="What of MODEL fits on a described card, or on several as sim:CARD,sim:CARD.",
+)
 @opt.json_option
-def command(model: Path | None, context: int, quantize: str, as_json: bool) -> None:
+def command(
+    model: Path | None, context: int, quantize: str, device: str | None, as_json: bool
+) -> None:
     """Tell what MODEL is and what fits where, from its headers; else, what this machine is."""
     facts = describe_model(model, context, quantize) if model else describe_machine()
+    if device is not None:
+        facts |= describe_cards(device, model, context, quantize)
     if as_json:
         print_json(facts)
         return
@@ -133,3 +142,46 @@ def describe_model(path: Path, context: int, quantize: str) -> dict[str, Any]:
                 "experts_in_memory": f"{min(1.0, room / experts):.0%}",
             }
         return facts
+
+
+def describe_cards(device: str, model: Path | None, context: int, quantize: str) -> dict[str, Any]:
+    """Described cards, and which part of a model each would have."""
+    from tiered.gpu.devices import described, device_names
+
+    names = device_names(device)
+    machines = [described(name) for name in names]
+    facts: dict[str, Any] = {}
+    for name, machine in zip(names, machines, strict=True):
+        if machine is None or machine.gpu is None:
+            raise click.UsageError(f"--device is a described card, as sim:rtx4090, not {name!r}")
+        facts[name] = machine.label
+        facts[f"{name}_usable_bytes"] = machine.gpu.room
+    if model is not None:
+        rooms = [machine.gpu.room for machine in machines if machine and machine.gpu]
+        facts |= describe_shares(names, rooms, model, context, quantize)
+    return facts
+
+
+def describe_shares(
+    names: list[str], rooms: list[int], model: Path, context: int, quantize: str
+) -> dict[str, Any]:
+    """The layers of each card, and how many of their experts it can hold."""
+    from tiered.config import EngineConfig
+    from tiered.formats import open_checkpoint
+    from tiered.gpu.accelerator import model_bytes
+    from tiered.gpu.shares import check_shares, share_out
+    from tiered.store import ExpertStore
+
+    facts: dict[str, Any] = {}
+    with open_checkpoint(model) as checkpoint, ExpertStore(checkpoint, quantize) as store:
+        choices = EngineConfig(quantize=quantize)
+        context = min(context, checkpoint.config.context_length)
+        sizes = model_bytes(checkpoint, store, choices, context, 1)
+        shares = share_out(sizes, rooms)
+        check_shares(sizes, shares, rooms, names)
+        for name, room, share in zip(names, rooms, shares, strict=True):
+            experts = sum(sizes.experts[layer] for layer in share.layers)
+            facts[f"{name}_layers"] = f"{share.layers.start} to {share.layers.stop - 1}"
+            facts[f"{name}_weights_bytes"] = share.fixed
+            facts[f"{name}_experts"] = f"{min(1.0, (room - share.fixed) / max(1, experts)):.0%}"
+    return facts

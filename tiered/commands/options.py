@@ -88,10 +88,13 @@ other_engine_options = several(
            help="With --cold-copy: little is less than this share of the largest weight."),
     option("--device", default="cpu", metavar="NAME",
            help="cpu; auto, cuda or cuda:N for a GPU (experimental: not yet run on a real card); "
-           "cuda:0,cuda:1 or cuda:all for several, which share the layers; sim, or sim:2 for two, "
-           "for a GPU's arithmetic on the CPU."),
+           "cuda:0,cuda:1 or cuda:all for several, which share the layers; sim:CARD (rtx4090, ...: "
+           "see `tiered plan --help`), or sim:CARD,sim:CARD, for described cards, simulated: the "
+           "last line tells what they would have taken; sim, or sim:2 for two, for a GPU's "
+           "arithmetic on the CPU."),
     option("--vram", metavar="SIZE", help="What may be used of the GPU's memory, as 16G; "
-           "of several, each one's, or 16G,8G."),
+           "of several, each one's, or 16G,8G. Default: what is free, or what a described one "
+           "has."),
     option("--isa", default="auto", metavar="NAME", help="Force the kernels of a processor family "
            "that this machine can run."),
 )  # fmt: skip

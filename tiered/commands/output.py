@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -22,6 +22,9 @@ from rich.progress import (
 
 from tiered.memory import format_bytes
 from tiered.stats import EngineStats
+
+if TYPE_CHECKING:
+    from tiered.engine import Engine
 
 results = Console(highlight=False, soft_wrap=True)
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -61,6 +64,25 @@ def stats_line(stats: EngineStats) -> str:
         parts.append(f"{stats.copied_experts} from the cold copy, {share:.1%} of the weight")
     if stats.drafted:
         parts.append(f"{stats.drafted_right} of {stats.drafted} drafted tokens right")
+    return " · ".join(parts)
+
+
+def simulated_line(engine: Engine) -> str:
+    """What a described card (--device sim:CARD) would have taken; empty for what is real."""
+    stats = engine.stats
+    source: Any = engine.decoder.source  # of the cards
+    if not engine.timing.label or not stats.simulated_prefill_seconds:
+        return ""
+    parts = [f"simulated, not measured: {engine.timing.label}"]
+    if speed := stats.simulated_decode_tok_s:
+        parts.append(f"{1e3 / speed:.1f} ms a token ({speed:.1f} tokens/s)")
+    parts.append(f"first after {stats.simulated_prefill_seconds:.2f} s")
+    if source is not None:
+        asked = source.hits + source.copies + source.computed_in_ram
+        parts.append(
+            f"{source.hits / max(1, asked):.0%} of the experts were on the card, "
+            f"{source.copies / max(1, asked):.0%} were copied there"
+        )
     return " · ".join(parts)
 
 

@@ -11,7 +11,7 @@ import click
 
 from tiered.commands import options as opt
 from tiered.commands.loading import open_engine
-from tiered.commands.output import notes, print_json, stats_line
+from tiered.commands.output import notes, print_json, simulated_line, stats_line
 
 
 @click.command("run")
@@ -32,7 +32,7 @@ def command(
 
     MODEL is a GGUF file, a Hugging Face folder or a store made by `tiered convert`. Without PROMPT
     (or with -) it is read from standard input. A last line on standard error tells speed, hit rate
-    and bytes read.
+    and bytes read; with --device sim:CARD one more tells what that card would have taken.
     """
     sampling = opt.take(choices, opt.SAMPLING_CHOICES)
     if prompt is None or prompt == "-":
@@ -57,7 +57,10 @@ def command(
             if not as_json:
                 click.echo(piece, nl=False)
         if as_json:
-            print_json({"text": "".join(text), **engine.stats.as_dict()})
+            facts = {"simulated_on": engine.timing.label} if engine.timing.label else {}
+            print_json({"text": "".join(text), **engine.stats.as_dict(), **facts})
         else:
             click.echo()
             notes.print(stats_line(engine.stats), style="dim")
+            if line := simulated_line(engine):
+                notes.print(line, style="dim")

@@ -18,13 +18,13 @@ from tiered.memory import format_bytes
 from tiered.planning.admission import Admission
 from tiered.planning.costs import Costs
 from tiered.policies import Space
+from tiered.simulated.timing import REAL, Timing
 from tiered.source import MappedExperts, TieredExperts
 from tiered.store import ExpertStore
 from tiered.tier import Tier
 from tiered.weights.dense import dense_bytes_by_layer
 
 SHRINK = 0.9  # when the device has less memory than it said
-RESERVE = 0.05  # of what is free: workspace, and what the driver takes later
 
 
 def model_bytes(
@@ -60,22 +60,21 @@ def spread(cards: Any, model: LayerBytes, choices: EngineConfig) -> list[Share]:
     Raises MemoryError with the numbers that would work.
     """
     limits = parse_vram(choices.vram, len(cards.cards))
-    rooms = [_room(card, limit) for card, limit in zip(cards.cards, limits, strict=True)]
+    free = [card.device.usable_bytes for card in cards.cards]
+    rooms = [_least(*pair) for pair in zip(free, limits, strict=True)]
     known = [room for room in rooms if room is not None]
-    if len(known) < len(rooms):  # simulated cards have what they need
+    if len(known) < len(rooms):  # torch's CPU device has what is wanted
         shares = share_out(model, [1] * len(rooms))
     else:
         shares = share_out(model, known)
         check_shares(model, shares, known, cards.names)
     cards.spread([share.layers for share in shares])
-    return shares
+    return [share._replace(room=room) for share, room in zip(shares, rooms, strict=True)]
 
 
-def _room(card: Any, limit: int | None) -> int | None:
-    """Bytes of a card that may be used from now on; None: as many as are wanted."""
-    free = card.device.free_bytes
-    rooms = [] if free is None else [int(free * (1 - RESERVE))]
-    return min([*rooms, *([] if limit is None else [limit])], default=None)
+def _least(*sizes: int | None) -> int | None:
+    """Of those that are known."""
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def place_experts(
@@ -85,6 +84,7 @@ def place_experts(
     below: MappedExperts | TieredExperts,
     choices: EngineConfig,
     stack: ExitStack,
+    timing: Timing = REAL,
 ) -> ExpertsOfCards:
     """Give what is left of each card's memory to the experts of its layers, and say where each
     runs.
@@ -93,21 +93,20 @@ def place_experts(
     Raises MemoryError that names the card.
     """
     sources: dict[int, PlacedExperts] = {}
-    limits = parse_vram(choices.vram, len(cards.cards))
-    for card, name, share, limit in zip(cards.cards, cards.names, shares, limits, strict=True):
+    for card, name, share in zip(cards.cards, cards.names, shares, strict=True):
         layers = [layer for layer in share.layers if store.blob_bytes[layer]]
         if layers:
-            left = None if limit is None else limit - share.fixed
-            room = _room(card, left)
-            source = _place_on(card, name, layers, room, store, below, choices, stack)
+            left = None if share.room is None else share.room - share.fixed
+            room = _least(card.device.usable_bytes, left)
+            source = _place_on(card, name, layers, room, store, below, choices, stack, timing)
             sources |= dict.fromkeys(layers, source)
     placed = ExpertsOfCards(sources)
     if isinstance(below, TieredExperts):
-        _beneath(below.tier, placed)
+        _beneath(below.tier, placed, timing)
     return placed
 
 
-def _beneath(ram: Tier, placed: ExpertsOfCards) -> None:
+def _beneath(ram: Tier, placed: ExpertsOfCards, timing: Timing) -> None:
     """A RAM tier below GPUs: what they have leaves it first, and its reads are timed."""
 
     def is_above(key: ExpertKey) -> bool:
@@ -118,7 +117,8 @@ def _beneath(ram: Tier, placed: ExpertsOfCards) -> None:
             card.costs.disk.observe(nbytes, seconds)
 
     ram.residency.is_above = is_above
-    ram.source = TimedReads(ram.source, ram.memory.space, Channel(observe, Busy()))
+    reads = Channel(observe, Busy(timing.clock))
+    ram.source = TimedReads(ram.source, ram.memory.space, reads)
 
 
 def _place_on(
@@ -130,6 +130,7 @@ def _place_on(
     below: MappedExperts | TieredExperts,
     choices: EngineConfig,
     stack: ExitStack,
+    timing: Timing,
 ) -> PlacedExperts:
     config, nbytes = store.checkpoint.config, max(store.blob_bytes)
     per_layer = tuple(nbytes if layer in layers else 0 for layer in range(config.num_layers))
@@ -152,9 +153,17 @@ def _place_on(
             wanted = max(least, int(wanted * SHRINK))
     blobs = MappedBlobs(store) if isinstance(below, MappedExperts) else below.tier
     policy = policies.create(choices.policy, space)
-    costs, cpu = Costs.unknown(nbytes), Busy()
+    costs, cpu = card.device.costs(nbytes) or Costs.unknown(nbytes), Busy(timing.clock)
     link = Channel(costs.observe_link, cpu)
-    tier = stack.enter_context(Tier(slots, Uploads(blobs, slots, link), policy, loaders=3))
+    tier = Tier(
+        slots,
+        Uploads(blobs, slots, link),
+        policy,
+        loaders=3,
+        clock=timing.clock,
+        make_loaders=timing.make_loaders,
+    )
+    stack.enter_context(tier)
     return PlacedExperts(
         tier,
         below,
@@ -163,6 +172,7 @@ def _place_on(
         costs,
         few_rows=card.few_rows,
         admission=Admission(space, costs),
+        clock=timing.clock,
         cpu=cpu,
         link=link,
     )

@@ -27,6 +27,7 @@ class Share(NamedTuple):
     layers: range
     fixed: int  # bytes that are there as long as the model is
     least: int  # bytes of experts without which its layers cannot be computed
+    room: int | None = None  # bytes of the card that may be used; None: as many as are wanted
 
     @property
     def needed(self) -> int:

@@ -101,4 +101,17 @@ def bench_model(engine: Engine, prefill: int, decode: int, runs: int = 1) -> dic
         "seconds": stats.parts,
         "expert_slots_bytes": engine.plan.slots,
         "mapped": engine.plan.mapped,
+        **({"simulated": simulated_speed(engine, stats, runs)} if engine.timing.label else {}),
+    }
+
+
+def simulated_speed(engine: Engine, stats: EngineStats, runs: int) -> dict[str, Any]:
+    """What a described card would have reached meanwhile: nothing of it is measured."""
+    source: Any = engine.decoder.source  # of the cards
+    asked = source.hits + source.copies + source.computed_in_ram if source else 0
+    return {
+        "card": engine.timing.label,
+        "prefill_tok_s": stats.prompt_tokens / stats.simulated_prefill_seconds,
+        "decode_tok_s": (stats.new_tokens - runs) / stats.simulated_decode_seconds,
+        "on_card": source.hits / max(1, asked) if source else 1.0,
     }

@@ -18,7 +18,6 @@ from tiered.commands.plan import describe, measured
 from tiered.demo import demo_model
 from tiered.memory import parse_bytes
 from tiered.planning import hardware, shapes, sizes
-from tiered.planning.forecast import without_gpu
 from tiered.planning.plan import make_plan
 
 LAPTOP, MEMORY = "laptop", "8G"
@@ -48,7 +47,7 @@ def main() -> None:
         return
     model = demo_model() if arguments.model == "demo" else Path(arguments.model)
     described = describe(str(model), "q4_0", "f16")
-    machine = without_gpu(measured(model, described, "q4_0", threads=None))
+    machine = measured(model, described, "q4_0", threads=None)
     plan = make_plan(described, machine, context=CONTEXT, ram=ram)
     print(f"\n{described.name} on this machine: {plan.verdict}")
     if not plan.runs:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
 LINK_SIZES = tuple(1 << shift for shift in (16, 18, 20, 22, 24, 26))  # 64 KiB ... 64 MiB
 
@@ -117,22 +117,33 @@ def fit_line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     return max(0.0, mean_y - slope * mean_x), slope
 
 
-def save(file: Path, calibration: Calibration) -> None:
-    """Written to a new file first: a crash leaves the old one."""
+def save(file: Path, where: str, calibration: Calibration) -> None:
+    """Add to a file of several cards, or replace there, what is at `where` ("cuda:0"). Written to a
+    new file first: a crash leaves the old one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".new")
-    temporary.write_text(json.dumps(asdict(calibration), indent=2) + "\n")
+    known = {**_stored(file), where: asdict(calibration)}
+    temporary.write_text(json.dumps(known, indent=2) + "\n")
     temporary.replace(file)
 
 
-def load(file: Path, device: str) -> Calibration | None:
-    """What was stored for this device; None if nothing was, or it cannot be read."""
+def load(file: Path, where: str, device: str) -> Calibration | None:
+    """What was stored for the card at `where`, if it is still this `device`; None if nothing was,
+    or it cannot be read."""
     try:
-        values = json.loads(file.read_text())
+        values = dict(_stored(file)[where])
         if values["device"] != device:
             return None
         for name in ("link", "link_competing", "link_pageable"):
             values[name] = tuple((int(size), float(seconds)) for size, seconds in values[name])
         return Calibration(**values)
-    except (OSError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return None
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

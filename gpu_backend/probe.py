@@ -29,7 +29,8 @@ LARGEST_PIN = 64 << 30  # bytes that the probe may try
 
 
 def calibrate_card(device: str, file: Path, tuning_file: Path) -> dict[str, Any]:
-    """Measure a CUDA device, keep that in `file` and the best tuning in `tuning_file`."""
+    """Measure a CUDA device ("cuda:0"), keep that in `file` and the best tuning in
+    `tuning_file`."""
     if not cuda_is_available():
         raise RuntimeError(
             "no CUDA device was found by torch: use --device cpu, or install a torch built for "
@@ -39,7 +40,7 @@ def calibrate_card(device: str, file: Path, tuning_file: Path) -> dict[str, Any]
     vram = torch.cuda.get_device_properties(torch.device(device)).total_memory
     measured = calibrate(probe, name, int(vram))
     tuning = find_tuning(probe.decode, probe.prefill, load_tuning(tuning_file, name))
-    save(file, measured)
+    save(file, device, measured)
     save_tuning(tuning_file, name, tuning)
     return asdict(measured)
 

@@ -49,7 +49,7 @@ def test_sizes_are_each_cards_or_theirs_in_turn():
     assert parse_vram("2K, 3K", 2) == [2048, 3072]
     with pytest.raises(ValueError, match="no size"):
         parse_vram(-5, 2)
-    with pytest.raises(ValueError, match="has 2 sizes and --device 3 GPUs"):
+    with pytest.raises(ValueError, match="has 2 sizes for 3 GPUs"):
         parse_vram("2K,3K", 3)
 
 

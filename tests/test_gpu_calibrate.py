@@ -1,6 +1,7 @@
 """Calibration, pinning and tuning on devices whose limits and speeds are known. Needs no torch."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -81,14 +82,20 @@ def test_one_slow_run_does_not_count():
     assert calibrate(Hiccup(), "card", 8 << 30).launch == 4e-6
 
 
-def test_a_calibration_is_stored_by_device(tmp_path):
+def test_calibrations_are_stored_by_card(tmp_path):
     found, file = calibrate(FakeProbe(), "card", 8 << 30), tmp_path / "new" / "gpu.json"
-    assert load(file, "card") is None
-    save(file, found)
-    assert load(file, "card") == found
-    assert load(file, "other card") is None
-    file.write_text("{}")
-    assert load(file, "card") is None
+    other = replace(found, device="other card", launch=1e-6)
+    assert load(file, "cuda:0", "card") is None
+    save(file, "cuda:0", found)
+    save(file, "cuda:1", other)
+    assert load(file, "cuda:0", "card") == found
+    assert load(file, "cuda:1", "other card") == other
+    assert load(file, "cuda:0", "other card") is None  # it was changed for another
+    save(file, "cuda:1", found)
+    assert load(file, "cuda:1", "card") == found
+    for text in ("{}", "[]", '{"cuda:0": 1}', "no JSON"):
+        file.write_text(text)
+        assert load(file, "cuda:0", "card") is None
 
 
 def test_a_line_needs_two_points():

@@ -41,6 +41,24 @@ def test_cards_alike_have_the_memory_of_all(tmp_path):
     assert both.vram_experts - one.vram_experts == card.vram - card.reserved
 
 
+def test_cards_in_turn_have_the_memory_of_all_and_times_in_between(tiered):
+    fast, slow = (hardware.find(name).gpu for name in ("rtx4090", "rtx3060-12gb"))
+    twice = hardware.in_turn([fast, fast])
+    assert twice.room == 2 * fast.room and twice.bandwidth == pytest.approx(fast.bandwidth)
+    assert (twice.link, twice.compute) == pytest.approx((fast.link, fast.compute))
+    both = hardware.in_turn([fast, slow])
+    # A byte of each's share takes its own time: seconds add up, rates do not.
+    total = both.room / (both.bandwidth * both.efficiency)
+    parts = [card.room / (card.bandwidth * card.efficiency) for card in (fast, slow)]
+    assert total == pytest.approx(sum(parts))
+    got = planned(tiered, "mixtral-8x7b", "--gpus", "rtx4090,rtx3060-12gb")
+    assert "RTX 4090" in got["hardware"]["label"] and "RTX 3060" in got["hardware"]["label"]
+    alone = [planned(tiered, "mixtral-8x7b", "--gpu", card) for card in ("rtx4090", "rtx3060-12gb")]
+    assert got["tok_s"] > alone[1]["tok_s"]
+    vram = got["forecast"]["layout"]["vram_experts"]
+    assert vram > max(plan["forecast"]["layout"]["vram_experts"] for plan in alone)
+
+
 def test_the_text_says_that_it_is_simulated(tiered):
     status, out, _ = tiered("plan", "olmoe-1b-7b", "--gpu", "rtx4060-laptop")
     assert status == 0
@@ -91,6 +109,8 @@ def test_this_machine_is_measured(tiered, tmp_path):
         (("mixtral-8x7b", "--gpu", "rtx1"), "rtx4090"),
         (("mixtral-8x7b", "--gpu", "laptop", "--vram", "8G"), "has no GPU"),
         (("mixtral-8x7b", "--vram", "8G"), "--vram needs --gpu"),
+        (("mixtral-8x7b", "--gpus", "rtx4090,laptop"), "laptop has no GPU"),
+        (("mixtral-8x7b", "--gpus", "rtx4090,t4", "--vram", "1G,2G,3G"), "has 3 sizes for 2"),
         (("mixtral-8x7b", "--gpu", "laptop", "--ram", "lots"), "is no size"),
         (("mixtral-8x7b", "--gpu", "laptop", "--policy", "best"), "unknown policy"),
     ],

@@ -1,16 +1,22 @@
 """`tiered calibrate`: this machine, measured and kept, and what `info` and `plan` make of that."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 import cpu_kernels.cache  # noqa: F401  kernels stay where they are, when the user's cache moves
-from gpu_backend.calibrate import Calibration
+from gpu_backend.calibrate import Calibration, save
 from gpu_backend.tuning import Tuning, find_tuning
 from tiered.demo import random_tiny_model
 from tiered.measuring import this_machine
-from tiered.measuring.this_machine import HostSpeed, described_gpu, known_gpu, known_host, save_host
+from tiered.measuring.this_machine import (
+    HostSpeed,
+    described_gpu,
+    known_gpus,
+    known_host,
+    save_host,
+)
 from tiered.user_cache import gpu_file, machine_file, user_cache
 
 LINK = ((1 << 16, 2e-5), (1 << 26, 5e-3))
@@ -33,9 +39,9 @@ def host(**changes):
     return HostSpeed(**asdict(speed) | changes)
 
 
-def keep_card(**changes):
-    gpu_file().parent.mkdir(parents=True, exist_ok=True)
-    gpu_file().write_text(json.dumps(asdict(CARD) | changes))
+def keep_cards(*names):
+    for number, name in enumerate(names or [CARD.device]):
+        save(gpu_file(), f"cuda:{number}", replace(CARD, device=name))
 
 
 def test_calibrate_measures_keeps_and_leaves_no_file_behind(tiered, tmp_path):
@@ -54,7 +60,7 @@ def test_calibrate_measures_keeps_and_leaves_no_file_behind(tiered, tmp_path):
 def test_info_says_what_to_do_and_then_what_was_measured(tiered):
     assert "tiered calibrate" in tiered("info")[1]
     save_host(host())
-    keep_card()
+    keep_cards()
     _, out, _ = tiered("info")
     assert "18 GB/s with 2 threads" in out and "/models" in out
     assert "a card" in out and "280 GB/s" in out and "16.0 GiB" in out and "90 TFLOP/s" in out
@@ -65,16 +71,16 @@ def test_what_cannot_be_read_was_not_measured(tiered, text):
     machine_file().parent.mkdir(parents=True)
     machine_file().write_text(text)
     gpu_file().write_text(text)
-    assert known_host() is None and known_gpu() is None
+    assert known_host() is None and not known_gpus()
     assert tiered("info")[0] == 0
 
 
 def test_another_machine_with_the_same_home_is_not_this_one():
     save_host(host(node="elsewhere"))
-    keep_card()
-    assert known_host() is None and known_gpu() is None
+    keep_cards()
+    assert known_host() is None and not known_gpus()
     save_host(host())
-    assert known_host() == host() and known_gpu()["device"] == "a card"
+    assert known_host() == host() and known_gpus()["cuda:0"]["device"] == "a card"
 
 
 def test_a_card_as_a_forecast_wants_it():
@@ -90,10 +96,38 @@ def test_plan_of_this_machine_has_the_card(tiered, tmp_path):
     status, _, err = tiered(*arguments, "--vram", "4G")
     assert status == 2 and "tiered calibrate" in err
     save_host(host())
-    keep_card()
+    keep_cards()
     status, out, _ = tiered(*arguments, "--vram", "4G", "--json")
     got = json.loads(out)["hardware"]
     assert status == 0 and "a card" in got["label"] and got["gpu"]["vram"] == 4 << 30
+
+
+def test_several_cards_are_measured_shown_and_forecast(tiered, tmp_path, monkeypatch):
+    pytest.importorskip("numba")
+    asked = []
+
+    def measure(name):
+        asked.append(name)
+        found = replace(CARD, device=f"card {name[-1]}", vram=(int(name[-1]) + 1) << 30)
+        save(gpu_file(), name, found)
+        return asdict(found)
+
+    monkeypatch.setattr("tiered.backend.calibrate_gpu", measure)
+    user_cache().mkdir(parents=True)
+    status, out, err = tiered("calibrate", "--device", "cuda:0,cuda:1", "--json")
+    assert status == 0, err
+    assert asked == ["cuda:0", "cuda:1"] and json.loads(out)["cuda:1_gpu"] == "card 1"
+    assert list(known_gpus()) == asked
+    _, out, _ = tiered("info")
+    assert "cuda:0 vram" in out and "card 1" in out
+    arguments = "plan", random_tiny_model(tmp_path), "--threads", "1", "--context", "64"
+    for names in ("cuda:0,cuda:1", "cuda:all"):
+        status, out, err = tiered(*arguments, "--gpus", names, "--vram", "2G,4G", "--json")
+        assert status == 0, err
+        got = json.loads(out)["hardware"]
+        assert got["gpu"]["vram"] == 6 << 30 and "card 0 and " in got["label"]
+    status, _, err = tiered(*arguments, "--gpus", "cuda:2")
+    assert status == 2 and "tiered calibrate --device cuda:2` has not measured" in err
 
 
 def test_calibrate_refuses_what_it_does_not_know(tiered):

@@ -330,15 +330,14 @@ def open_gpu(choices: EngineConfig) -> Backend:
         return open_simulated(choices, names, machines)
     try:
         from gpu_backend.backend import GpuBackend
-        from gpu_backend.device import card_name, num_cards
+        from gpu_backend.device import card_name
         from gpu_backend.torch_cards import TorchCards
         from gpu_backend.tuning import load_tuning
     except ImportError as error:
         raise RuntimeError(
             f"device {choices.device!r} needs torch: pip install 'tiered[gpu]'"
         ) from error
-    if names == ["cuda:all"]:
-        names = [f"cuda:{number}" for number in range(num_cards())] or ["cuda"]
+    names = numbered(names)
     exact, host = choices.quantize == "none", open_cpu(choices)
     cards: list[Any] = []
     try:
@@ -371,6 +370,15 @@ def open_simulated(choices: EngineConfig, names: list[str], machines: list[Hardw
     timing = simulated(clock, cards[0].device.machine, label)
     backend: Backend = SimulatedCards(cards, names, host, timing)
     return backend
+
+
+def numbered(names: list[str]) -> list[str]:
+    """The same, with all that torch finds in the place of "cuda:all"."""
+    if names != ["cuda:all"]:
+        return names
+    from gpu_backend.device import num_cards
+
+    return [f"cuda:{number}" for number in range(num_cards())] or ["cuda"]
 
 
 def calibrate_gpu(name: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def describe_machine() -> dict[str, Any]:
 
     from cpu_kernels import isa
     from tiered.backend import default_threads
-    from tiered.measuring.this_machine import gpu_facts, host_facts, known_gpu, known_host
+    from tiered.measuring.this_machine import gpus_facts, host_facts, known_gpus, known_host
     from tiered.version import __version__
 
     facts = {
@@ -92,10 +92,10 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "free_for_us_bytes": available_bytes(),
     }
-    speed, card = known_host(), known_gpu()
+    speed, cards = known_host(), known_gpus()
     if speed is None:
         return facts | {"measured": "not yet: `tiered calibrate` does"}
-    return facts | host_facts(speed) | (gpu_facts(card) if card else {})
+    return facts | host_facts(speed) | gpus_facts(cards)
 
 
 def describe_model(path: Path, context: int, quantize: str) -> dict[str, Any]:

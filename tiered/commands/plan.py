@@ -12,6 +12,7 @@ from rich.table import Table
 from tiered.commands import options as opt
 from tiered.commands.output import notes, print_json, results
 from tiered.config import DEFAULT_POLICY
+from tiered.gpu.shares import parse_vram
 from tiered.memory import default_limit, format_bytes, parse_bytes
 from tiered.planning import hardware, shapes, sizes
 from tiered.planning.forecast import without_gpu
@@ -35,13 +36,18 @@ TERMS = {
 @click.argument("model")
 @opt.option(
     "--gpu",
+    "--gpus",
+    "gpu",
     metavar="NAME",
     help="A described machine: "
-    f"{', '.join(hardware.names())}; or FILE.toml. Default: this machine, measured, with the GPU "
-    "that `tiered calibrate` found.",
+    f"{', '.join(hardware.names())}; or FILE.toml. Several, as rtx4090,rtx3060-12gb, share the "
+    "layers in the first one's machine; cuda:0,cuda:1 are those of this one. Default: this "
+    "machine, measured, with the first GPU that `tiered calibrate` found.",
 )
 @opt.option("--ram", metavar="SIZE", help="Memory of the machine, as 32G.")
-@opt.option("--vram", metavar="SIZE", help="Memory of the GPU, as 16G.")
+@opt.option(
+    "--vram", metavar="SIZE", help="Memory of the GPU, as 16G; of several, each one's, or 16G,8G."
+)
 @opt.option(
     "--quant",
     type=click.Choice(list(RECIPES)),
@@ -83,16 +89,16 @@ def command(
     """
     described = describe(model, quant, kv_dtype)
     limit = None
-    if gpu is None:
-        machine = measured(Path(model), described, quant, threads)
-        if vram is not None and machine.gpu is None:
+    if gpu is None or gpu.startswith("cuda"):
+        machines = measured_with_cards(Path(model), described, quant, threads, gpu)
+        if vram is not None and machines[0].gpu is None:
             raise click.UsageError("--vram needs --gpu, or a GPU that `tiered calibrate` measured")
         limit = parse_bytes(ram) if ram else default_limit()
-        machine = machine.with_sizes(ram=limit, vram=parse_bytes(vram) if vram else None)
     else:
-        machine = hardware.find(gpu).with_sizes(
-            ram=parse_bytes(ram) if ram else None, vram=parse_bytes(vram) if vram else None
-        )
+        machines = [hardware.find(name.strip()) for name in gpu.split(",")]
+    machine = together(machines, vram)
+    if (size := limit or (parse_bytes(ram) if ram else None)) is not None:
+        machine = machine.with_sizes(ram=size)
     if machine.gpu is not None and described.is_mix:
         notes.print("GPUs cannot compute a mix by expert yet: the forecast is without one")
         machine = without_gpu(machine)
@@ -123,7 +129,6 @@ def measured(path: Path, model: ModelSizes, quant: str, threads: int | None) -> 
     from tiered.experts import expert_layout
     from tiered.formats import open_checkpoint
     from tiered.measuring.measure import measure_machine
-    from tiered.measuring.this_machine import described_gpu, known_gpu
     from tiered.store import ExpertStore
 
     file: Path | None = None
@@ -146,11 +151,49 @@ def measured(path: Path, model: ModelSizes, quant: str, threads: int | None) -> 
             layout, hidden, size, model.top_k, file, threads,
             progress=lambda part: status.update(f"measuring this machine: {part}"),
         )  # fmt: skip
-    card = known_gpu()
-    if card is None:
-        return machine
-    label = f"{machine.label}, {card['device']}"
-    return replace(machine, label=label, gpu=described_gpu(card))
+    return machine
+
+
+def measured_with_cards(
+    path: Path, model: ModelSizes, quant: str, threads: int | None, names: str | None
+) -> list[Hardware]:
+    """This machine with each of the calibrated cards `names`; with the first, or none, by
+    default."""
+    from tiered.gpu.devices import device_names
+    from tiered.measuring.this_machine import described_gpu, known_gpus
+
+    known = known_gpus()
+    wanted = list(known)[:1]
+    if names is not None:
+        wanted = list(known) if names == "cuda:all" else device_names(names)
+        wanted = ["cuda:0" if name == "cuda" else name for name in wanted]
+        if not wanted or not set(wanted) <= set(known):
+            raise click.UsageError(
+                f"--gpu {names}: `tiered calibrate --device {names}` has not measured that"
+            )
+    machine = measured(path, model, quant, threads)
+    return [
+        replace(
+            machine,
+            label=f"{machine.label}, {known[name]['device']}",
+            gpu=described_gpu(known[name]),
+        )
+        for name in wanted
+    ] or [machine]
+
+
+def together(machines: list[Hardware], vram: str | None) -> Hardware:
+    """The first machine, with the cards of all."""
+    sizes = parse_vram(vram, len(machines))
+    machines = [machine.with_sizes(vram=n) for machine, n in zip(machines, sizes, strict=True)]
+    if len(machines) == 1:
+        return machines[0]
+    cards = [machine.gpu for machine in machines if machine.gpu is not None]
+    if len(cards) < len(machines):
+        without = next(machine for machine in machines if machine.gpu is None)
+        raise click.UsageError(f"--gpus: {without.name} has no GPU")
+    label = " and ".join(machine.label for machine in machines)
+    return replace(machines[0], label=label, gpu=hardware.in_turn(cards))
 
 
 def _size(path: Path) -> int:

@@ -93,7 +93,7 @@ def parse_vram(vram: int | str | None, num_cards: int) -> list[int | None]:
     sizes = [parse_bytes(size) for size in str(vram).split(",")]
     if len(sizes) not in (1, num_cards):
         raise ValueError(
-            f"--vram {vram} has {len(sizes)} sizes and --device {num_cards} GPUs: "
-            "give one for each, or one for all"
+            f"--vram {vram} has {len(sizes)} sizes for {num_cards} GPUs: give one for each, or one "
+            "for all"
         )
     return [*sizes * (num_cards if len(sizes) == 1 else 1)]

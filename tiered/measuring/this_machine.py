@@ -1,7 +1,7 @@
 """This machine, measured once and kept: what `tiered calibrate` finds, and `info` and `plan` use.
 
 Two files in the user's cache folder: `machine.json` has the processor, its memory and a disk,
-`gpu.json` what `gpu_backend.calibrate` says of a card.
+`gpu.json` what `gpu_backend.calibrate` says of each card.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -99,14 +100,19 @@ def known_host() -> HostSpeed | None:
     return speed if (speed.node, speed.processor) == (platform.node(), processor_name()) else None
 
 
-def known_gpu() -> dict[str, Any] | None:
-    """What was measured of a card that was in this machine then (see gpu_backend.calibrate)."""
+def known_gpus() -> dict[str, dict[str, Any]]:
+    """What was measured of the cards that were in this machine then, as "cuda:0" (see
+    gpu_backend.calibrate)."""
+    known = {}
     try:
-        values = json.loads(gpu_file().read_text(encoding="utf-8"))
-        described_gpu(values)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return values if known_host() is not None else None
+        stored = json.loads(gpu_file().read_text(encoding="utf-8")).items()
+    except (OSError, ValueError, AttributeError):
+        return {}
+    for name, values in stored:
+        with suppress(KeyError, TypeError, ValueError, IndexError):
+            described_gpu(values)
+            known[name] = values
+    return known if known_host() is not None else {}
 
 
 def host_facts(speed: HostSpeed) -> dict[str, Any]:
@@ -149,6 +155,17 @@ def gpu_facts(values: dict[str, Any]) -> dict[str, Any]:
         "launch_usec": values["launch"] * 1e6,
         "synchronize_usec": values["synchronize"] * 1e6,
         "page_lockable_bytes": values["pin_limit"],
+    }
+
+
+def gpus_facts(cards: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The same of several, which are told apart by where they are."""
+    if len(cards) == 1:
+        return gpu_facts(*cards.values())
+    return {
+        f"{where}_{name}": value
+        for where, values in cards.items()
+        for name, value in gpu_facts(values).items()
     }
 
 

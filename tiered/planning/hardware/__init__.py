@@ -7,6 +7,7 @@ what a forecast is made from, never a measurement of anything.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,34 @@ class Gpu:
     def room(self) -> int:
         """Bytes for a model, on all cards."""
         return self.count * (self.vram - self.reserved)
+
+
+def in_turn(cards: Sequence[Gpu]) -> Gpu:
+    """Cards that have some of the layers each, in proportion to memory, and of which a token passes
+    one after the other: as one that has the memory of all and takes as long."""
+    rooms = [max(0, card.room) for card in cards]
+    shares = [room / sum(rooms) if sum(rooms) else 1 / len(rooms) for room in rooms]
+
+    def rate(values: Sequence[float]) -> float:
+        return 1 / sum(share / value for share, value in zip(shares, values, strict=True))
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(share * value for share, value in zip(shares, values, strict=True))
+
+    bandwidth = rate([card.bandwidth for card in cards])
+    compute = rate([card.compute for card in cards])
+    return Gpu(
+        vram=sum(card.count * card.vram for card in cards),
+        bandwidth=bandwidth,
+        link=rate([card.link for card in cards]),
+        compute=compute,
+        efficiency=rate([card.bandwidth * card.efficiency for card in cards]) / bandwidth,
+        compute_efficiency=rate([c.compute * c.compute_efficiency for c in cards]) / compute,
+        copy_latency=mean([card.copy_latency for card in cards]),
+        launch=mean([card.launch for card in cards]),
+        sync=mean([card.sync for card in cards]),
+        reserved=sum(card.count * card.reserved for card in cards),
+    )
 
 
 @dataclass(frozen=True)

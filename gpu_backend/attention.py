@@ -108,5 +108,5 @@ class Attention:
     def run(self, x: torch.Tensor, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
         """x += attention(norm(x)); appends keys and values."""
         if self._batch is None or self._batch[0] is not batch:
-            self._batch = batch, BatchPlace(batch, kv.page_size, self._device)
+            self._batch = batch, BatchPlace(batch, kv, self._device)
         layer.run(x, kv, index, self._batch[1], self._arithmetic)

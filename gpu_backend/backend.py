@@ -20,12 +20,14 @@ from gpu_backend.device import TorchDevice
 from gpu_backend.experts import ExpertLayer, weighted
 from gpu_backend.feed_forward import FeedForwardLayer
 from gpu_backend.head import OutputLayer
+from gpu_backend.host_speed import expert_seconds
 from gpu_backend.join import JoinLayer
 from gpu_backend.kv import KVPages, kv_pages
 from gpu_backend.latent import LatentAttentionLayer
 from gpu_backend.mamba2 import Mamba2Layer
 from gpu_backend.matrix import Matrix, Rows
 from gpu_backend.merge import MergeLayer
+from gpu_backend.pieces import in_pieces
 from gpu_backend.recurrent import RecurrentState, copy_state
 from gpu_backend.route import RouterLayer, Routing
 from gpu_backend.short_conv import ConvLayer
@@ -65,6 +67,7 @@ class GpuBackend:
             self.arithmetic = Launcher(tuning, self.device.capability, self.device.index)
         self._attention = Attention(self._torch, self.arithmetic)
         self._slots: GpuSlots | None = None
+        self._shared: torch.Tensor | None = None  # by slots and the KV cache
         self._hidden_size = 0
         self._rows: Rows | None = None  # of the latest h
         self._host_h: tuple[torch.Tensor, np.ndarray] | None = None
@@ -99,9 +102,15 @@ class GpuBackend:
 
         return FEW_ROWS
 
-    def slots(self, space: Any, layouts: dict[int, Any], num_experts: int) -> GpuSlots:
-        """Memory for a tier of experts on this device; `layouts` by layer. Raises MemoryError."""
-        self._slots = GpuSlots(self.device, space, layouts, self.arithmetic.rearrange, num_experts)
+    def slots(
+        self, space: Any, layouts: dict[int, Any], num_experts: int, nbytes: int = 0
+    ) -> GpuSlots:
+        """Memory for a tier of experts on this device; `layouts` by layer. With `nbytes`, it has so
+        many, and the KV cache is at its end. Raises MemoryError."""
+        self._slots = GpuSlots(
+            self.device, space, layouts, self.arithmetic.rearrange, num_experts, nbytes
+        )
+        self._shared = self._slots.slab if nbytes else None
         return self._slots
 
     def matrix(
@@ -130,7 +139,7 @@ class GpuBackend:
 
     def recurrent_state(self, config: Any) -> RecurrentState:
         with self.device.allocating("what recurrent layers remember of a text"):
-            return RecurrentState(config, self._everywhere(config))
+            return RecurrentState(config, [self._torch] * config.num_layers)
 
     def copy_state(self, source: RecurrentState, target: RecurrentState) -> None:
         copy_state(source, target)
@@ -158,11 +167,14 @@ class GpuBackend:
         return OutputLayer(norm, head, config, self._torch)
 
     def kv_pages(self, config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages:
-        with self.device.allocating("the KV cache"):
-            return kv_pages(config, num_pages, page_size, dtype, self._everywhere(config))
+        return kv_pages(config, num_pages, page_size, dtype, [self] * config.num_layers)
 
-    def _everywhere(self, config: Any) -> list[torch.device]:
-        return [self._torch] * config.num_layers
+    def kv_memory(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes]: the end of what slots share with it, if there are any. Raises
+        MemoryError."""
+        if self._shared is None:
+            return self.device.allocate(nbytes, "the KV cache")
+        return self._shared[len(self._shared) - nbytes :]
 
     def of_layer(self, index: int) -> GpuBackend:
         return self
@@ -216,10 +228,15 @@ class GpuBackend:
         if self._host_h is None or self._host_h[0] is not h:
             self._host_h = h, self.device.download(h)
         rows = self.host.pair_outputs(len(out))
+        addresses, jobs = in_pieces(addresses, jobs, self.few_rows)
         self.host.experts(self._host_h[1], layer, addresses, jobs, rows)
         pairs = jobs.pairs[jobs.starts[0] : jobs.starts[-1]].astype(np.int64)
         at = torch.from_numpy(pairs).to(self._torch, non_blocking=True)
         out[at] = torch.from_numpy(rows[pairs]).to(self._torch, non_blocking=True)
+
+    def host_seconds(self, layer: ExpertLayer, layout: Any, num_rows: int) -> float:
+        """What an expert with so many rows takes on the host."""
+        return expert_seconds(self.host, layer.on_host, layout, num_rows)
 
     def weighted(self, h: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
         rows = weighted(h, self._from_host(weights))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpu_backend.kv import KVPages
 from gpu_backend.rope import RopeTable
 
 
@@ -49,19 +50,19 @@ class SequencePlace:
 class BatchPlace:
     """Where a batch's tokens are in the KV cache; the same for all layers of a forward pass."""
 
-    def __init__(self, batch: Any, page_size: int, device: torch.device) -> None:
-        self.positions = batch.positions
+    def __init__(self, batch: Any, kv: KVPages, device: torch.device) -> None:
+        self.positions, page_size = batch.positions, kv.page_size
         self._rotations: dict[RopeTable, torch.Tensor] = {}
         tables = batch.page_tables.astype(np.int64)
         pages = tables[batch.sequences, batch.positions // page_size]
-        slots = pages * page_size + batch.positions % page_size
+        slots = kv.places(pages, batch.positions % page_size)
         self.slots = torch.from_numpy(slots).to(device)
         self.sequences = []
         for sequence in np.unique(batch.sequences):
             rows = np.flatnonzero(batch.sequences == sequence)
             positions = batch.positions[rows].astype(np.int64)
             at = np.arange(positions.max() + 1)
-            known = tables[sequence, at // page_size] * page_size + at % page_size
+            known = kv.places(tables[sequence, at // page_size], at % page_size)
             self.sequences.append(SequencePlace(rows, positions, known, device))
 
     def rotation(self, rope: RopeTable) -> torch.Tensor:

@@ -53,6 +53,8 @@ def allocating(what: str, where: Any) -> Iterator[None]:
 
 
 class TorchDevice:
+    machine = None  # it is real: see gpu_backend.simulated
+
     def __init__(self, name: str) -> None:
         self.torch_device = torch.device(name)
         self.is_cuda = self.torch_device.type == "cuda"
@@ -91,10 +93,6 @@ class TorchDevice:
         """What of that a model may take."""
         free = self.free_bytes
         return None if free is None else int(free * (1 - RESERVE))
-
-    def costs(self, nbytes: int) -> Any:
-        """What is known of this card's speed before it has computed; None: nothing."""
-        return None
 
     def allocating(self, what: str) -> AbstractContextManager[None]:
         return allocating(what, self.torch_device)

@@ -14,11 +14,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import psutil
 
 from gpu_backend.cards import Cards
+from gpu_backend.kv_shapes import KVShape, kv_shapes
+from gpu_backend.pieces import in_pieces
 from gpu_backend.slots import ON_DEVICE, GpuSlots
 
-VALUE_BYTES = {"f32": 4, "f16": 2, "int8": 1}  # of keys and values
 ATTENTION_LAUNCHES, EXPERT_LAUNCHES, FEED_FORWARD_LAUNCHES = 6, 2, 3
 
 
@@ -34,14 +36,13 @@ class Clock(Protocol):
 
 
 class Machine(Protocol):
-    """Seconds that things take: see tiered.simulated.machine."""
+    """Seconds that things take: see tiered.simulated.machine and tiered.planning.machine."""
 
     rates: Any
+    link_free: float  # when the last copy so far has arrived
 
     def copy(self, nbytes: int, start: float) -> float:
         """When a copy has arrived that begins then, or after those before it."""
-
-    def copy_seconds(self, nbytes: int) -> float: ...
 
     def product_seconds(self, nbytes: float, operations: float, launches: int) -> float: ...
 
@@ -85,7 +86,6 @@ class SimulatedGpu:
         self.lock = threading.RLock()
         self.fail_copies = set(fail_copies)
         self.num_copies = 0
-        self.copies_end = 0.0
         self.marked = 0.0
         self.synchronizes = True  # False: forgets to let copies wait for kernels (a bug to find)
         self.in_flight: dict[int, float] = {}  # slot -> when its bytes arrive
@@ -96,10 +96,6 @@ class SimulatedGpu:
         """All of it: descriptions tell separately what drivers take."""
         return self.free_bytes
 
-    def costs(self, nbytes: int) -> Any:
-        """What an engine knows of a card that was calibrated."""
-        return self.machine.rates.costs(nbytes)
-
     # -- what GpuSlots uses --
 
     def allocate(self, nbytes: int, what: str) -> np.ndarray:
@@ -108,6 +104,12 @@ class SimulatedGpu:
             if nbytes > self.free_bytes:
                 raise MemoryError(f"{what} takes {nbytes} bytes, and {self.free_bytes} are free")
             self.free_bytes -= nbytes
+        free = psutil.virtual_memory().available
+        if nbytes > free:  # to be touched later, when nobody could say so any more
+            raise MemoryError(
+                f"{what} of a simulated card take {nbytes >> 20} MiB of RAM, and {free >> 20} MiB "
+                "are free: give a smaller --vram"
+            )
         return np.zeros(nbytes, np.uint8)
 
     def table(self, *shape: int) -> np.ndarray:
@@ -127,11 +129,12 @@ class SimulatedGpu:
             if number in self.fail_copies:
                 raise RuntimeError("the copy was aborted")
             after = self.marked if self.synchronizes else 0.0
-            end = self.machine.copy(nbytes, max(self.clock.now, after))
+            begin = max(self.clock.now, after, self.machine.link_free)
+            end = self.machine.copy(nbytes, begin)
             slot = then.keywords["slot"]
-            if self.readers.get(slot, 0.0) > end - self.machine.copy_seconds(nbytes):
+            if self.readers.get(slot, 0.0) > begin:
                 raise RuntimeError(f"race: slot {slot} is overwritten while a kernel reads it")
-            self.in_flight[slot] = self.copies_end = end
+            self.in_flight[slot] = end
             blob = staging.host[:nbytes].copy()
 
             def arrive() -> None:
@@ -172,7 +175,7 @@ class SimulatedGpu:
 
     def close(self) -> None:
         with self.lock:
-            self.clock.advance_to(max(self.kernels.end, self.copies_end))
+            self.clock.advance_to(max(self.kernels.end, self.machine.link_free))
 
 
 def keep_blocks(blob: Any, target: Any, format: str, num_blocks: int) -> None:
@@ -187,10 +190,10 @@ class Weighed(NamedTuple):
     nbytes: int
     values: int  # weights: each is multiplied with each row of activations
     width: int = 0  # of an attention layer's queries, all heads together
-    kept: int = 0  # values that it keeps of each token
+    kept: KVShape | None = None  # what it keeps of each token
 
 
-def weighed(of_host: Any, *weights: Any, **more: int) -> Weighed:
+def weighed(of_host: Any, *weights: Any, **more: Any) -> Weighed:
     """`weights` are matrices, or tuples of matrices and vectors."""
     parts = [part for group in weights for part in (group if isinstance(group, tuple) else [group])]
     arrays = [part.data if hasattr(part, "format") else part for part in parts]
@@ -224,24 +227,22 @@ class SimulatedCard:
     def chained_seconds(self) -> dict[str, float]:
         return {}
 
-    def slots(self, space: Any, layouts: dict[int, Any], num_experts: int) -> GpuSlots:
-        self._slots = GpuSlots(self.device, space, layouts, keep_blocks, num_experts)
+    def slots(
+        self, space: Any, layouts: dict[int, Any], num_experts: int, nbytes: int = 0
+    ) -> GpuSlots:
+        """Keys and values that take a part of it are only counted: they lie in RAM."""
+        self._slots = GpuSlots(self.device, space, layouts, keep_blocks, num_experts, nbytes)
         return self._slots
 
     # -- layers, prepared once --
 
     def attention_layer(self, weights: Any, config: Any, index: int = 0) -> Weighed:
-        layer, shape = (
-            self.host.attention_layer(weights, config, index),
-            config.attention_shape(index),
-        )
-        kept = 2 * shape.num_kv_heads * shape.head_dim
-        return weighed(layer, weights, width=weights.q.shape[0], kept=kept)
+        layer = self.host.attention_layer(weights, config, index)
+        return weighed(layer, weights, width=weights.q.shape[0], kept=kv_shapes(config)[index])
 
     def latent_attention_layer(self, weights: Any, config: Any, index: int = 0) -> Weighed:
         layer = self.host.latent_attention_layer(weights, config, index)
-        kept = config.latent.kv_rank + config.latent.rope_dim
-        return weighed(layer, weights, width=weights.q.shape[0], kept=kept)
+        return weighed(layer, weights, width=weights.q.shape[0], kept=kv_shapes(config)[index])
 
     def delta_layer(self, weights: Any, config: Any, number: int) -> Weighed:
         return weighed(self.host.delta_layer(weights, config, number), weights)
@@ -262,6 +263,9 @@ class SimulatedCard:
     def feed_forward_layer(self, weights: Any, config: Any, norm: Any = None) -> Weighed:
         return weighed(self.host.feed_forward_layer(weights, config, norm), weights)
 
+    def join_layer(self, weights: Any, config: Any) -> Weighed:
+        return weighed(self.host.join_layer(weights, config), weights)
+
     def output_layer(self, norm: np.ndarray, head: Any, config: Any) -> Weighed:
         return weighed(self.host.output_layer(norm, head, config), head)
 
@@ -271,9 +275,11 @@ class SimulatedCard:
         self.host.attention(x, layer.of_host, kv, index, batch)
         seen = batch.positions.astype(np.int64) + 1
         operations = 2 * len(seen) * layer.values + 4 * layer.width * int(seen.sum())
-        lengths = np.zeros(len(batch.page_tables), np.int64)
-        np.maximum.at(lengths, batch.sequences, seen)
-        kept = layer.kept * VALUE_BYTES[kv.dtype] * int(lengths.sum())
+        kept = 0
+        if layer.kept is not None:
+            lengths = np.zeros(len(batch.page_tables), np.int64)
+            np.maximum.at(lengths, batch.sequences, seen)
+            kept = layer.kept.token_bytes(kv.dtype) * int(lengths.sum())
         self.device.kernel(layer.nbytes + kept, operations, ATTENTION_LAUNCHES)
 
     def route(self, x: Any, layer: Weighed) -> tuple[Any, Any]:
@@ -289,18 +295,23 @@ class SimulatedCard:
         here = addresses[:, 0] >= ON_DEVICE
         if here.any() and not here.all():
             raise ValueError("experts in slots and experts in RAM need a call each")
-        nbytes = len(addresses) * layer.nbytes
         operations = 2 * int(jobs.starts[-1] - jobs.starts[0]) * layer.values
         self.computed["gpu" if here.any() else "cpu"] += len(addresses)
-        if not here.any():
-            self.host.experts(h, layer.of_host, addresses, jobs, out)
-            self.device.host_works(nbytes, operations)
-            return
-        slots = ((addresses[:, 0] - ON_DEVICE) // self._slots.stride).tolist()
-        self.device.kernel(nbytes, operations, EXPERT_LAUNCHES, slots)
-        inside = addresses - ON_DEVICE + self._slots.slab.ctypes.data
-        self.host.experts(h, layer.of_host, inside, jobs, out)
-        self.device.mark()
+        if here.any():
+            slots = ((addresses[:, 0] - ON_DEVICE) // self._slots.stride).tolist()
+            self.device.kernel(len(slots) * layer.nbytes, operations, EXPERT_LAUNCHES, slots)
+            addresses = addresses - ON_DEVICE + self._slots.slab.ctypes.data
+        pieces, jobs = in_pieces(addresses, jobs, self.host.few_rows)
+        self.host.experts(h, layer.of_host, pieces, jobs, out)
+        if here.any():
+            self.device.mark()
+        else:
+            self.device.host_works(len(pieces) * layer.nbytes, operations)
+
+    def host_seconds(self, layer: Weighed, layout: Any, num_rows: int) -> float:
+        """What an expert with so many rows takes on the described host."""
+        machine = self.device.machine
+        return machine.host_end(layer.nbytes, 2 * num_rows * layer.values, 0.0)
 
     def combine(self, x: Any, out: Any, weights: np.ndarray) -> None:
         self.host.combine(x, out, weights)
@@ -308,6 +319,10 @@ class SimulatedCard:
 
     def feed_forward(self, x: Any, h: Any, layer: Weighed, into: Any = None) -> None:
         self.host.feed_forward(x, h, layer.of_host, into)
+        self.device.kernel(layer.nbytes, 2 * len(x) * layer.values, FEED_FORWARD_LAUNCHES)
+
+    def join(self, x: Any, hidden: np.ndarray, layer: Weighed) -> None:
+        self.host.join(x, hidden, layer.of_host)
         self.device.kernel(layer.nbytes, 2 * len(x) * layer.values, FEED_FORWARD_LAUNCHES)
 
     def head(self, x: Any, rows: np.ndarray, layer: Weighed) -> np.ndarray:

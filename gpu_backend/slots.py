@@ -47,6 +47,9 @@ class Slot(NamedTuple):
 class GpuSlots:
     """`space.num_slots` slots of the same size; `layouts` are those of the sparse layers.
 
+    They lie at the beginning of `slab`, which has `nbytes` at least. Its end may serve another
+    purpose while the tier uses fewer slots: see Tier.use_slots.
+
     Raises MemoryError, with nothing left allocated, if the device has too little memory.
     """
 
@@ -57,6 +60,7 @@ class GpuSlots:
         layouts: dict[int, Layout],
         rearrange: Rearrange,
         num_experts: int = 0,
+        nbytes: int = 0,
         num_staging: int = 3,
     ) -> None:
         self.space = space
@@ -65,7 +69,8 @@ class GpuSlots:
         self._device, self._rearrange = device, rearrange
         self._free = [device.staging(self.stride) for _ in range(num_staging)]
         self._returned = threading.Condition()
-        self.slab = device.allocate(space.num_slots * self.stride, "expert slots")
+        nbytes = max(nbytes, space.num_slots * self.stride)
+        self.slab = device.allocate(nbytes, "expert slots")
         self.table = device.table(max(layouts) + 1, num_experts)
         self._owners: dict[int, tuple[int, int]] = {}  # slot -> (layer, expert)
         self._writing = threading.Lock()  # table entries are written in the order of the copies
@@ -78,6 +83,13 @@ class GpuSlots:
 
     def fit(self, slot: int, nbytes: int) -> None:
         """All slots have room for the largest blob: nothing to do."""
+
+    def give_back(self, slot: int) -> None:
+        """Nobody is there any more, whatever the slot's memory will hold."""
+        with self._writing:
+            owner = self._owners.pop(slot, None)
+            if owner is not None:
+                self.table[owner] = -1
 
     @contextmanager
     def staging(self) -> Iterator[Any]:

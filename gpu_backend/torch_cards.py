@@ -14,8 +14,7 @@ from gpu_backend.recurrent import RecurrentState, copy_state
 
 class TorchCards(Cards):
     def kv_pages(self, config: Any, num_pages: int, page_size: int, dtype: str) -> KVPages:
-        with allocating("the KV cache", self.name):
-            return kv_pages(config, num_pages, page_size, dtype, self._devices)
+        return kv_pages(config, num_pages, page_size, dtype, self._owners)
 
     def recurrent_state(self, config: Any) -> RecurrentState:
         with allocating("what recurrent layers remember of a text", self.name):

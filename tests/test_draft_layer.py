@@ -254,9 +254,8 @@ def test_a_gpu_drafts_and_says_the_same(model):
         always_on(engine)
         assert list(engine.generate_tokens(REPEATING, 16)) == without
         assert engine.stats.drafted > 8
-        used, nbytes = engine.plan.dense + engine.plan.kv, max(engine.store.blob_bytes)
-        least = (engine.config.top_k + 1) * nbytes
-    small = dict(device="sim", vram=used + least, expert_ram=6 * nbytes)
+        least, nbytes = engine.shares[0].needed, max(engine.store.blob_bytes)
+    small = dict(device="sim", vram=least + 64, expert_ram=6 * nbytes)
     for choices in dict(device="sim:2"), small:
         with TensorPlaces():
             tokens, stats = generated(model, count=16, speculate="mtp", **choices)

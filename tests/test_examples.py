@@ -49,10 +49,12 @@ def test_mixtral():
     assert len(speeds) == 3 and speeds == sorted(speeds)
 
 
-def test_mixtral_on_a_device(model):
-    pytest.importorskip("torch")
-    arguments = "--device", "sim", "--vram", "2G", "--ram", "4G", "--tokens", 8
-    assert "tokens/s forecast, " in run("mixtral_16gb.py", "--model", model, *arguments)
+@pytest.mark.parametrize(("device", "how"), [("sim:t4", "simulated"), ("sim", "measured")])
+def test_mixtral_on_a_device(model, device, how):
+    if device == "sim":
+        pytest.importorskip("torch")
+    arguments = "--device", device, "--vram", "2G", "--ram", "4G", "--tokens", 8
+    assert f" {how} (" in run("mixtral_16gb.py", "--model", model, *arguments)
 
 
 def test_budgets(model):

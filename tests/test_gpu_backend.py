@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 from gpu_backend.backend import GpuBackend  # noqa: E402
 from gpu_backend.batch import BatchPlace, SequencePlace  # noqa: E402
 from gpu_backend.device import TorchDevice  # noqa: E402
-from gpu_backend.kv import KVPages, KVShape  # noqa: E402
+from gpu_backend.kv import KVMemory, KVPages, KVShape, token_bytes  # noqa: E402
 from gpu_backend.rope import RopeTable  # noqa: E402
 
 PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
@@ -148,15 +148,19 @@ def test_attention_agrees_with_plain_numpy():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 1e-3), ("int8", 1 / 200), ("f32", 0)])
 def test_kv_pages_keep_what_they_are_given(dtype, tolerance):
-    pages = KVPages(dict.fromkeys(range(2), KVShape(3, 8, 8)), 4, 16, dtype, [CPU] * 2)
+    shapes = dict.fromkeys(range(2), KVShape(3, 8, 8))
+    memory = torch.zeros(64 * token_bytes(shapes.values(), dtype), dtype=torch.uint8)
+    pages = KVPages(shapes, 4, 16, dtype, [KVMemory(memory, [0, 1])])
     keys, values = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
     at = torch.tensor([3, 17, 18, 40, 63])
     pages.append(1, at, keys, values)
     for got, want in ((pages.keys(1, at), keys), (pages.values(1, at), values)):
         assert (got - want).abs().max() <= tolerance * want.abs().max()
     assert pages.keys(0, at).abs().max() == 0
-    assert pages.nbytes == 2 * 2 * 64 * 3 * (8 * {"f32": 4, "f16": 2, "int8": 1}[dtype]
-                                             + 4 * (dtype == "int8"))  # fmt: skip
+    # Each layer's part of a token is in whole 16 bytes.
+    part = {"f32": 192, "f16": 96, "int8": 2 * 3 * 8 + 2 * 3 * 4 + 8}[dtype]
+    assert pages.nbytes == 64 * 2 * part
+    assert not memory.reshape(64, 2, part)[:, 0].any()
 
 
 def test_kv_pages_of_unknown_type_are_refused():
@@ -186,9 +190,10 @@ def test_what_is_visible():
 def test_batch_places_are_pages():
     batch = Batch(np.zeros(2, np.int32), np.array([15, 16], np.int32), np.zeros(2, np.int32),
                   np.array([[3, 1]], np.int32))  # fmt: skip
-    place = BatchPlace(batch, 16, CPU)
-    assert place.slots.tolist() == [63, 16]
-    assert place.sequences[0].visible()[0].tolist() == [*range(48, 64), 16]
+    pages = KVPages({}, 4, 16, "f16", [])  # of which page 0 comes last
+    place = BatchPlace(batch, pages, CPU)
+    assert place.slots.tolist() == [15, 32]
+    assert place.sequences[0].visible()[0].tolist() == [*range(16), 32]
 
 
 def test_rope_needs_an_even_dimension():

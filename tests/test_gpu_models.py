@@ -32,10 +32,8 @@ def check(model):
     # value, which is 1/254 of its group's largest.
     assert np.abs(logits - expected).max() <= 2e-2 * np.ptp(expected)
     assert tokens == expected_tokens
-    nbytes, used = max(engine.store.blob_bytes), engine.plan.dense + engine.plan.kv
-    again, tokens, engine = run(
-        model, device="sim", vram=used + (engine.config.top_k + 1) * nbytes, expert_ram=6 * nbytes
-    )
+    nbytes, share = max(engine.store.blob_bytes), engine.shares[0]
+    again, tokens, engine = run(model, device="sim", vram=share.needed + 64, expert_ram=6 * nbytes)
     assert np.array_equal(again, logits) and tokens == expected_tokens
     source = engine.decoder.source
     assert source.hits and source.computed_in_ram + source.copies

@@ -7,9 +7,10 @@ import pytest
 from fake_gpu import FakeCard, fake_gpu
 
 from cpu_kernels.backend import CpuBackend
+from gpu_backend.pieces import in_pieces
 from tiered import Engine, policies
 from tiered.demo import random_tiny_model
-from tiered.experts import ExpertKey
+from tiered.experts import ExpertJobs, ExpertKey
 from tiered.governor import Governor
 from tiered.gpu.placement import Balanced, Fixed, PlacedExperts
 from tiered.gpu.uploads import Uploads
@@ -202,16 +203,52 @@ def test_a_balanced_split_ends_both_sides_together():
     assert Balanced(costs).place(0, []) == 0
 
 
-def test_many_rows_go_to_the_gpu_whatever_the_split_says(model):
-    with GpuEngine(model, fake_gpu(), 5, Fixed(0), promote=False) as gpu:
-        experts = np.arange(3, dtype=np.int32)
-        ready = [
-            (sorted(positions), addresses[:, 0] >= 1 << 62)
-            for positions, addresses in gpu.source.fetch(0, experts, np.array([0, 1, 10, 11]))
-        ]
-        assert sorted(p for positions, _ in ready for p in positions) == [0, 1, 2]
-        on_gpu = {p for positions, here in ready for p in positions if here.all()}
-        assert on_gpu == {1}
+def placed(gpu, starts, link):
+    """Which of experts 0, 1, ... of the first layer, with rows by `starts`, go to the GPU, where a
+    copy takes `link` times what the CPU takes for one row, and each further row a tenth of that."""
+    nbytes, costs = max(gpu.engine.store.blob_bytes), gpu.source.costs
+    costs.cpu, costs.row = Line(0, 1e-9, nbytes), 0.1e-9
+    costs.link, costs.gpu = Line(0, link * 1e-9, nbytes), Line(0, 1e-15, nbytes)
+    experts = np.arange(len(starts) - 1, dtype=np.int32)
+    groups = [
+        (list(positions), addresses[:, 0] >= 1 << 62)
+        for positions, addresses in gpu.source.fetch(0, experts, np.array(starts))
+    ]
+    assert sorted(p for positions, _ in groups for p in positions) == experts.tolist()
+    return {p for positions, here in groups for p in positions if here.all()}
+
+
+def test_a_short_prompt_stays_where_its_experts_are_and_a_long_one_is_copied(model):
+    with GpuEngine(model, fake_gpu(), 5, promote=False) as gpu:
+        assert placed(gpu, [0, 1, 2], link=4) == set()
+        assert placed(gpu, [0, 4, 8], link=4) == set()  # two times 1.3, at once
+        assert placed(gpu, [0, 100, 101, 102], link=4) == {0}
+    with GpuEngine(model, fake_gpu(), 5, promote=False) as gpu:
+        assert placed(gpu, [0, 100, 200], link=4) == {0, 1}
+        costs = gpu.source.costs
+        costs.cpu, costs.row = Line(0, 1e-9, 1), 0.1e-9
+        assert costs.work(10, 1, 8) == 10
+        assert costs.work(10, 17, 8) == pytest.approx(10 * (3 + 14 * 0.1))
+
+
+def test_more_than_fits_is_copied_piece_by_piece_if_that_is_sooner(model):
+    with GpuEngine(model, fake_gpu(), 2, promote=False) as gpu:
+        # The CPU would be done with the last expert while three are copied; two fit at once.
+        assert placed(gpu, [0, 100, 200, 300, 400], link=8) == {0, 1, 2, 3}
+    with GpuEngine(model, fake_gpu(), 2, promote=False) as gpu:
+        assert len(placed(gpu, [0, 4, 8, 12, 16], link=2)) < 4
+
+
+def test_pieces_have_all_pairs_in_order():
+    experts, starts = np.array([4, 6, 7], np.int32), np.array([2, 3, 10, 10], np.int32)
+    jobs = ExpertJobs(experts, starts, np.arange(10, dtype=np.int32))
+    addresses = np.arange(9).reshape(3, 3)
+    same = in_pieces(addresses, jobs, 7)
+    assert same[0] is addresses and same[1] is jobs
+    got, pieces = in_pieces(addresses, jobs, 3)
+    assert pieces.experts.tolist() == [4, 6, 6, 6]
+    assert pieces.starts.tolist() == [2, 3, 6, 9, 10]
+    assert np.array_equal(got, addresses[[0, 1, 1, 1]]) and pieces.pairs is jobs.pairs
 
 
 def test_a_virtual_clock_runs_effects_in_order():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ import cpu_kernels.cache  # noqa: F401  kernels stay where they are, when the us
 from gpu_backend.calibrate import Calibration, save
 from gpu_backend.tuning import Tuning, find_tuning
 from tiered.demo import random_tiny_model
+from tiered.gpu.known_costs import known_costs, measure_rows
 from tiered.measuring import this_machine
 from tiered.measuring.this_machine import (
     HostSpeed,
@@ -17,6 +19,7 @@ from tiered.measuring.this_machine import (
     known_host,
     save_host,
 )
+from tiered.planning.costs import Costs
 from tiered.user_cache import gpu_file, machine_file, user_cache
 
 LINK = ((1 << 16, 2e-5), (1 << 26, 5e-3))
@@ -128,6 +131,28 @@ def test_several_cards_are_measured_shown_and_forecast(tiered, tmp_path, monkeyp
         assert got["gpu"]["vram"] == 6 << 30 and "card 0 and " in got["label"]
     status, _, err = tiered(*arguments, "--gpus", "cuda:2")
     assert status == 2 and "tiered calibrate --device cuda:2` has not measured" in err
+
+
+def test_an_engine_begins_with_what_was_measured():
+    card = SimpleNamespace(device=SimpleNamespace(machine=None))
+    unknown = Costs.unknown(1000)
+    assert known_costs(card, "cuda:0", 1000).link.per_byte == unknown.link.per_byte
+    save_host(host())
+    keep_cards()
+    costs = known_costs(card, "cuda:0", 1000)
+    assert costs.link.per_byte == pytest.approx(LINK[-1][1] / LINK[-1][0])
+    assert costs.gpu.per_byte == pytest.approx(1 / (0.8 * CARD.memory))
+    assert known_costs(card, "cuda:1", 1000).link.per_byte == unknown.link.per_byte
+
+
+def test_what_further_rows_take_is_measured():
+    layout = SimpleNamespace(nbytes=1000)
+    card = SimpleNamespace(few_rows=16, host_seconds=lambda layer, layout, rows: 1 + 0.1 * rows)
+    costs = Costs.unknown(1000)
+    measure_rows(card, None, layout, costs)
+    assert costs.cpu(1000) == pytest.approx(1.1)
+    assert costs.cpu(costs.work(1000, 16, 16)) == pytest.approx(2.6, rel=1e-3)
+    assert costs.cpu(costs.work(1000, 17, 16)) == pytest.approx(3.7, rel=1e-3)
 
 
 def test_calibrate_refuses_what_it_does_not_know(tiered):

@@ -25,6 +25,7 @@ from tiered.formats import open_checkpoint
 from tiered.generation import Generation, texts
 from tiered.governor import Governor, Governors, depths
 from tiered.gpu.accelerator import model_bytes, place_experts, spread
+from tiered.gpu.shared_room import SharedRoom
 from tiered.gpu.shares import Share
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
@@ -149,23 +150,25 @@ class Engine:
             open_rules(choices, config, self._is_resident),
             self.cold_copy,
         )
-        config = self.checkpoint.config
-        self.kv = KVCache(self.backend, config, self.kv_tokens, choices.kv_dtype, self.num_texts)
+        room: SharedRoom | None = None
+        if self.shares and self.store and self.source:
+            # After the weights, because experts and the KV cache get what these have left.
+            num_pages = -(-self.kv_tokens // kv_cache.PAGE_SIZE)
+            self.decoder.source, room = place_experts(
+                self.backend, self.shares, self.store, self.source, choices, stack, self.timing,
+                num_pages, {n: self.decoder.layers[n].experts for n in config.sparse_layers},
+            )  # fmt: skip
+            promotion = Governor((0, 1), "promotion", patience=4)
+            for placed in self.decoder.source.cards:
+                placed.promotion = promotion
+            governors.append(promotion)
+        self.kv = KVCache(
+            self.backend, self.checkpoint.config, self.kv_tokens, choices.kv_dtype,
+            self.num_texts, room,
+        )  # fmt: skip
         draft_layer = open_draft_layer(
             self.decoder, last, self.store, self.kv, choices.prefill_chunk
         )
-        if self.shares and self.store and self.source:
-            # Last, because experts get what the rest has left of the devices' memory.
-            experts_of_cards = place_experts(
-                self.backend, self.shares, self.store, self.source, choices, stack, self.timing
-            )
-            self.decoder.source = experts_of_cards
-            if draft_layer is not None:
-                draft_layer.decoder.source = experts_of_cards
-            promotion = Governor((0, 1), "promotion", patience=4)
-            for placed in experts_of_cards.cards:
-                placed.promotion = promotion
-            governors.append(promotion)
         self.governors = Governors(governors, self.timing.clock)
         self.generation = Generation(
             self.decoder, self.kv, self.governors, choices,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence as Items
-from typing import Any
+from operator import neg
+from typing import Any, Protocol
 
 import numpy as np
 
 from tiered.backend import Backend, Batch
 from tiered.config import ModelConfig
+from tiered.experts import aligned
 
 PAGE_SIZE = 64  # tokens
 VECTOR = 16  # a head's values (not its keys) are padded to a multiple of this
@@ -35,6 +38,17 @@ def layer_bytes(
     return int(-(-num_tokens // PAGE_SIZE) * PAGE_SIZE * shape.num_kv_heads * per_head)
 
 
+def device_bytes(config: ModelConfig, layer: int, num_tokens: int, dtype: str) -> int:
+    """Bytes that the keys and values of `num_tokens` tokens take on a GPU, in whole pages: nothing
+    is padded, and a latent vector, of which values are a part, is there once."""
+    if layer in config.recurrent_layers:
+        return 0
+    shape, num_kinds = config.attention_shape(layer), 1 if config.latent.kv_rank else 2
+    per_head = num_kinds * (shape.head_dim * BYTES_PER_VALUE[dtype] + 4 * (dtype == "int8"))
+    token = aligned(int(shape.num_kv_heads * per_head), 16)
+    return -(-num_tokens // PAGE_SIZE) * PAGE_SIZE * token
+
+
 def state_bytes(config: ModelConfig) -> int:
     """Bytes that recurrent layers remember of each text; 0 for a model without them."""
     return 4 * len(config.recurrent_layers) * config.state_values
@@ -55,8 +69,15 @@ class Sequence:
         self.num_pages = 0
 
 
+class Room(Protocol):
+    """The memory that pages lie in, where they share it."""
+
+    def hold(self, num_pages: int) -> None:
+        """Pages 0 ... num_pages - 1 may be in use from now on, and no others."""
+
+
 class KVCache:
-    """A pool of pages with a free list, shared by all sequences.
+    """A pool of pages with a free list, shared by all sequences. The lowest free one is used first.
 
     A full page never changes, so several texts that begin alike may hold the same one; it is free
     again when the last of them lets go of it.
@@ -69,6 +90,7 @@ class KVCache:
         num_tokens: int,
         dtype: str = "f16",
         num_texts: int = 1,
+        room: Room | None = None,
     ) -> None:
         self.num_pages = -(-num_tokens // PAGE_SIZE)
         self.pages: Any = backend.kv_pages(config, self.num_pages, PAGE_SIZE, dtype)
@@ -77,8 +99,10 @@ class KVCache:
         self.is_recurrent = bool(config.recurrent_layers)
         self.num_texts = num_texts
         self._backend, self._config = backend, config
-        self._free = list(range(self.num_pages))[::-1]
+        self._free = list(range(self.num_pages))[::-1]  # so that the next one is the lowest
         self._holders = [0] * self.num_pages  # by page
+        self._room = room
+        self._extent = 0  # no page from this one on is in use
 
     @property
     def free_tokens(self) -> int:
@@ -108,7 +132,21 @@ class KVCache:
     def release(self, page: int) -> None:
         self._holders[page] -= 1
         if not self._holders[page]:
-            self._free.append(page)
+            insort(self._free, page, key=neg)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Others may have the room of pages at the end, while nobody uses them."""
+        if self._room is not None:
+            extent = self._extent
+            while extent and not self._holders[extent - 1]:
+                extent -= 1
+            self._hold(extent)
+
+    def _hold(self, extent: int) -> None:
+        if self._room is not None and extent != self._extent:
+            self._room.hold(extent)
+        self._extent = extent
 
     def is_shared(self, page: int) -> bool:
         """Whether more than one holds it."""
@@ -165,6 +203,8 @@ class KVCache:
         needed = -(-length // PAGE_SIZE) - sequence.num_pages
         if needed > len(self._free):
             return False
+        if needed > 0:
+            self._hold(max(self._extent, self._free[-needed] + 1))
         for _ in range(needed):
             page = self._free.pop()
             self._holders[page] = 1

@@ -98,6 +98,9 @@ class Loads:
         if load.state in (State.QUEUED, State.READING):
             load.state = State.CANCELLED
 
+    def is_reading_into(self, slots: range) -> bool:
+        return any(slot in slots for slot in self._busy)
+
     # The rest is for those who read.
 
     def clear(self) -> None:

@@ -166,6 +166,21 @@ class Tier:
             for slot in vacated:
                 self.memory.give_back(slot)
 
+    def use_slots(self, count: int) -> None:
+        """Use slots 0 ... count - 1 from now on, in a memory whose slots are all alike.
+
+        Between two fetches only. When this returns, nothing writes to the others any more: whoever
+        was there is evicted, and reads that were under way have ended.
+        """
+        with self.lock:
+            given_up = range(count, self.residency.num_slots)
+            self.residency.use_slots(count)
+            self.settle()
+            while self.loaders.is_reading_into(given_up):
+                self.wait()
+            for slot in given_up:
+                self.memory.give_back(slot)
+
     def close(self) -> None:
         """End the loader threads and release the memory; whoever waits gets a RuntimeError."""
         with self.lock:

@@ -68,6 +68,7 @@ class Residency:
         self._nbytes = space.nbytes
         self._largest = max(space.blob_bytes)
         self._slots: dict[ExpertKey, int] = {}
+        self.num_slots = space.num_slots  # in use: 0 ... num_slots - 1
         self._unused: list[int] = list(range(space.num_slots - 1, -1, -1))
         # Whether a memory above this one has an expert, too: those go first.
         self.is_above: Callable[[ExpertKey], bool] | None = None
@@ -104,6 +105,17 @@ class Residency:
         self.space = self.space._replace(capacity=capacity)
         while self.used > capacity:
             self.evict(next(iter(self._slots)), evictable)
+
+    def use_slots(self, count: int) -> None:
+        """Use slots 0 ... count - 1 from now on, which are all as large as the largest blob;
+        whoever is in another is evicted."""
+        for key in [key for key, slot in self._slots.items() if slot >= count]:
+            self._leave(key)
+            self.stats.evictions += 1
+        added = range(self.num_slots, count)
+        self._unused = [*reversed(added), *(slot for slot in self._unused if slot < count)]
+        self.num_slots = count
+        self.space = self.space._replace(capacity=count * self._largest)
 
     def fits(self, keys: Collection[ExpertKey]) -> bool:
         """Whether these (distinct) experts can be resident at the same time."""
@@ -256,7 +268,7 @@ class Residency:
 
     def recycle(self) -> None:
         """The vacated slots hold nothing any more."""
-        self._unused += self.vacated
+        self._unused += [slot for slot in self.vacated if slot < self.num_slots]
         self.vacated.clear()
 
     def _leave(self, key: ExpertKey) -> None:

@@ -183,5 +183,10 @@ def describe_shares(
             experts = sum(sizes.experts[layer] for layer in share.layers)
             facts[f"{name}_layers"] = f"{share.layers.start} to {share.layers.stop - 1}"
             facts[f"{name}_weights_bytes"] = share.fixed
-            facts[f"{name}_experts"] = f"{min(1.0, (room - share.fixed) / max(1, experts)):.0%}"
+            facts[f"{name}_kv_cache_bytes"] = share.kv
+            left = [room - share.fixed, room - share.fixed - share.kv]
+            facts[f"{name}_experts"] = {
+                when: f"{min(1.0, nbytes / max(1, experts)):.0%}"
+                for when, nbytes in zip(("at first", "with a full context"), left, strict=True)
+            }
     return facts

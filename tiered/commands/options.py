@@ -89,9 +89,9 @@ other_engine_options = several(
     option("--device", default="cpu", metavar="NAME",
            help="cpu; auto, cuda or cuda:N for a GPU (experimental: not yet run on a real card); "
            "cuda:0,cuda:1 or cuda:all for several, which share the layers; sim:CARD (rtx4090, ...: "
-           "see `tiered plan --help`), or sim:CARD,sim:CARD, for described cards, simulated: the "
-           "last line tells what they would have taken; sim, or sim:2 for two, for a GPU's "
-           "arithmetic on the CPU."),
+           "see `tiered plan --help`), or sim:CARD,sim:CARD, for described cards, simulated in "
+           "RAM: the last line tells what they would have taken; sim, or sim:2 for two, for a "
+           "GPU's arithmetic on the CPU."),
     option("--vram", metavar="SIZE", help="What may be used of the GPU's memory, as 16G; "
            "of several, each one's, or 16G,8G. Default: what is free, or what a described one "
            "has."),

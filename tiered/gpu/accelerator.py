@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from tiered import policies
+from tiered.budget import workspace_bytes
 from tiered.checkpoints.checkpoint import Checkpoint
-from tiered.config import EngineConfig
-from tiered.experts import ExpertKey
+from tiered.config import EngineConfig, ModelConfig
+from tiered.experts import BLOB_ALIGNMENT, ExpertKey, aligned
 from tiered.gpu.busy import Busy, Channel
+from tiered.gpu.known_costs import known_costs, measure_rows
 from tiered.gpu.placement import Balanced, ExpertsOfCards, PlacedExperts
+from tiered.gpu.shared_room import SharedMemory, SharedRoom
 from tiered.gpu.shares import LayerBytes, Share, check_shares, parse_vram, share_out
 from tiered.gpu.uploads import MappedBlobs, TimedReads, Uploads
-from tiered.kv_cache import layer_bytes
+from tiered.kv_cache import device_bytes
 from tiered.memory import format_bytes
 from tiered.planning.admission import Admission
-from tiered.planning.costs import Costs
 from tiered.policies import Space
-from tiered.simulated.timing import REAL, Timing
+from tiered.simulated.timing import Timing
 from tiered.source import MappedExperts, TieredExperts
 from tiered.store import ExpertStore
 from tiered.tier import Tier
 from tiered.weights.dense import dense_bytes_by_layer
 
+NUM_STAGING = 3  # buffers that copies pass, each as large as a slot
+SCORES = 1 << 25  # of attention that are there at once, at most
 SHRINK = 0.9  # when the device has less memory than it said
 
 
@@ -41,17 +46,26 @@ def model_bytes(
     """
     config = checkpoint.config
     *dense, output = dense_bytes_by_layer(checkpoint, choices.quantize)
-    kept = [
-        layer_bytes(config, layer, num_tokens, choices.kv_dtype, num_texts)
-        for layer in range(config.num_layers)
-    ]
+    layers, largest = range(config.num_layers), max(store.blob_bytes) if store else 0
+    states = [num_texts * 4 * config.state_values * (n in config.recurrent_layers) for n in layers]
     blobs = store.blob_bytes if store else [0] * config.num_layers
     return LayerBytes(
-        [sum(pair) for pair in zip(dense, kept, strict=True)],
+        [sum(pair) for pair in zip(dense, states, strict=True)],
+        [device_bytes(config, layer, num_tokens, choices.kv_dtype) for layer in layers],
         [nbytes * config.num_experts for nbytes in blobs],
         output,
-        max(blobs) * (config.top_k + 1),
+        largest * (config.top_k + 1),
+        device_workspace(config, choices, num_tokens) + NUM_STAGING * largest,
     )
+
+
+def device_workspace(config: ModelConfig, choices: EngineConfig, num_tokens: int) -> int:
+    """Scratch on a card: what the CPU needs, and attention's float32 keys, values and scores."""
+    length = min(num_tokens, choices.context or num_tokens)
+    shapes = [config.attention_shape(layer) for layer in config.attention_layers]
+    widest = max((shape.num_kv_heads * shape.head_dim for shape in shapes), default=0)
+    scores = min(SCORES, choices.prefill_chunk * config.num_heads * length)
+    return workspace_bytes(config, choices.prefill_chunk) + 4 * (2 * length * widest + 2 * scores)
 
 
 def spread(cards: Any, model: LayerBytes, choices: EngineConfig) -> list[Share]:
@@ -84,26 +98,57 @@ def place_experts(
     below: MappedExperts | TieredExperts,
     choices: EngineConfig,
     stack: ExitStack,
-    timing: Timing = REAL,
-) -> ExpertsOfCards:
-    """Give what is left of each card's memory to the experts of its layers, and say where each
-    runs.
+    timing: Timing,
+    num_pages: int,
+    prepared: Mapping[int, Any],
+) -> tuple[ExpertsOfCards, SharedRoom]:
+    """Give what weights have left of each card's memory to the experts of its layers, and say where
+    each runs; a KV cache of `num_pages` pages takes it from them as it grows. `prepared` is what
+    backends compute experts with, by layer.
 
-    Call it last: dense weights and the KV cache are there already. `stack` closes the tiers.
+    Call it when dense weights are there already, and before the KV cache. `stack` closes the tiers.
     Raises MemoryError that names the card.
     """
     sources: dict[int, PlacedExperts] = {}
+    shared: list[SharedMemory] = []
     for card, name, share in zip(cards.cards, cards.names, shares, strict=True):
         layers = [layer for layer in share.layers if store.blob_bytes[layer]]
         if layers:
-            left = None if share.room is None else share.room - share.fixed
-            room = _least(card.device.usable_bytes, left)
-            source = _place_on(card, name, layers, room, store, below, choices, stack, timing)
-            sources |= dict.fromkeys(layers, source)
+            memory = _slots_on(card, name, share, layers, store)
+            source = MappedBlobs(store) if isinstance(below, MappedExperts) else below.tier
+            costs = known_costs(card, name, max(memory.space.blob_bytes))
+            if known := [layer for layer in layers if layer in prepared]:
+                measure_rows(card, prepared[known[0]], store.layout(known[0]), costs)
+            cpu = Busy(timing.clock)
+            link = Channel(costs.observe_link, cpu)
+            tier = Tier(
+                memory,
+                Uploads(source, memory, link),
+                policies.create(choices.policy, memory.space),
+                loaders=NUM_STAGING,
+                clock=timing.clock,
+                make_loaders=timing.make_loaders,
+            )
+            stack.enter_context(tier)
+            of_card = PlacedExperts(
+                tier,
+                below,
+                store,
+                Balanced(costs),
+                costs,
+                few_rows=card.few_rows,
+                admission=Admission(memory.space, costs),
+                clock=timing.clock,
+                cpu=cpu,
+                link=link,
+            )
+            sources |= dict.fromkeys(layers, of_card)
+            nbytes = len(memory.slab)
+            shared.append(SharedMemory(card.device, tier, nbytes, share.kv // num_pages))
     placed = ExpertsOfCards(sources)
     if isinstance(below, TieredExperts):
         _beneath(below.tier, placed, timing)
-    return placed
+    return placed, SharedRoom(shared)
 
 
 def _beneath(ram: Tier, placed: ExpertsOfCards, timing: Timing) -> None:
@@ -121,58 +166,26 @@ def _beneath(ram: Tier, placed: ExpertsOfCards, timing: Timing) -> None:
     ram.source = TimedReads(ram.source, ram.memory.space, reads)
 
 
-def _place_on(
-    card: Any,
-    name: str,
-    layers: list[int],
-    room: int | None,
-    store: ExpertStore,
-    below: MappedExperts | TieredExperts,
-    choices: EngineConfig,
-    stack: ExitStack,
-    timing: Timing,
-) -> PlacedExperts:
+def _slots_on(card: Any, name: str, share: Share, layers: list[int], store: ExpertStore) -> Any:
+    """Slots for as many of the experts of these layers as there may be while the KV cache is empty,
+    in a memory that has room for all of it, and for the fewest slots that work, at once."""
     config, nbytes = store.checkpoint.config, max(store.blob_bytes)
     per_layer = tuple(nbytes if layer in layers else 0 for layer in range(config.num_layers))
-    num_experts, least = len(layers) * config.num_experts, config.top_k + 1
-    wanted = num_experts if room is None else min(num_experts, room // nbytes)
-    if wanted < least:
-        raise MemoryError(
-            f"{name} has {format_bytes(max(0, room or 0))} left for experts, and "
-            f"{format_bytes(least * nbytes)} is the least: give a smaller --context, or more GPUs"
-        )
     layouts = {layer: store.layout(layer) for layer in layers}
-    slots = None
-    while slots is None:
-        space = Space(wanted * nbytes, per_layer)
+    num_experts, least = len(layers) * config.num_experts, config.top_k + 1
+    wanted = aligned(num_experts * nbytes + share.kv)
+    left = None if share.room is None else share.room - share.fixed
+    if (room := _least(card.device.usable_bytes, left)) is not None:
+        wanted = min(wanted, room // BLOB_ALIGNMENT * BLOB_ALIGNMENT)
+    while wanted >= (needed := least * nbytes + share.kv):
+        space = Space(min(num_experts, wanted // nbytes) * nbytes, per_layer)
         try:
-            slots = card.slots(space, layouts, config.num_experts)
+            return card.slots(space, layouts, config.num_experts, wanted)
         except MemoryError:
-            if wanted == least:
-                raise
-            wanted = max(least, int(wanted * SHRINK))
-    blobs = MappedBlobs(store) if isinstance(below, MappedExperts) else below.tier
-    policy = policies.create(choices.policy, space)
-    costs, cpu = card.device.costs(nbytes) or Costs.unknown(nbytes), Busy(timing.clock)
-    link = Channel(costs.observe_link, cpu)
-    tier = Tier(
-        slots,
-        Uploads(blobs, slots, link),
-        policy,
-        loaders=3,
-        clock=timing.clock,
-        make_loaders=timing.make_loaders,
-    )
-    stack.enter_context(tier)
-    return PlacedExperts(
-        tier,
-        below,
-        store,
-        Balanced(costs),
-        costs,
-        few_rows=card.few_rows,
-        admission=Admission(space, costs),
-        clock=timing.clock,
-        cpu=cpu,
-        link=link,
+            if wanted == needed or card.device.machine is not None:
+                raise  # a simulated card has what is described, or it is another one
+            wanted = max(needed, aligned(int(wanted * SHRINK)))
+    raise MemoryError(
+        f"{name} has {format_bytes(max(0, wanted))} left for keys, values and experts, and "
+        f"{format_bytes(needed)} is the least: give a smaller --context, or more GPUs"
     )

@@ -63,10 +63,11 @@ class PlacedExperts:
     """Where a decoder's experts come from, on a GPU with a CPU beside it.
 
     `vram` is the tier of the GPU's memory; `below` the CPU's source (a RAM tier, or the memory
-    map). `few_rows`: the CPU takes an expert only with so many rows of activations at most,
-    because for those its kernels compute what the GPU's compute; so where an expert runs depends
-    on what is resident only if that cannot change a result. `admission`: misses that the CPU
-    computed are copied afterwards, if they are worth it and the link is idle; None: never.
+    map), which computes an expert in pieces of at most `few_rows` rows of activations, because for
+    those its kernels give the GPU's bits. So where an expert runs is a question of costs alone: the
+    fewer rows a prompt has for it, the sooner it is computed where it is than copied. `admission`:
+    misses that the CPU computed are copied afterwards, if they are worth it and the link is idle;
+    None: never.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class PlacedExperts:
             if hits:
                 yield self._places(layer, here, next(groups))
             if there:
-                yield from self._compute_in_ram(layer, experts, there, copied > 0)
+                yield from self._compute_in_ram(layer, experts, there, starts, copied > 0)
             for group in groups:
                 yield self._places(layer, here, group)
         self._promote([keys[i] for i in there])
@@ -140,25 +141,29 @@ class PlacedExperts:
         misses: list[int],
         starts: np.ndarray | None,
     ) -> int:
-        """How many of the misses are copied. Sorts `misses`: those that must be come first."""
+        """How many of the misses are copied. Sorts `misses`: those with most rows come first."""
         if not misses:
             return 0
-        must = 0
-        if starts is not None:
-            counts = np.diff(starts)
-            misses.sort(key=lambda i: counts[i] <= self.few_rows)
-            must = sum(int(counts[i]) > self.few_rows for i in misses)
         nbytes = float(self._nbytes[keys[0].layer])
-        wait = len(awaited) * self.costs.link(nbytes)
-        free = [Miss(nbytes)] * (len(misses) - must)
-        chosen = must + self.split.place(nbytes * (len(hits) + must), free, wait)
+        counts = [1] * len(keys) if starts is None else np.diff(starts).tolist()
+        misses.sort(key=lambda i: -counts[i])
+        free = [
+            Miss(nbytes, 0.0, self.costs.work(nbytes, counts[i], self.few_rows)) for i in misses
+        ]
+        wait, there = len(awaited) * self.costs.link(nbytes), nbytes * len(hits)
+        chosen = fitting = self.split.place(there, free, wait)
+        if chosen == len(misses):
+            return chosen
+        while fitting and not self.vram.residency.fits(
+            [keys[i] for i in (*hits, *awaited, *misses[:fitting])]
+        ):
+            fitting -= 1
+        if fitting == chosen:
+            return chosen
         # The GPU alone can take more than fits, piece by piece; otherwise a piece would have to
         # wait for the CPU.
-        while must < chosen < len(misses) and not self.vram.residency.fits(
-            [keys[i] for i in (*hits, *awaited, *misses[:chosen])]
-        ):
-            chosen -= 1
-        return chosen
+        choices = fitting, len(misses)
+        return min(choices, key=lambda n: self.costs.layer_seconds(there, free, n, wait))
 
     def _places(self, layer: int, here: list[int], group: list[tuple[int, Any]]) -> Group:
         ready, places = zip(*group, strict=True)
@@ -166,17 +171,24 @@ class PlacedExperts:
         return [here[i] for i in ready], addresses
 
     def _compute_in_ram(
-        self, layer: int, experts: np.ndarray, there: list[int], copying: bool
+        self,
+        layer: int,
+        experts: np.ndarray,
+        there: list[int],
+        starts: np.ndarray | None,
+        copying: bool,
     ) -> Iterator[Group]:
         """The consumer computes a group before it asks for the next: that is what is timed."""
+        nbytes = float(self._nbytes[layer])
+        counts = [1] * len(experts) if starts is None else np.diff(starts).tolist()
         for ready, addresses in self.below.fetch(layer, experts[there]):
             begin, copied = self._cpu.clock(), self._copying()
             with self._cpu.running():
                 yield [there[i] for i in ready], addresses
             seconds = self._cpu.clock() - begin
             overlap = (self._copying() - copied) / seconds if self._link and seconds else copying
-            nbytes = float(self._nbytes[layer] * len(ready))
-            self.costs.observe_cpu(nbytes, seconds, min(1.0, overlap))
+            work = [self.costs.work(nbytes, counts[there[i]], self.few_rows) for i in ready]
+            self.costs.observe_cpu(sum(work), seconds, min(1.0, overlap))
 
     def _copying(self) -> float:
         """Seconds in which copies to the GPU ran so far, also those that nobody waits for."""

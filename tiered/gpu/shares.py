@@ -15,23 +15,26 @@ MIB = 1 << 20
 class LayerBytes(NamedTuple):
     """What a model takes on a device; lists are by layer."""
 
-    fixed: Sequence[int]  # dense weights, keys and values, what recurrent layers remember
+    fixed: Sequence[int]  # dense weights, what recurrent layers remember
+    kv: Sequence[int]  # keys and values of all texts, when they are as long as they may be
     experts: Sequence[int]  # all experts of the layer; 0 for a dense one
     output: int  # the last norm and the head
     least: int  # so many bytes of experts a card must hold at once, if it has any
+    workspace: int = 0  # of each card
 
 
 class Share(NamedTuple):
     """One card's part of a model."""
 
     layers: range
-    fixed: int  # bytes that are there as long as the model is
+    fixed: int  # bytes that are there as long as the model is, and workspace
+    kv: int  # bytes of keys and values, which experts may have until they are needed
     least: int  # bytes of experts without which its layers cannot be computed
     room: int | None = None  # bytes of the card that may be used; None: as many as are wanted
 
     @property
     def needed(self) -> int:
-        return self.fixed + self.least
+        return self.fixed + self.kv + self.least
 
 
 def share_out(model: LayerBytes, memory: Sequence[int]) -> list[Share]:
@@ -42,7 +45,7 @@ def share_out(model: LayerBytes, memory: Sequence[int]) -> list[Share]:
     num_layers, num_cards = len(model.fixed), len(memory)
     if num_cards > num_layers:
         raise ValueError(f"{num_cards} GPUs are too many for {num_layers} layers: name fewer")
-    sizes = [sum(layer) for layer in zip(model.fixed, model.experts, strict=True)]
+    sizes = [sum(layer) for layer in zip(model.fixed, model.kv, model.experts, strict=True)]
     ends = list(accumulate(sizes))
     middles = [end - size / 2 for end, size in zip(ends, sizes, strict=True)]
     total, starts = ends[-1] + model.output, [0]
@@ -54,11 +57,12 @@ def share_out(model: LayerBytes, memory: Sequence[int]) -> list[Share]:
 
 
 def _share(model: LayerBytes, layers: range) -> Share:
-    fixed = sum(model.fixed[layer] for layer in layers)
+    fixed = model.workspace + sum(model.fixed[layer] for layer in layers)
+    kv = sum(model.kv[layer] for layer in layers)
     if layers.stop == len(model.fixed):
         fixed += model.output
     has_experts = any(model.experts[layer] for layer in layers)
-    return Share(layers, fixed, model.least if has_experts else 0)
+    return Share(layers, fixed, kv, model.least if has_experts else 0)
 
 
 def check_shares(

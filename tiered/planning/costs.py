@@ -15,6 +15,12 @@ class Miss(NamedTuple):
 
     nbytes: float
     ready: float = 0.0  # seconds until it is in RAM: 0, or what the disk takes
+    # The processor takes as long as for one row of activations and so many bytes; 0: `nbytes`.
+    work: float = 0.0
+
+    @property
+    def on_cpu(self) -> float:
+        return self.work or self.nbytes
 
 
 class Line:
@@ -72,6 +78,7 @@ class Costs:
         self.gpu, self.cpu, self.link, self.disk = gpu, cpu, link, disk
         self.slowdown = slowdown
         self.link_slowdown = 1.0  # how much longer copies take while the CPU computes experts
+        self.row = 0.0  # seconds per byte that the CPU takes for each further row of activations
         self.sync = sync  # seconds until the host knows what the GPU's router chose
 
     @classmethod
@@ -91,6 +98,12 @@ class Costs:
     def observe_link(self, nbytes: float, seconds: float, overlap: float) -> None:
         """Something was copied; `overlap` is the share of that time in which the CPU computed."""
         self.link_slowdown = _observe(self.link, self.link_slowdown, nbytes, seconds, overlap)
+
+    def work(self, nbytes: float, num_rows: int, few_rows: int) -> float:
+        """What the CPU does for an expert with rows of activations, which it reads once for every
+        `few_rows` of them: in bytes of experts with one row, that take as long."""
+        passes = -(-num_rows // few_rows)
+        return nbytes * (passes + (num_rows - passes) * self.row / self.cpu.per_byte)
 
     def cpu_seconds(self, nbytes: float, copying: float) -> float:
         """Of the CPU for `nbytes`, while copies run for the first `copying` seconds."""
@@ -112,17 +125,17 @@ class Costs:
             return gpu
         arrival = wait
         slowdown = self.link_slowdown if copied < len(misses) else 1.0
-        for nbytes, ready in misses[:copied]:
+        for nbytes, ready, _ in misses[:copied]:
             arrival = max(arrival, ready) + slowdown * self.link(nbytes)
             gpu = max(gpu, arrival) + self.gpu(nbytes)
         if copied == len(misses):
             return gpu
-        left = sum(miss.nbytes for miss in misses[copied:])
+        left = sum(miss.on_cpu for miss in misses[copied:])
         last = misses[-1]
         return max(
             gpu,
             self.cpu_seconds(left, arrival),
-            last.ready + self.cpu(last.nbytes) if last.ready else 0.0,
+            last.ready + self.cpu(last.on_cpu) if last.ready else 0.0,
         )
 
     def balance(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:

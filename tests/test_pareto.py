@@ -154,7 +154,8 @@ def test_pruned_and_other_files_and_budgets(tiered, model, text, tmp_path):
     assert full["kl"] == tight["kl"]  # what is cached changes nothing
     assert float(full["hit_rate"]) > 0.95 > float(tight["hit_rate"])
     assert float(by[str(model), "4", less]["kl"]) > float(full["kl"])
-    assert float(by[str(other), "8", whole]["kl"]) == pytest.approx(float(full["kl"]), rel=0.1)
+    # The same weights as float16: some values are rounded to another of 4 bits.
+    assert float(by[str(other), "8", whole]["kl"]) == pytest.approx(float(full["kl"]), rel=0.3)
     pruned = [path.name for path in (tmp_path / "grid.pruned").iterdir()]
     assert len(pruned) == 1 and pruned[0].startswith("4-reap-")
     status, printed, err = tiered(*asked)

@@ -195,39 +195,38 @@ def _parse_csv(data, num_experts, top_k, records, is_named, counts):
     return WHOLE
 
 
+@inner
+def after(records, at):
+    """Where the record behind the one at `at` begins."""
+    kind, end = records[at], at + 2
+    if kind in (FETCHED, PREFETCHED):
+        end += 1 + records[end]
+    if kind == PREFETCHED:
+        end += 1 + records[end]
+    return end
+
+
 def _count_demands(records, first):
     """How often each expert is demanded: `first` [number of experts + 1], shifted by one."""
     at = 0
     while at < len(records):
-        kind = records[at]
-        at += 2
-        if kind in (FETCHED, PREFETCHED):
-            count = records[at]
-            if kind == FETCHED:
-                for i in range(at + 1, at + 1 + count):
-                    first[records[i] + 1] += 1
-            at += 1 + count
-            if kind == PREFETCHED:
-                at += 1 + records[at]
+        if records[at] == FETCHED:
+            for i in range(at + 3, after(records, at)):
+                first[records[i] + 1] += 1
+        at = after(records, at)
 
 
 def _demand_times(records, free, times):
     """When each expert is demanded; `free` is where the next time of each one goes."""
     at, now = 0, 0
     while at < len(records):
-        kind = records[at]
-        at += 2
-        if kind in (FETCHED, PREFETCHED):
-            count = records[at]
-            if kind == FETCHED:
-                for i in range(at + 1, at + 1 + count):
-                    key = records[i]
-                    times[free[key]] = now
-                    free[key] += 1
-                now += 1
-            at += 1 + count
-            if kind == PREFETCHED:
-                at += 1 + records[at]
+        if records[at] == FETCHED:
+            for i in range(at + 3, after(records, at)):
+                key = records[i]
+                times[free[key]] = now
+                free[key] += 1
+            now += 1
+        at = after(records, at)
 
 
 class Parsed(NamedTuple):

@@ -145,7 +145,7 @@ class PlacedExperts:
         if not misses:
             return 0
         nbytes = float(self._nbytes[keys[0].layer])
-        counts = [1] * len(keys) if starts is None else np.diff(starts).tolist()
+        counts = _num_rows(keys, starts)
         misses.sort(key=lambda i: -counts[i])
         free = [
             Miss(nbytes, 0.0, self.costs.work(nbytes, counts[i], self.few_rows)) for i in misses
@@ -180,7 +180,7 @@ class PlacedExperts:
     ) -> Iterator[Group]:
         """The consumer computes a group before it asks for the next: that is what is timed."""
         nbytes = float(self._nbytes[layer])
-        counts = [1] * len(experts) if starts is None else np.diff(starts).tolist()
+        counts = _num_rows(experts, starts)
         for ready, addresses in self.below.fetch(layer, experts[there]):
             begin, copied = self._cpu.clock(), self._copying()
             with self._cpu.running():
@@ -223,6 +223,11 @@ class PlacedExperts:
         """What this layer has just used stays."""
         pinned = self.vram.pinned_keys()
         return lambda other: other.layer != key.layer and other not in pinned
+
+
+def _num_rows(experts: Sequence[Any] | np.ndarray, starts: np.ndarray | None) -> list[int]:
+    """How many rows of activations each has; one, if `starts` does not say."""
+    return [1] * len(experts) if starts is None else np.diff(starts).tolist()
 
 
 class ExpertsOfCards:

@@ -51,7 +51,7 @@ def test_cards_in_turn_have_the_memory_of_all_and_times_in_between(tiered):
     total = both.room / (both.bandwidth * both.efficiency)
     parts = [card.room / (card.bandwidth * card.efficiency) for card in (fast, slow)]
     assert total == pytest.approx(sum(parts))
-    got = planned(tiered, "mixtral-8x7b", "--gpus", "rtx4090,rtx3060-12gb")
+    got = planned(tiered, "mixtral-8x7b", "--gpu", "rtx4090,rtx3060-12gb")
     assert "RTX 4090" in got["hardware"]["label"] and "RTX 3060" in got["hardware"]["label"]
     alone = [planned(tiered, "mixtral-8x7b", "--gpu", card) for card in ("rtx4090", "rtx3060-12gb")]
     assert got["tok_s"] > alone[1]["tok_s"]
@@ -109,8 +109,8 @@ def test_this_machine_is_measured(tiered, tmp_path):
         (("mixtral-8x7b", "--gpu", "rtx1"), "rtx4090"),
         (("mixtral-8x7b", "--gpu", "laptop", "--vram", "8G"), "has no GPU"),
         (("mixtral-8x7b", "--vram", "8G"), "--vram needs --gpu"),
-        (("mixtral-8x7b", "--gpus", "rtx4090,laptop"), "laptop has no GPU"),
-        (("mixtral-8x7b", "--gpus", "rtx4090,t4", "--vram", "1G,2G,3G"), "has 3 sizes for 2"),
+        (("mixtral-8x7b", "--gpu", "rtx4090,laptop"), "laptop has no GPU"),
+        (("mixtral-8x7b", "--gpu", "rtx4090,t4", "--vram", "1G,2G,3G"), "has 3 sizes for 2"),
         (("mixtral-8x7b", "--gpu", "laptop", "--ram", "lots"), "is no size"),
         (("mixtral-8x7b", "--gpu", "laptop", "--policy", "best"), "unknown policy"),
     ],

@@ -125,11 +125,11 @@ def test_several_cards_are_measured_shown_and_forecast(tiered, tmp_path, monkeyp
     assert "cuda:0 vram" in out and "card 1" in out
     arguments = "plan", random_tiny_model(tmp_path), "--threads", "1", "--context", "64"
     for names in ("cuda:0,cuda:1", "cuda:all"):
-        status, out, err = tiered(*arguments, "--gpus", names, "--vram", "2G,4G", "--json")
+        status, out, err = tiered(*arguments, "--gpu", names, "--vram", "2G,4G", "--json")
         assert status == 0, err
         got = json.loads(out)["hardware"]
         assert got["gpu"]["vram"] == 6 << 30 and "card 0 and " in got["label"]
-    status, _, err = tiered(*arguments, "--gpus", "cuda:2")
+    status, _, err = tiered(*arguments, "--gpu", "cuda:2")
     assert status == 2 and "tiered calibrate --device cuda:2` has not measured" in err
 
 

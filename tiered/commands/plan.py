@@ -36,7 +36,6 @@ TERMS = {
 @click.argument("model")
 @opt.option(
     "--gpu",
-    "--gpus",
     "gpu",
     metavar="NAME",
     help="A described machine: "
@@ -191,7 +190,7 @@ def together(machines: list[Hardware], vram: str | None) -> Hardware:
     cards = [machine.gpu for machine in machines if machine.gpu is not None]
     if len(cards) < len(machines):
         without = next(machine for machine in machines if machine.gpu is None)
-        raise click.UsageError(f"--gpus: {without.name} has no GPU")
+        raise click.UsageError(f"--gpu: {without.name} has no GPU")
     label = " and ".join(machine.label for machine in machines)
     return replace(machines[0], label=label, gpu=hardware.in_turn(cards))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from pack import pack
+from tiny_gguf import write_metadata
 
 from cpu_kernels.formats import FORMATS
 from tiered.checkpoints.gguf_header import Metadata, read_header
@@ -86,7 +87,7 @@ def test_one_tensor_per_expert(tmp_path):
     """As files were written before experts were fused."""
     sizes = tiny.SIZES | dict(layers=1, experts=2, top_k=1)
     writer = gguf.GGUFWriter(tmp_path / "old.gguf", "llama")
-    tiny._write_metadata(writer, "mixtral", sizes, {})
+    write_metadata(writer, "mixtral", sizes, {})
     for weight in tiny.weights("mixtral", layers=1, experts=2):
         name = weight.gguf
         if not name:

@@ -20,6 +20,8 @@ STRATEGIES = {
     "copy": Strategy(1.0, keep="always"),  # an expert cache that copies every miss
     "cpu": Strategy(0.0, cached=False, keep="never"),  # attention on the GPU, experts on the CPU
     "fixed": Strategy(0.0, keep="never"),  # the hottest experts on the GPU for good
+    "half": Strategy(0.5, keep="always"),  # a cache that copies every other miss
+    "fixed-half": Strategy(0.5, keep="never"),  # the hottest for good, every other miss copied
     # Whatever ends soonest; what was copied for it stays. As gpu/placement.py does it, whose governor
     # leaves promotion out where that is quicker: see forecast.py.
     "tiered": Strategy(None, keep="always", promote=True),
@@ -34,8 +36,8 @@ DYNAMIC = (
 STATIC = (
     STRATEGIES["fixed"],
     STRATEGIES["copy"],
-    Strategy(0.5, keep="always"),
-    Strategy(0.5, keep="never"),
+    STRATEGIES["half"],
+    STRATEGIES["fixed-half"],
 )
 
 

@@ -62,9 +62,10 @@ class GpuBackend:
         self._torch = self.device.torch_device
         self.arithmetic: Any = reference
         if self._torch.type == "cuda" or _interpreted():
-            from gpu_backend.launch import Launcher
-
-            self.arithmetic = Launcher(tuning, self.device.capability, self.device.index)
+            launcher = _launcher()(tuning, self.device.capability, self.device.index)
+            if self.device.is_cuda:
+                launcher.try_out(self._torch)
+            self.arithmetic = launcher
         self._attention = Attention(self._torch, self.arithmetic)
         self._slots: GpuSlots | None = None
         self._shared: torch.Tensor | None = None  # by slots and the KV cache
@@ -285,12 +286,25 @@ class GpuBackend:
             self.host.close()
 
     def _from_host(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._torch)
+        rows = torch.from_numpy(np.ascontiguousarray(values, np.float32))
+        # From pageable memory it is copied before this returns; what is launched is not waited for.
+        return rows.to(self._torch, non_blocking=True)
 
     def _rows_of(self, h: torch.Tensor) -> Rows:
         if self._rows is None or self._rows.x is not h:
             self._rows = Rows(h, self.arithmetic)
         return self._rows
+
+
+def _launcher() -> Any:
+    try:
+        from gpu_backend.launch import Launcher
+    except ImportError as error:
+        raise RuntimeError(
+            "a GPU's kernels need triton, which torch brings along on Linux only: pip install "
+            f"'tiered[gpu]', on Windows in WSL, or use --device cpu ({error})"
+        ) from error
+    return Launcher
 
 
 def _interpreted() -> bool:

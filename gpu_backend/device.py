@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,25 @@ import torch
 
 def cuda_is_available() -> bool:
     return torch.cuda.is_available()
+
+
+def is_usable() -> bool:
+    """Whether there is a CUDA device that our kernels run on."""
+    return (
+        cuda_is_available()
+        and find_spec("triton") is not None
+        and torch.cuda.get_device_capability() >= OLDEST
+    )
+
+
+def check_capability(name: str, capability: tuple[int, int]) -> None:
+    """RuntimeError if a card is too old."""
+    if capability < OLDEST:
+        major, minor = capability
+        raise RuntimeError(
+            f"{name} has compute capability {major}.{minor}, and Triton's kernels need 7.5 (Turing: "
+            "GeForce RTX 20, GTX 16, T4) at least: use --device cpu"
+        )
 
 
 def num_cards() -> int:
@@ -34,6 +54,7 @@ def card_name(device: str) -> str:
 
 
 RESERVE = 0.05  # of what is free: what the driver takes later
+OLDEST = 7, 5  # compute capability of the cards that Triton and torch still know
 
 
 class Staging(NamedTuple):
@@ -74,6 +95,7 @@ class TorchDevice:
                 )
             self.torch_device = torch.device("cuda", self.index)
             self.capability = torch.cuda.get_device_capability(self.torch_device)
+            check_capability(name, self.capability)
             self._copies = torch.cuda.Stream(self.torch_device)
             self._downloads = torch.cuda.Stream(self.torch_device)
             self._last_use = torch.cuda.Event()
@@ -134,6 +156,8 @@ class TorchDevice:
 
         Returns what `wait` waits for; staging must not be used before.
         """
+        # Whoever waits for it sleeps: the processor's cores have experts to compute meanwhile.
+        ticket = torch.cuda.Event(blocking=True) if self.is_cuda else None
         host = torch.from_numpy(staging.host)[:nbytes]
         stream = torch.cuda.stream(self._copies) if self.is_cuda else nullcontext()
         with stream:
@@ -142,7 +166,7 @@ class TorchDevice:
                     self._copies.wait_event(self._last_use)
             staging.device[:nbytes].copy_(host, non_blocking=True)
             then(staging.device)
-            return self._copies.record_event() if self.is_cuda else None
+            return self._copies.record_event(ticket) if self.is_cuda else None
 
     def wait(self, ticket: Any) -> None:
         if ticket is not None:

@@ -60,6 +60,17 @@ class Launcher:
         self.index = index
         self.float_dot = capability < (8, 0)
 
+    def try_out(self, device: torch.device) -> None:
+        """Run a small kernel. Raises RuntimeError that says what kernels need, if it fails."""
+        try:
+            self.quantize(torch.zeros((1, GROUP), device=device)).values.cpu()
+        except Exception as error:  # of compilers, drivers and Triton: of any class
+            raise RuntimeError(
+                f"Triton cannot run its kernels on {device} ({type(error).__name__}: {error}). It "
+                "needs a C compiler and Python's headers (Debian: apt install gcc python3-dev), and "
+                "a driver that is no older than torch's CUDA"
+            ) from error
+
     @on_card
     def quantize(self, x: torch.Tensor) -> Activations:
         """float32 [M, K] to int8 groups. K is a multiple of 32."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from triton import TritonError
 
 from cpu_kernels.formats import FORMATS
 from gpu_backend.arrays import Quantized
 from gpu_backend.calibrate import calibrate, save
-from gpu_backend.device import card_name, cuda_is_available
+from gpu_backend.device import TorchDevice, card_name
 from gpu_backend.launch import Launcher
 from gpu_backend.pinning import Arena, probe_limit
 from gpu_backend.tuning import Tuning, find_tuning, load_tuning, save_tuning
@@ -31,16 +32,13 @@ LARGEST_PIN = 64 << 30  # bytes that the probe may try
 def calibrate_card(device: str, file: Path, tuning_file: Path) -> dict[str, Any]:
     """Measure a CUDA device ("cuda:0"), keep that in `file` and the best tuning in
     `tuning_file`."""
-    if not cuda_is_available():
-        raise RuntimeError(
-            "no CUDA device was found by torch: use --device cpu, or install a torch built for "
-            "this machine's driver"
-        )
+    TorchDevice(device)  # RuntimeError: there is none, or it is too old
     probe, name = CudaProbe(device), card_name(device)
     vram = torch.cuda.get_device_properties(torch.device(device)).total_memory
     measured = calibrate(probe, name, int(vram))
-    tuning = find_tuning(probe.decode, probe.prefill, load_tuning(tuning_file, name))
     save(file, device, measured)
+    Launcher(index=torch.device(device).index or 0).try_out(torch.device(device))
+    tuning = find_tuning(probe.decode, probe.prefill, load_tuning(tuning_file, name))
     save_tuning(tuning_file, name, tuning)
     return asdict(measured)
 
@@ -48,11 +46,16 @@ def calibrate_card(device: str, file: Path, tuning_file: Path) -> dict[str, Any]
 class CudaPinner:
     """Registers ranges of memory with CUDA."""
 
-    def __init__(self) -> None:
-        self._runtime = torch.cuda.cudart()
+    def __init__(self, forget_error: Callable[[], object]) -> None:
+        """`forget_error` launches anything: what torch launches next reports an error that the
+        runtime remembers, and thereby ends it."""
+        self._runtime, self._forget_error = torch.cuda.cudart(), forget_error
 
     def pin(self, address: int, nbytes: int) -> bool:
         refused: bool = int(self._runtime.cudaHostRegister(address, nbytes, 0)) != 0
+        if refused:
+            with suppress(RuntimeError):
+                self._forget_error()
         return not refused
 
     def unpin(self, address: int) -> None:
@@ -102,7 +105,8 @@ class CudaProbe:
         """Tries at most half of the RAM that is free: locking memory makes it real."""
         size = min(LARGEST_PIN, psutil.virtual_memory().available // 2)
         arena = np.empty(size, np.uint8)
-        return probe_limit(CudaPinner(), Arena(int(arena.ctypes.data), size))
+        pinner = CudaPinner(lambda: self._small.add_(1))
+        return probe_limit(pinner, Arena(int(arena.ctypes.data), size))
 
     def decode(self, tuning: Tuning) -> float:
         """A 4-bit matrix as large as an expert's of Mixtral, with one row of activations."""
@@ -116,7 +120,10 @@ class CudaProbe:
         capability = torch.cuda.get_device_capability(self._device)
         launcher = Launcher(tuning, capability, self._device.index or 0)
         a = launcher.quantize(torch.ones(num_rows, EXPERT_SHAPE[1], device=self._device))
-        launcher.linear(a, self._matrix)  # compiled now
+        try:
+            launcher.linear(a, self._matrix)  # compiled now
+        except TritonError as error:  # registers or shared memory do not suffice
+            raise RuntimeError(str(error)) from error
         return min(self._seconds(lambda: launcher.linear(a, self._matrix)) for _ in range(5))
 
     @cached_property
@@ -142,17 +149,20 @@ def _idle() -> Iterator[None]:
 
 @contextmanager
 def _busy_processor() -> Iterator[None]:
-    """A thread that reads memory larger than any cache, all the time."""
+    """A thread per core that reads memory larger than any cache, all the time, as experts are."""
     data, stop = np.ones(64 << 20, np.int64), threading.Event()
 
     def read() -> None:
         while not stop.is_set():
             data.sum()
 
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
+    cores = psutil.cpu_count(logical=False) or 1
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(cores)]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join()
+        for thread in threads:
+            thread.join()

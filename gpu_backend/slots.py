@@ -70,7 +70,7 @@ class GpuSlots:
         self._free = [device.staging(self.stride) for _ in range(num_staging)]
         self._returned = threading.Condition()
         nbytes = max(nbytes, space.num_slots * self.stride)
-        self.slab = device.allocate(nbytes, "expert slots")
+        self.slab: Any = device.allocate(nbytes, "expert slots")
         self.table = device.table(max(layouts) + 1, num_experts)
         self._owners: dict[int, tuple[int, int]] = {}  # slot -> (layer, expert)
         self._writing = threading.Lock()  # table entries are written in the order of the copies
@@ -129,7 +129,7 @@ class GpuSlots:
         self.table[key] = slot
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory back as soon as nobody holds a part of it: an empty one would hold all."""
         with self._returned:
             self._free.clear()
-        self.slab = self.slab[:0]
+        self.slab = None

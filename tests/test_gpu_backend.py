@@ -1,5 +1,9 @@
 """The torch backend on torch's CPU device: against plain NumPy, and as an engine of its own."""
 
+import gc
+import sys
+import weakref
+
 import numpy as np
 import pytest
 from naive import NaiveBackend
@@ -19,7 +23,7 @@ from tiered.tier import Tier
 torch = pytest.importorskip("torch")
 from gpu_backend.backend import GpuBackend  # noqa: E402
 from gpu_backend.batch import BatchPlace, SequencePlace  # noqa: E402
-from gpu_backend.device import TorchDevice  # noqa: E402
+from gpu_backend.device import TorchDevice, check_capability  # noqa: E402
 from gpu_backend.kv import KVMemory, KVPages, KVShape, token_bytes  # noqa: E402
 from gpu_backend.rope import RopeTable  # noqa: E402
 
@@ -236,3 +240,40 @@ def test_memory_errors_say_for_what():
     device = TorchDevice("cpu")
     with pytest.raises(MemoryError, match="the KV cache"), device.allocating("the KV cache"):
         raise torch.OutOfMemoryError("no")
+
+
+def test_without_triton_it_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gpu_backend.launch", None)  # as on Windows: ImportError
+    monkeypatch.setattr("gpu_backend.backend._interpreted", lambda: True)
+    with pytest.raises(RuntimeError, match=r"need triton.*pip install 'tiered\[gpu\]'.*--device cpu"):
+        GpuBackend("cpu")
+
+
+def test_kernels_that_do_not_run_say_what_they_need():
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    from gpu_backend.launch import Launcher
+
+    with pytest.raises(RuntimeError, match="cannot run its kernels on cpu .*gcc python3-dev"):
+        Launcher().try_out(CPU)
+
+
+def test_cards_that_are_too_old_are_refused():
+    check_capability("cuda:0", (7, 5))
+    with pytest.raises(RuntimeError, match=r"cuda:0 has compute capability 6\.1.*--device cpu"):
+        check_capability("cuda:0", (6, 1))
+
+
+def test_a_closed_engine_leaves_no_memory_behind(int4_model):
+    """Also before Python looks for cycles: the next engine counts what is free."""
+    gc.collect()
+    gc.disable()
+    try:
+        with Engine(int4_model, device="sim", threads=1) as engine:
+            list(engine.generate_tokens([5], 2))
+            slab = weakref.ref(engine.backend.cards[0]._slots.slab)
+        del engine
+        assert slab() is None
+    finally:
+        gc.enable()

@@ -13,7 +13,7 @@ from gpu_backend.pinning import (
     usable_limit,
     with_backoff,
 )
-from gpu_backend.tuning import Tuning, load_tuning, save_tuning
+from gpu_backend.tuning import Tuning, find_tuning, load_tuning, save_tuning
 
 MIB = 1 << 20
 
@@ -167,3 +167,61 @@ def test_tuning_is_stored_by_card(tmp_path):
 def test_impossible_tunings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Tuning(**wrong)
+
+
+@pytest.fixture
+def probe():
+    for name in ("torch", "triton"):
+        pytest.importorskip(name)
+    from gpu_backend import probe
+
+    return probe
+
+
+def test_a_refused_pin_leaves_no_error_behind(probe, monkeypatch):
+    """CUDA remembers it, and torch's next launch would report it."""
+    remembered = []
+
+    class Runtime:
+        def cudaHostRegister(self, address, nbytes, flags):  # noqa: N802
+            if nbytes > 100:
+                remembered.append("out of memory")
+            return 2 * (nbytes > 100)
+
+    def launch():
+        if remembered:
+            raise RuntimeError(remembered.pop())
+
+    monkeypatch.setattr(probe.torch.cuda, "cudart", Runtime)
+    pinner = probe.CudaPinner(launch)
+    assert pinner.pin(0, 100) and not pinner.pin(0, 101)
+    launch()
+
+
+def test_what_a_card_has_too_few_registers_for_is_left_out(probe, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    class Launcher:
+        def __init__(self, tuning, capability, index):
+            self.tuning = tuning
+
+        def quantize(self, x):
+            return x
+
+        def linear(self, a, matrix):
+            if self.tuning.rows > 16:
+                raise OutOfResources(2, 1, "registers")
+
+    monkeypatch.setattr(probe, "Launcher", Launcher)
+    monkeypatch.setattr(probe.torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(probe, "EXPERT_SHAPE", (32, 32))
+    card = probe.CudaProbe.__new__(probe.CudaProbe)
+    card._device = probe.torch.device("cpu")
+    seconds = {4: 3.0, 8: 2.0, 16: 4.0}
+    card._seconds = lambda work: work() or 1.0
+
+    def decode(tuning):
+        card.decode(tuning)
+        return seconds[tuning.rows]
+
+    assert find_tuning(decode, card.prefill, Tuning()).rows == 8

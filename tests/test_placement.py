@@ -115,6 +115,20 @@ def test_without_promotion_and_copies_the_gpu_stays_empty(model):
         assert len(gpu.tier) == 0
 
 
+def test_admission_is_told_of_every_pass(model):
+    """Its counts fade, and its two rules are compared, token by token."""
+    with GpuEngine(model, fake_gpu(), 5) as gpu:
+        counts = gpu.source.admission.popularity
+        growth, num_passes = counts.weight, []
+        for _ in range(2):
+            before = counts.weight
+            gpu.generate()
+            num_passes.append(round(np.log(counts.weight / before) / np.log1p(1 / 256)))
+        assert growth == 1.0
+        # The first pass of all follows none. One is the prompt's.
+        assert num_passes == [NUM_TOKENS - 1, NUM_TOKENS]
+
+
 def test_a_governor_can_turn_promotion_off(model):
     with GpuEngine(model, fake_gpu(), 100, Fixed(0)) as gpu:
         gpu.source.promotion = governor = Governor((0, 1), "promotion", window=1)

@@ -140,11 +140,25 @@ def test_results_without_a_file():
     assert results.find({"a": "1"}) == {"a": "1", "b": "2.5"}
 
 
-def test_the_example_of_three_cards(tmp_path, capsys):
-    path = Path(__file__).parent.parent / "examples" / "sweep_8x7b_16gb.py"
-    spec = importlib.util.spec_from_file_location("sweep_8x7b_16gb", path)
+def example_of(name):
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+def test_the_example_of_static_plans(tmp_path, capsys):
+    example = example_of("hybrid_against_static")
+    (ratio,) = example.main(tmp_path, {"mixtral-8x7b": [8]}, ["rtx3060-12gb"])
+    assert 0.99 <= ratio < 1.5
+    out = capsys.readouterr().out
+    assert "8 GiB:" in out and "SIMULATED, not measured" in out
+    assert {row["simulated"] for row in rows_of(tmp_path / "mixtral-8x7b.csv")} == {"True"}
+
+
+def test_the_example_of_three_cards(tmp_path, capsys):
+    example = example_of("sweep_8x7b_16gb")
     rows = example.main(tmp_path, vram=[8 << 30, 16 << 30], cards=example.CARDS[:2], num_tokens=80)
     assert len(rows) == 4 and all(row["simulated"] == "True" for row in rows)
     assert float(rows[1]["tok_s"]) > float(rows[0]["tok_s"])

@@ -393,12 +393,12 @@ def calibrate_gpu(name: str) -> dict[str, Any]:
 
 
 def has_gpu() -> bool:
-    """Whether torch is installed and finds a CUDA device."""
+    """Whether torch is installed and finds a CUDA device that kernels run on."""
     try:
-        from gpu_backend.device import cuda_is_available
+        from gpu_backend.device import is_usable
     except ImportError:
         return False
-    return bool(cuda_is_available())
+    return bool(is_usable())
 
 
 def default_threads() -> int:

@@ -93,6 +93,7 @@ class PlacedExperts:
         self.promotion: Allowance = Always()  # whether anything is copied afterwards now
         self.hits = self.copies = self.computed_in_ram = 0  # experts, each once per layer
         self._cpu, self._link = cpu or Busy(clock), link
+        self._layer, self._began = -1, self._cpu.clock()  # of this pass
         sparse = store.checkpoint.config.sparse_layers
         self._offsets = {layer: store.layout(layer).offsets for layer in sparse}
         self._nbytes = {layer: store.layout(layer).nbytes for layer in sparse}
@@ -107,9 +108,12 @@ class PlacedExperts:
         """
         keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
         if self.admission is not None:
+            self._count_pass(layer, self.admission)
             self.admission.touch(keys)
         hits, awaited, misses = self._look_up(keys)
         copied = self._num_copied(keys, hits, awaited, misses, starts)
+        if self.admission is not None:
+            self.admission.copying(copied > 0)
         here, there = [*hits, *awaited, *misses[:copied]], misses[copied:]
         self.hits += len(hits) + len(awaited)
         self.copies += copied
@@ -122,6 +126,14 @@ class PlacedExperts:
             for group in groups:
                 yield self._places(layer, here, group)
         self._promote([keys[i] for i in there])
+
+    def _count_pass(self, layer: int, admission: Admission) -> None:
+        """Layers come one after the other: one that does not come later begins the next pass."""
+        if layer <= self._layer:
+            now = self._cpu.clock()
+            admission.token_done(now - self._began)
+            self._began = now
+        self._layer = layer
 
     def _look_up(self, keys: Sequence[ExpertKey]) -> tuple[list[int], list[int], list[int]]:
         """Positions of what is on the GPU, on its way there, and neither."""

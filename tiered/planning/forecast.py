@@ -18,7 +18,7 @@ from tiered.planning.machine import Machine, Rates
 from tiered.planning.prompt import prompt_seconds
 from tiered.planning.simulation import Simulation
 from tiered.planning.sizes import ModelSizes
-from tiered.planning.strategies import STRATEGIES, Budgets
+from tiered.planning.strategies import STRATEGIES, Budgets, Strategy
 from tiered.planning.synthetic import Routed, locality_of, routing
 
 PROCESS = 450 << 20  # bytes of an interpreter with its libraries and workspace
@@ -114,7 +114,8 @@ def forecast(
     look_ahead: int = 1,
     accuracy: float = 0.85,
 ) -> Forecast:
-    """Simulate decoding after `context` tokens, and a prompt of `prompt_tokens`.
+    """Simulate decoding after `context` tokens, and a prompt of `prompt_tokens`. Where a strategy
+    promotes experts, it is simulated without that, too: a governor finds out what is quicker.
 
     `tokens` is routing from a trace, all of it timed, after the distinct experts per layer of its
     `prompt` and the tokens of `warm`, by which tiers are filled; without, it is synthetic, and
@@ -123,36 +124,43 @@ def forecast(
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
     hardware = hardware if layout.on_gpu else without_gpu(hardware)
-    machine = Machine(Rates.of(hardware))
-    simulation = Simulation(
-        sizes, machine, layout.budgets, STRATEGIES[strategy],
-        policy=policy, look_ahead=look_ahead, accuracy=accuracy, mapped=mapped,
-    )  # fmt: skip
+    is_synthetic = tokens is None
     if tokens is None:
         made = routing(
             sizes.num_layers, sizes.num_experts, sizes.top_k, warm_tokens + num_tokens,
             locality_of(sizes.num_experts, locality),
         )  # fmt: skip
-        simulation.warm(made[:warm_tokens])
-        for token in made[:warm_tokens]:
-            simulation.token(token, context)
-        tokens = made[warm_tokens:]
-    else:
-        simulation.warm([*warm, *([prompt] if prompt else [])], fill_ram=bool(warm))
+        warm, tokens, prompt = made[:warm_tokens], made[warm_tokens:], ()
+
+    def follow(plan: Strategy) -> Forecast:
+        machine = Machine(Rates.of(hardware))
+        simulation = Simulation(
+            sizes, machine, layout.budgets, plan,
+            policy=policy, look_ahead=look_ahead, accuracy=accuracy, mapped=mapped,
+        )  # fmt: skip
+        fill_ram = is_synthetic or bool(warm)
+        simulation.warm([*warm, *([prompt] if prompt else [])], fill_ram=fill_ram)
         simulation.prefill(prompt)
-    simulation.reset()
-    seconds = sum(simulation.token(token, context) for token in tokens)
-    count, ram = len(tokens), simulation.ram
-    return Forecast(
-        tok_s=count / seconds,
-        time_to_first_token=prompt_seconds(sizes, hardware, layout, prompt_tokens),
-        terms={name: total / count for name, total in simulation.terms.items()},
-        vram_hit_pct=100 * simulation.hits / max(1, simulation.demands),
-        ram_hit_pct=100 * ram.stats.hit_rate if ram else 100.0,
-        read_bytes_per_token=machine.read_bytes / count,
-        copied_bytes_per_token=machine.copied / count,
-        layout=layout,
-    )
+        for token in warm if is_synthetic else ():
+            simulation.token(token, context)
+        simulation.reset()
+        seconds = sum(simulation.token(token, context) for token in tokens)
+        count, ram = len(tokens), simulation.ram
+        return Forecast(
+            tok_s=count / seconds,
+            time_to_first_token=prompt_seconds(sizes, hardware, layout, prompt_tokens),
+            terms={name: total / count for name, total in simulation.terms.items()},
+            vram_hit_pct=100 * simulation.hits / max(1, simulation.demands),
+            ram_hit_pct=100 * ram.stats.hit_rate if ram else 100.0,
+            read_bytes_per_token=machine.read_bytes / count,
+            copied_bytes_per_token=machine.copied / count,
+            layout=layout,
+        )
+
+    plans = [STRATEGIES[strategy]]
+    if plans[0].promote and 0 < layout.vram_experts < layout.all_experts:
+        plans.append(plans[0]._replace(promote=False))
+    return max(map(follow, plans), key=lambda got: got.tok_s)
 
 
 def without_gpu(hardware: Hardware) -> Hardware:

@@ -98,7 +98,7 @@ class GpuTier:
         if key in tier or not tier.fits([*batch, key]):
             return False
         has_room = tier.used + tier.space.blob_bytes[key.layer] <= tier.space.capacity
-        if has_room or self.strategy.keep == "always":
+        if has_room or (is_there and self.strategy.keep == "always"):
             return True
         victim = would_evict(tier, key, lambda other: other not in batch)
         if victim is None:

@@ -12,7 +12,7 @@ class Strategy(NamedTuple):
     cached: bool = True  # experts stay on the GPU
     keep: str = "popular"  # which stay on the GPU: "always" (whatever was copied last), "recent"
     # (the same, but nothing leaves that is in no other memory), "popular" or "never"
-    promote: bool = False  # copy what the CPU computed when the link is idle
+    promote: bool = False  # copy what the CPU computed when the link is idle, if it is worth it
 
 
 STRATEGIES = {
@@ -20,11 +20,15 @@ STRATEGIES = {
     "copy": Strategy(1.0, keep="always"),  # an expert cache that copies every miss
     "cpu": Strategy(0.0, cached=False, keep="never"),  # attention on the GPU, experts on the CPU
     "fixed": Strategy(0.0, keep="never"),  # the hottest experts on the GPU for good
-    "tiered": Strategy(None, promote=True),  # whatever ends soonest
+    "half": Strategy(0.5, keep="always"),  # a cache that copies every other miss
+    "fixed-half": Strategy(0.5, keep="never"),  # the hottest for good, every other miss copied
+    # Whatever ends soonest; what was copied for it stays. As gpu/placement.py does it, whose governor
+    # leaves promotion out where that is quicker: see forecast.py.
+    "tiered": Strategy(None, keep="always", promote=True),
 }
 
 DYNAMIC = (
-    STRATEGIES["tiered"],
+    Strategy(None, promote=True),
     Strategy(None, keep="recent"),
     Strategy(0.0, keep="popular", promote=True),
 )
@@ -32,8 +36,8 @@ DYNAMIC = (
 STATIC = (
     STRATEGIES["fixed"],
     STRATEGIES["copy"],
-    Strategy(0.5, keep="always"),
-    Strategy(0.5, keep="never"),
+    STRATEGIES["half"],
+    STRATEGIES["fixed-half"],
 )
 
 

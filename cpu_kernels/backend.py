@@ -203,7 +203,7 @@ class CpuBackend:
         into: np.ndarray,
     ) -> np.ndarray:
         h, chosen = self._router.choose(x, router)
-        out = self.pair_outputs(router.top_k)
+        out = self.pair_outputs(chosen.experts.size)
         layer.chosen.run(self._team, h, chosen, table, out, into)
         return h
 

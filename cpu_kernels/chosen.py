@@ -1,5 +1,5 @@
-"""What a layer's router has chosen for one token, where all experts are in memory: Python need not
-know of the choice before the experts run."""
+"""What a layer's router has chosen for a few tokens, where all experts are in memory: Python need
+not know of the choice before the experts run."""
 
 from __future__ import annotations
 
@@ -15,31 +15,61 @@ from cpu_kernels.record import Record, fields
 from cpu_kernels.team import Team, barrier, op
 
 # `experts` and `combine` are addresses of such records, `chosen` that of the router's int32
-# [top_k], `table` and `uses` those of tiered.experts.ExpertTable.
-CHOSEN = fields("experts combine chosen table uses num_experts")
+# [num_pairs], `table` and `uses` those of tiered.experts.ExpertTable, `places` that of int32
+# [num_experts].
+CHOSEN = fields("experts combine chosen num_pairs table uses num_experts places")
 
 
 @inner
-def _find(r):
-    """Give each job the expert that was chosen for it."""
+def _expert(r, pair):
+    # A router whose weights are damaged may choose none; it must not lead out of the table.
+    expert = np.int64(load_i32(word(r, CHOSEN.chosen), pair))
+    return min(max(expert, 0), word(r, CHOSEN.num_experts) - 1)
+
+
+@inner
+def _add_job(r, job, expert, start):
+    """Job number `job` is of `expert`, and of the pairs from number `start` on."""
     experts, uses = word(r, CHOSEN.experts), word(r, CHOSEN.uses)
-    ids, addresses = word(experts, EXPERTS.experts), word(experts, EXPERTS.addresses)
-    for job in range(word(experts, EXPERTS.num_jobs)):
-        expert = np.int64(load_i32(word(r, CHOSEN.chosen), job))
-        # A router whose weights are damaged may choose none; it must not lead out of the table.
-        expert = min(max(expert, 0), word(r, CHOSEN.num_experts) - 1)
-        store_i32(ids, job, expert)
-        store_word(uses, expert, word(uses, expert) + 1)
-        for matrix in range(3):
-            address = word(word(r, CHOSEN.table), 3 * expert + matrix)
-            store_word(addresses, 3 * job + matrix, address)
+    store_i32(word(experts, EXPERTS.experts), job, expert)
+    store_i32(word(experts, EXPERTS.starts), job, start)
+    store_word(uses, expert, word(uses, expert) + 1)
+    for matrix in range(3):
+        address = word(word(r, CHOSEN.table), 3 * expert + matrix)
+        store_word(word(experts, EXPERTS.addresses), 3 * job + matrix, address)
+
+
+@inner
+def _group(r):
+    """Make each expert that was chosen a job, with all pairs that it was chosen for."""
+    experts, places = word(r, CHOSEN.experts), word(r, CHOSEN.places)
+    num_experts, num_pairs = word(r, CHOSEN.num_experts), word(r, CHOSEN.num_pairs)
+    for expert in range(num_experts):
+        store_i32(places, expert, 0)
+    for pair in range(num_pairs):
+        expert = _expert(r, pair)
+        store_i32(places, expert, load_i32(places, expert) + 1)
+    num_jobs, start = 0, 0
+    for expert in range(num_experts):
+        count = np.int64(load_i32(places, expert))
+        if count > 0:
+            _add_job(r, num_jobs, expert, start)
+            store_i32(places, expert, start)
+            num_jobs, start = num_jobs + 1, start + count
+    store_i32(word(experts, EXPERTS.starts), num_jobs, start)
+    store_word(experts, EXPERTS.num_jobs, num_jobs)
+    for pair in range(num_pairs):
+        expert = _expert(r, pair)
+        place = np.int64(load_i32(places, expert))
+        store_i32(word(experts, EXPERTS.pairs), place, pair)
+        store_i32(places, expert, place + 1)
 
 
 @op
 def _chosen(r, thread, num_threads, team):
     experts = word(r, CHOSEN.experts)
     if thread == num_threads - 1:
-        _find(r)
+        _group(r)
     prepare_h(experts, thread, num_threads)
     barrier(team)
     run_experts(experts, thread, num_threads, team)
@@ -65,9 +95,10 @@ class ChosenExperts:
         out: np.ndarray,
         into: np.ndarray,
     ) -> None:
-        """into += what the experts say of h, weighted; all are float32 [1, hidden_size]. `chosen`
-        has `experts` and `weights`, which may be known only when this is run; `out` is room for
-        float32 [top_k, hidden_size]; `table` has `addresses` and `uses`, which are counted."""
+        """into += what the experts say of h, weighted; all are float32 [num_tokens, hidden_size].
+        `chosen` has `experts` and `weights`, which may be known only when this is run; `out` is
+        room for float32 [num_tokens * top_k, hidden_size]; `table` has `addresses` and `uses`:
+        how often each expert was used, however many of these tokens chose it."""
         version = self._layer.workspace.version
         if not self._record.is_filled_for(h, chosen, table, out, into, version):
             self._fill(team, h, chosen, table, out, into)
@@ -83,8 +114,9 @@ class ChosenExperts:
         into: np.ndarray,
     ) -> None:
         team.forget()  # it may wait to be run as it is
-        layer, top_k = self._layer, chosen.experts.shape[1]
-        rows, results = (1, layer.hidden_size), (top_k, layer.hidden_size)
+        layer, num_pairs = self._layer, chosen.experts.size
+        num_rows, top_k = chosen.experts.shape
+        rows, results = (num_rows, layer.hidden_size), (num_pairs, layer.hidden_size)
         for name, array, shape in (("h", h, rows), ("into", into, rows), ("out", out, results)):
             if array.dtype != np.float32 or array.shape != shape:
                 raise ValueError(f"{name} must be float32 {list(shape)}, not {array.shape}")
@@ -92,21 +124,20 @@ class ChosenExperts:
         for array, shape in ((table.addresses, (count, 3)), (table.uses, (count,))):
             if array.dtype != np.int64 or array.shape != shape or not array.flags.c_contiguous:
                 raise ValueError(f"a table's arrays must be contiguous int64, like {list(shape)}")
-        space = layer.workspace
-        space.reserve(1, layer.hidden_size, top_k, layer.expert_size, top_k)
-        identity = space.arrays["identity"]  # each pair is a job of its own
+        space, most_jobs = layer.workspace, min(num_pairs, count)
+        space.reserve(num_rows, layer.hidden_size, num_pairs, layer.expert_size, most_jobs)
         own = {
-            "starts": identity, "pairs": identity, "experts": np.zeros(top_k, np.int32),
-            "addresses": np.zeros((top_k, 3), np.int64),
+            "starts": np.zeros(most_jobs + 1, np.int32), "pairs": np.zeros(num_pairs, np.int32),
+            "experts": np.zeros(most_jobs, np.int32),
+            "addresses": np.zeros((most_jobs, 3), np.int64),
         }  # fmt: skip
-        self._experts.set(
-            **(space.arrays | own), h=h, out=out, num_rows=1, num_jobs=top_k, top_k=top_k
-        )
+        self._experts.set(**(space.arrays | own), h=h, out=out, num_rows=num_rows, top_k=top_k)
         self._combine.set(
-            x=into, out=out, weights=chosen.weights, num_rows=1, top_k=top_k,
+            x=into, out=out, weights=chosen.weights, num_rows=num_rows, top_k=top_k,
             hidden_size=layer.hidden_size,
         )  # fmt: skip
         self._record.set(
-            chosen=chosen.experts, table=table.addresses, uses=table.uses, num_experts=count
-        )
+            chosen=chosen.experts, num_pairs=num_pairs, table=table.addresses, uses=table.uses,
+            num_experts=count, places=np.zeros(count, np.int32),
+        )  # fmt: skip
         self._record.mark_filled_for(h, chosen, table, out, into, space.version)

@@ -266,8 +266,9 @@ class Backend(Protocol):
     def routed_experts(
         self, x: Array, router: Any, layer: Any, table: ExpertTable, into: Array
     ) -> Array:
-        """route, experts and combine of one token, without telling what was chosen: `into` (x, or a
-        branch) += what the experts say. Counts their uses in the `table`. Returns h."""
+        """route, experts and combine of at most `few_rows` tokens, without telling what was chosen:
+        `into` (x, or a branch) += what the experts say. Counts in the `table` which are used.
+        Returns h."""
 
     def weighted(self, h: Array, weights: np.ndarray) -> Array:
         """A row for each pair: weights[t, rank] * h[t]; until the next call."""

@@ -140,9 +140,11 @@ class Decoder:
         return x
 
     def again(self, batch: Batch, kv: Any) -> Array | None:
-        """What `hidden` does, if it is the same calls as for the token before."""
+        """What `hidden` does, if it is the same calls as for the tokens before."""
         sparse = self.sparse_layers
-        if len(batch.tokens) != 1 or (sparse and self.table(sparse[0]) is None):
+        if len(batch.tokens) > self.backend.few_rows or (
+            sparse and self.table(sparse[0]) is None
+        ):
             return None
         scale = self.config.embedding_scale
         x = self.backend.again(self.layers, self.embedding, batch, kv, scale)
@@ -174,7 +176,7 @@ class Decoder:
         b, layer, into, dense = self.backend.of_layer(index), self.layers[index], x, None
         if layer.merge is not None:
             dense, into = b.branches(x)
-        table = self.table(index) if len(batch.tokens) == 1 else None
+        table = self.table(index) if len(batch.tokens) <= self.backend.few_rows else None
         if table is not None:
             h = b.routed_experts(x, layer.router, layer.experts, table, into)
         else:

@@ -70,8 +70,8 @@ class Residency:
         self._slots: dict[ExpertKey, int] = {}
         self.num_slots = space.num_slots  # in use: 0 ... num_slots - 1
         self._unused: list[int] = list(range(space.num_slots - 1, -1, -1))
-        # Whether a memory above this one has an expert, too: those go first.
-        self.is_above: Callable[[ExpertKey], bool] | None = None
+        # How popular an expert is that a memory above this one has, too; None: it does not.
+        self.above: Callable[[ExpertKey], float | None] | None = None
         self.vacated: list[int] = []  # slots whose expert has left and that still hold its bytes
         self._guesses: set[ExpertKey] = set()  # prefetched, not yet demanded
         self._touch = policy.touch
@@ -260,11 +260,12 @@ class Residency:
         self.stats.evictions += 1
 
     def _spare(self, evictable: Evictable) -> ExpertKey | None:
-        """One that a memory above has, too; the oldest here."""
-        is_above = self.is_above
-        if is_above is None:
+        """One that a memory above has, too: the one that will be there longest."""
+        above = self.above
+        if above is None:
             return None
-        return next((key for key in self._slots if is_above(key) and evictable(key)), None)
+        keys = [key for key in self._slots if above(key) is not None and evictable(key)]
+        return max(keys, key=above, default=None)
 
     def recycle(self) -> None:
         """The vacated slots hold nothing any more."""

@@ -118,9 +118,13 @@ def would_evict(tier: Residency, key: ExpertKey, evictable: Evictable) -> Expert
 
 
 def fill(tier: Residency, keys: Sequence[ExpertKey]) -> None:
-    """Load experts until the tier is full; its counts start afterwards."""
+    """Load as many of these experts as fit; the first ones will stay longest. Counts start then."""
+    left, fitting = tier.space.capacity - tier.used, []
     for key in keys:
-        if tier.used + tier.space.blob_bytes[key.layer] > tier.space.capacity:
+        left -= tier.space.nbytes(key)
+        if left < 0:
             break
+        fitting.append(key)
+    for key in reversed(fitting):
         tier.lookup([key])
     tier.stats = TierStats()

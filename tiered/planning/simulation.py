@@ -61,7 +61,7 @@ class Simulation:
         self.admission = Admission(sizes.space(vram), self.costs)
         self.gpu = GpuTier(self._tier(vram, policy), self.admission, strategy)
         if self.ram is not None and self.gpu.residency is not None:
-            self.ram.is_above = self.gpu.__contains__
+            self.ram.above = self._popularity_above
         self._loaded: dict[ExpertKey, float] = {}  # of guesses on their way into RAM
         self.reset()
 
@@ -70,6 +70,9 @@ class Simulation:
         if capacity < max(space.blob_bytes):
             return None
         return Residency(space, policies.create(policy, space))
+
+    def _popularity_above(self, key: ExpertKey) -> float | None:
+        return self.admission.popularity.counts.get(key, 0.0) if key in self.gpu else None
 
     def reset(self) -> None:
         """Forget what was counted so far."""
@@ -98,7 +101,8 @@ class Simulation:
         if self.gpu.residency is not None:
             fill(self.gpu.residency, ranked)
         if self.ram is not None and fill_ram:  # what the GPU has is of no use here
-            fill(self.ram, sorted(ranked, key=self.gpu.__contains__))
+            there = [key for key in ranked if key in self.gpu]
+            fill(self.ram, [key for key in ranked if key not in self.gpu] + there[::-1])
 
     def _keys(self) -> list[ExpertKey]:
         """All experts, so that the first ones are spread over layers and ids."""

@@ -67,7 +67,7 @@ class Launcher:
         except Exception as error:  # of compilers, drivers and Triton: of any class
             raise RuntimeError(
                 f"Triton cannot run its kernels on {device} ({type(error).__name__}: {error}). It "
-                "needs a C compiler and Python's headers (Debian: apt install gcc python3-dev), and "
+                "needs a C compiler and Python's headers (Debian: apt install gcc python3-dev) and "
                 "a driver that is no older than torch's CUDA"
             ) from error
 

@@ -24,6 +24,7 @@ torch = pytest.importorskip("torch")
 from gpu_backend.backend import GpuBackend  # noqa: E402
 from gpu_backend.batch import BatchPlace, SequencePlace  # noqa: E402
 from gpu_backend.device import TorchDevice, check_capability  # noqa: E402
+from gpu_backend.graphs import Buffers  # noqa: E402
 from gpu_backend.kv import KVMemory, KVPages, KVShape, token_bytes  # noqa: E402
 from gpu_backend.rope import RopeTable  # noqa: E402
 
@@ -195,14 +196,14 @@ def test_batch_places_are_pages():
     batch = Batch(np.zeros(2, np.int32), np.array([15, 16], np.int32), np.zeros(2, np.int32),
                   np.array([[3, 1]], np.int32))  # fmt: skip
     pages = KVPages({}, 4, 16, "f16", [])  # of which page 0 comes last
-    place = BatchPlace(batch, pages, CPU)
+    place = BatchPlace(batch, pages, CPU, Buffers(CPU))
     assert place.slots.tolist() == [15, 32]
     assert place.sequences[0].visible()[0].tolist() == [*range(16), 32]
 
 
 def test_rope_needs_an_even_dimension():
     with pytest.raises(ValueError, match="even"):
-        RopeTable(RopeConfig(dim=7), 16, CPU)
+        RopeTable(RopeConfig(dim=7), 16)
 
 
 def test_slots_hold_planes_and_the_table_says_where():
@@ -245,7 +246,9 @@ def test_memory_errors_say_for_what():
 def test_without_triton_it_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "gpu_backend.launch", None)  # as on Windows: ImportError
     monkeypatch.setattr("gpu_backend.backend._interpreted", lambda: True)
-    with pytest.raises(RuntimeError, match=r"need triton.*pip install 'tiered\[gpu\]'.*--device cpu"):
+    with pytest.raises(
+        RuntimeError, match=r"need triton.*pip install 'tiered\[gpu\]'.*--device cpu"
+    ):
         GpuBackend("cpu")
 
 
@@ -255,7 +258,7 @@ def test_kernels_that_do_not_run_say_what_they_need():
         pytest.skip("this machine has a GPU")
     from gpu_backend.launch import Launcher
 
-    with pytest.raises(RuntimeError, match="cannot run its kernels on cpu .*gcc python3-dev"):
+    with pytest.raises(RuntimeError, match=r"cannot run its kernels on cpu .*gcc python3-dev"):
         Launcher().try_out(CPU)
 
 

@@ -194,10 +194,11 @@ class GpuBackend:
         return x.to(self._torch, non_blocking=True)
 
     def attention(self, x: torch.Tensor, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
-        if isinstance(layer, RECURRENT):
-            layer.run(x, batch, self.arithmetic)
-        else:
-            self._attention.run(x, layer, kv, index, batch)
+        with self.device.allocating("attention, whose --context or --vram should be smaller,"):
+            if isinstance(layer, RECURRENT):
+                layer.run(x, batch, self.arithmetic)
+            else:
+                self._attention.run(x, layer, kv, index, batch)
 
     def route(self, x: torch.Tensor, layer: RouterLayer) -> tuple[torch.Tensor, Routing]:
         work = partial(layer.normed_and_chosen, self.arithmetic)

@@ -26,6 +26,7 @@ from gpu_backend.batch import BatchPlace, SequencePlace  # noqa: E402
 from gpu_backend.device import TorchDevice, check_capability  # noqa: E402
 from gpu_backend.graphs import Buffers  # noqa: E402
 from gpu_backend.kv import KVMemory, KVPages, KVShape, token_bytes  # noqa: E402
+from gpu_backend.matrix import Rows  # noqa: E402
 from gpu_backend.rope import RopeTable  # noqa: E402
 
 PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
@@ -280,3 +281,25 @@ def test_a_closed_engine_leaves_no_memory_behind(int4_model):
         assert slab() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("format", ["f16", "bf16", "f32"])
+def test_floats_are_widened_a_part_at_a_time(format, monkeypatch):
+    """A head of 150000 tokens in 16 bits would take more in 32 than what budgets leave free."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 64, generator=generator)
+    kind = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}[format]
+    weights = torch.randn(50, 64, generator=generator).to(kind)
+    widest, whole = [], torch.nn.functional.linear
+
+    def linear(rows, part):
+        widest.append(len(part))
+        return whole(rows, part)
+
+    monkeypatch.setattr("gpu_backend.matrix.WIDENED", 7 * 64)
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    data = weights.view(torch.uint8).numpy()
+    matrix = GpuBackend("cpu").matrix(data, format, (50, 64))
+    got = matrix.multiply(Rows(x, None))
+    assert torch.allclose(got, x @ weights.float().T, rtol=1e-5, atol=1e-5)
+    assert max(widest) == (50 if format == "f32" else 7)

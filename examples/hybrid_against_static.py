@@ -1,11 +1,12 @@
-"""Milliseconds per token over GPU memory: sharing misses between processor and link, against plans that
-never change. A SIMULATION, not a measurement.
+"""Milliseconds per token over GPU memory: misses shared between processor and link, against plans
+that never change. A SIMULATION, not a measurement.
 
     python examples/hybrid_against_static.py [folder for the results]
 
 For Mixtral 8x7B and Qwen3-30B-A3B on every card whose description ships with `tiered`, with all of
-its memory and with less, and synthetic routing. Writes a CSV with all strategies for each model, and a picture of the hybrid's where
-matplotlib is installed.
+its memory and with less, and synthetic routing. Takes minutes; what an earlier run wrote is kept.
+Writes a CSV with all strategies for each model, and a picture of the hybrid's where matplotlib is
+installed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def main(
             plot_sweep(rows, folder / f"{name}.png", {}, f"{name}, 4 bits, hybrid", NOTE)
         except RuntimeError as error:
             print(error)
-    print(f"{NOTE}. The best static plan takes {min(ratios):.2f} to {max(ratios):.2f} times as long")
+    print(
+        f"{NOTE}. The best static plan takes {min(ratios):.2f} to {max(ratios):.2f} times as long"
+    )
     return ratios
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from gpu_backend.batch import BatchPlace
 from gpu_backend.flash import attend
+from gpu_backend.graphs import Graphs
 from gpu_backend.kv import KVPages
 from gpu_backend.latent import LatentAttentionLayer
 from gpu_backend.matrix import Rows
@@ -35,25 +37,46 @@ class AttentionLayer:
         )
         self.scale = float(config.query_scale or shape.head_dim**-0.5)
 
-    def run(
-        self, x: torch.Tensor, kv: KVPages, index: int, place: BatchPlace, arithmetic: Any
-    ) -> None:
-        """x += attention(norm(x)), float32 [num_tokens, hidden_size]."""
+    def project(
+        self, kv: KVPages, index: int, arithmetic: Any, x: torch.Tensor, slots: torch.Tensor,
+        rotation: torch.Tensor, *scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        """Queries of norm(x), whose keys and values are kept at `slots`, and what gates the
+        output, if anything does. What is after `x` comes from `places`."""
         rows = Rows(norm_rows(x, self.norm, self.config.norm_eps), arithmetic)
         q, k, v = self._heads(rows)
-        rotation = place.rotation(self.rope)
-        q = self.rope.rotate(q, rotation) * self._query_scale(place.positions, x.device)
-        kv.append(index, place.slots, self.rope.rotate(k, rotation), v)
+        q = self.rope.rotate(q, rotation) * (scale[0][:, None, None] if scale else self.scale)
+        kv.append(index, slots, self.rope.rotate(k, rotation), v)
+        return (q,) if self.gate is None else (q, torch.sigmoid(self.gate.multiply(rows)))
+
+    def places(self, place: BatchPlace) -> tuple[torch.Tensor, ...]:
+        """What of a batch is on the device: where its tokens go, their angles and, where there are
+        temperatures, what their queries are multiplied with."""
+        both = place.slots, place.rotation(self.rope)
+        if not self.temperature_step:
+            return both
+        name = "temperatures", self.temperature_step, self.config.temperature, self.scale
+        return (*both, place.scales(name, self._query_scales(place.positions)))
+
+    def attend(self, q: torch.Tensor, kv: KVPages, index: int, place: BatchPlace) -> torch.Tensor:
+        """What each row reads of what it may see: float32 [num_tokens, num_heads, head_dim]."""
         out = torch.empty_like(q)
         for part in place.sequences:
             slots, mask = part.visible(self.window, self.config.chunked_attention)
             keys, values = kv.keys(index, slots), kv.values(index, slots)
             out[part.rows] = attend(q[part.rows], keys, values, mask, self.sinks)
+        return out
+
+    def finish(
+        self, arithmetic: Any, x: torch.Tensor, out: torch.Tensor, *gate: torch.Tensor
+    ) -> tuple[()]:
+        """x += the output of what was read."""
         out = out.reshape(len(x), -1)
-        if self.gate is not None:
-            out = out * torch.sigmoid(self.gate.multiply(rows))
+        if gate:
+            out = out * gate[0]
         y = self.o.multiply(Rows(out, arithmetic))
         x += y if self.out_norm is None else rms_norm(y, self.out_norm, self.config.norm_eps)
+        return ()
 
     def _heads(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, float32 [num_tokens, heads, head_dim]; not yet rotated."""
@@ -71,21 +94,19 @@ class AttentionLayer:
             q, k, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (q, k, v))
         return q, k, v
 
-    def _query_scale(self, positions: np.ndarray, device: torch.device) -> torch.Tensor | float:
-        """What queries are multiplied with; where there are temperatures, the more the further on:
+    def _query_scales(self, positions: np.ndarray) -> np.ndarray:
+        """What queries are multiplied with, the more the further on:
         https://arxiv.org/abs/2501.19399."""
-        if not self.temperature_step:
-            return self.scale
         growth = np.log1p((positions + 1) // self.temperature_step)
-        scale = self.scale * (self.config.temperature * growth + 1)
-        return torch.from_numpy(scale.astype(np.float32)).to(device)[:, None, None]
+        scales: np.ndarray = self.scale * (self.config.temperature * growth + 1)
+        return scales
 
 
 class Attention:
     """All that attention layers share: tables of angles, and the batch at hand."""
 
-    def __init__(self, device: torch.device, arithmetic: Any) -> None:
-        self._device, self._arithmetic = device, arithmetic
+    def __init__(self, device: torch.device, arithmetic: Any, graphs: Graphs) -> None:
+        self._device, self._arithmetic, self._graphs = device, arithmetic, graphs
         self._ropes: dict[Any, RopeTable] = {}
         self._batch: tuple[Any, BatchPlace] | None = None
 
@@ -102,11 +123,16 @@ class Attention:
     def rope(self, rope: Any, head_dim: int) -> RopeTable:
         key = rope, head_dim
         if key not in self._ropes:
-            self._ropes[key] = RopeTable(rope, head_dim, self._device)
+            self._ropes[key] = RopeTable(rope, head_dim)
         return self._ropes[key]
 
     def run(self, x: torch.Tensor, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
         """x += attention(norm(x)); appends keys and values."""
         if self._batch is None or self._batch[0] is not batch:
-            self._batch = batch, BatchPlace(batch, kv, self._device)
-        layer.run(x, kv, index, self._batch[1], self._arithmetic)
+            self._batch = batch, BatchPlace(batch, kv, self._device, self._graphs.buffers)
+        place = self._batch[1]
+        project = partial(layer.project, kv, index, self._arithmetic)
+        q, *gate = self._graphs.run(("project", layer, kv), project, x, *layer.places(place))
+        out = layer.attend(q, kv, index, place)
+        finish = partial(layer.finish, self._arithmetic)
+        self._graphs.run(("finish", layer), finish, x, out, *gate)

@@ -7,6 +7,7 @@ so that everything here runs, and is tested, on machines without a GPU.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from gpu_backend.delta import DeltaLayer
 from gpu_backend.device import TorchDevice
 from gpu_backend.experts import ExpertLayer, weighted
 from gpu_backend.feed_forward import FeedForwardLayer
+from gpu_backend.graphs import Buffers, CudaRecorder, Graphs
 from gpu_backend.head import OutputLayer
 from gpu_backend.host_speed import expert_seconds
 from gpu_backend.join import JoinLayer
@@ -29,7 +31,7 @@ from gpu_backend.matrix import Matrix, Rows
 from gpu_backend.merge import MergeLayer
 from gpu_backend.pieces import in_pieces
 from gpu_backend.recurrent import RecurrentState, copy_state
-from gpu_backend.route import RouterLayer, Routing
+from gpu_backend.route import RouterLayer, Routing, on_host
 from gpu_backend.short_conv import ConvLayer
 from gpu_backend.slots import ON_DEVICE, GpuSlots
 from gpu_backend.tuning import Tuning
@@ -66,7 +68,9 @@ class GpuBackend:
             if self.device.is_cuda:
                 launcher.try_out(self._torch)
             self.arithmetic = launcher
-        self._attention = Attention(self._torch, self.arithmetic)
+        record = CudaRecorder(self._torch) if self.device.is_cuda and not exact else None
+        self.graphs = Graphs(Buffers(self._torch), record)
+        self._attention = Attention(self._torch, self.arithmetic, self.graphs)
         self._slots: GpuSlots | None = None
         self._shared: torch.Tensor | None = None  # by slots and the KV cache
         self._hidden_size = 0
@@ -184,20 +188,22 @@ class GpuBackend:
 
     def embed(self, table: Matrix, tokens: np.ndarray, scale: float = 1.0) -> torch.Tensor:
         rows = table.rows(tokens)
-        return rows if scale == 1.0 else rows * scale
+        return self.graphs.buffers.keep("x", rows if scale == 1.0 else rows * scale)
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self._torch, non_blocking=True)
 
     def attention(self, x: torch.Tensor, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
-        if isinstance(layer, RECURRENT):
-            layer.run(x, batch, self.arithmetic)
-        else:
-            self._attention.run(x, layer, kv, index, batch)
+        with self.device.allocating("attention, whose --context or --vram should be smaller,"):
+            if isinstance(layer, RECURRENT):
+                layer.run(x, batch, self.arithmetic)
+            else:
+                self._attention.run(x, layer, kv, index, batch)
 
     def route(self, x: torch.Tensor, layer: RouterLayer) -> tuple[torch.Tensor, Routing]:
-        h = layer.norm(x)
-        return h, self.guess(x, h, layer)
+        work = partial(layer.normed_and_chosen, self.arithmetic)
+        h, chosen = self.graphs.run(("route", layer), work, x)
+        return h, on_host(chosen)
 
     def guess(self, x: torch.Tensor, h: torch.Tensor, layer: RouterLayer) -> Routing:
         return layer.choose(x, self._rows_of(h), self.arithmetic)
@@ -257,9 +263,9 @@ class GpuBackend:
         layer: FeedForwardLayer,
         into: torch.Tensor | None = None,
     ) -> None:
-        rows = Rows(layer.normed(x), self.arithmetic) if h is None else self._rows_of(h)
+        add, given = (layer.add_normed, x) if h is None else (layer.add, h)
         target = x if into is None else into
-        target += layer.run(rows, self.arithmetic)
+        self.graphs.run(("feed_forward", layer), partial(add, self.arithmetic), target, given)
 
     def branches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros_like(x), torch.zeros_like(x)
@@ -282,6 +288,7 @@ class GpuBackend:
     def close(self) -> None:
         """Wait for what was launched, and end the host's threads."""
         self.device.close()
+        self.graphs.clear()
         if self.host is not None:
             self.host.close()
 

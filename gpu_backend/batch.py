@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpu_backend.graphs import Buffers
 from gpu_backend.kv import KVPages
 from gpu_backend.rope import RopeTable
 
@@ -50,13 +51,14 @@ class SequencePlace:
 class BatchPlace:
     """Where a batch's tokens are in the KV cache; the same for all layers of a forward pass."""
 
-    def __init__(self, batch: Any, kv: KVPages, device: torch.device) -> None:
+    def __init__(self, batch: Any, kv: KVPages, device: torch.device, buffers: Buffers) -> None:
         self.positions, page_size = batch.positions, kv.page_size
+        self._buffers = buffers
         self._rotations: dict[RopeTable, torch.Tensor] = {}
         tables = batch.page_tables.astype(np.int64)
         pages = tables[batch.sequences, batch.positions // page_size]
         slots = kv.places(pages, batch.positions % page_size)
-        self.slots = torch.from_numpy(slots).to(device)
+        self.slots = buffers.put("slots", slots)
         self.sequences = []
         for sequence in np.unique(batch.sequences):
             rows = np.flatnonzero(batch.sequences == sequence)
@@ -68,5 +70,9 @@ class BatchPlace:
     def rotation(self, rope: RopeTable) -> torch.Tensor:
         """See RopeTable; the same for all layers that share one."""
         if rope not in self._rotations:
-            self._rotations[rope] = rope.rotation(self.positions)
+            self._rotations[rope] = self._buffers.put(rope, rope.rotation(self.positions))
         return self._rotations[rope]
+
+    def scales(self, name: Any, values: np.ndarray) -> torch.Tensor:
+        """On the device: float32, one for each token."""
+        return self._buffers.put(name, values.astype(np.float32))

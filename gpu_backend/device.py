@@ -35,8 +35,8 @@ def check_capability(name: str, capability: tuple[int, int]) -> None:
     if capability < OLDEST:
         major, minor = capability
         raise RuntimeError(
-            f"{name} has compute capability {major}.{minor}, and Triton's kernels need 7.5 (Turing: "
-            "GeForce RTX 20, GTX 16, T4) at least: use --device cpu"
+            f"{name} has compute capability {major}.{minor}, and kernels need 7.5 (GeForce RTX 20, "
+            "GTX 16, T4) at least: use --device cpu"
         )
 
 

@@ -29,6 +29,15 @@ class FeedForwardLayer:
             raise ValueError("this feed-forward was prepared without a norm: give it h")
         return norm_rows(x, self._norm, self._config.norm_eps)
 
+    def add(self, arithmetic: Any, into: torch.Tensor, h: torch.Tensor) -> tuple[()]:
+        """into += ffn(h)"""
+        into += self.run(Rows(h, arithmetic), arithmetic)
+        return ()
+
+    def add_normed(self, arithmetic: Any, into: torch.Tensor, x: torch.Tensor) -> tuple[()]:
+        """into += ffn(norm(x)); `into` may be x."""
+        return self.add(arithmetic, into, self.normed(x))
+
     def run(self, rows: Rows, arithmetic: Any) -> torch.Tensor:
         """ffn(h), times the sigmoid of its own gate if it has one: [num_tokens, hidden_size]."""
         c, gate, up = self._config, self._gate.multiply(rows), self._up.multiply(rows)

@@ -36,25 +36,39 @@ class LatentAttentionLayer:
         )
         self.scale = float(config.query_scale or (c.nope_dim + c.rope_dim) ** -0.5)
 
-    def run(
-        self, x: torch.Tensor, kv: KVPages, index: int, place: BatchPlace, arithmetic: Any
-    ) -> None:
-        """x += attention(norm(x)), float32 [num_tokens, hidden_size]."""
+    def project(
+        self, kv: KVPages, index: int, arithmetic: Any, x: torch.Tensor, slots: torch.Tensor,
+        rotation: torch.Tensor,
+    ) -> tuple[torch.Tensor]:  # fmt: skip
+        """Queries of norm(x), for the vectors that are kept at `slots`. See AttentionLayer."""
         c, eps = self.config.latent, self.config.norm_eps
-        rows, rotation = Rows(rms_norm(x, self.norm, eps), arithmetic), place.rotation(self.rope)
+        rows = Rows(rms_norm(x, self.norm, eps), arithmetic)
         latents, rotated = self.kv_a.multiply(rows).split([c.kv_rank, c.rope_dim], -1)
         rotated = self.rope.rotate(rotated[:, None], rotation)  # [num_tokens, 1, rope_dim]
         latents = rms_norm(latents, self.kv_a_norm, eps)[:, None]
-        kv.append(index, place.slots, torch.cat([latents, rotated], -1))
+        kv.append(index, slots, torch.cat([latents, rotated], -1))
         if self.q_a is not None:
             rows = Rows(rms_norm(self.q_a.multiply(rows), self.q_a_norm, eps), arithmetic)
         q = self.q.multiply(rows).unflatten(-1, (self.config.num_heads, -1)) * self.scale
         q, rotated = q.split([c.nope_dim, c.rope_dim], -1)
-        q = torch.cat([self.k_b.multiply_heads(q), self.rope.rotate(rotated, rotation)], -1)
-        out = torch.empty((*q.shape[:2], c.kv_rank), device=x.device)
+        return (torch.cat([self.k_b.multiply_heads(q), self.rope.rotate(rotated, rotation)], -1),)
+
+    def places(self, place: BatchPlace) -> tuple[torch.Tensor, ...]:
+        return place.slots, place.rotation(self.rope)
+
+    def attend(self, q: torch.Tensor, kv: KVPages, index: int, place: BatchPlace) -> torch.Tensor:
+        """The mean of the vectors that each row's heads see: float32 [num_tokens, num_heads,
+        kv_rank]."""
+        rank = self.config.latent.kv_rank
+        out = torch.empty((*q.shape[:2], rank), device=q.device)
         for part in place.sequences:
             slots, mask = part.visible(self.window)
             keys = kv.keys(index, slots)  # [length, 1, kv_rank + rope_dim]
-            out[part.rows] = attend(q[part.rows], keys, keys[..., : c.kv_rank], mask)
+            out[part.rows] = attend(q[part.rows], keys, keys[..., :rank], mask)
+        return out
+
+    def finish(self, arithmetic: Any, x: torch.Tensor, out: torch.Tensor) -> tuple[()]:
+        """x += the output of what was read."""
         values = self.v_b.multiply_heads(out).flatten(1)  # [num_tokens, num_heads * value_dim]
         x += self.o.multiply(Rows(values, arithmetic))
+        return ()

@@ -22,6 +22,9 @@ from gpu_backend.layouts import ExpertWeights, TensorLayout
 from gpu_backend.tiles import Tiles, one_matrix, tiles_of
 from gpu_backend.tuning import Tuning
 
+# What there may be very many of (pairs, heads of a prompt's tokens) is on a grid's first axis: CUDA
+# allows 65535 programs on the others.
+
 # Contracting a product and a sum would change the last bit: see gpu_backend.reference.
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
@@ -67,7 +70,7 @@ class Launcher:
         except Exception as error:  # of compilers, drivers and Triton: of any class
             raise RuntimeError(
                 f"Triton cannot run its kernels on {device} ({type(error).__name__}: {error}). It "
-                "needs a C compiler and Python's headers (Debian: apt install gcc python3-dev), and "
+                "needs a C compiler and Python's headers (Debian: apt install gcc python3-dev) and "
                 "a driver that is no older than torch's CUDA"
             ) from error
 
@@ -80,7 +83,7 @@ class Launcher:
         num_groups = size // GROUP
         values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         factors = torch.empty((4, num_rows, num_groups), device=x.device)
-        grid = -(-num_groups // 64), num_rows
+        grid = num_rows, -(-num_groups // 64)
         plane = num_rows * num_groups
         quantize_kernel[grid](x.contiguous(), values, factors, plane, num_groups, 64, **EXACT)
         return Activations(values, factors)
@@ -111,7 +114,7 @@ class Launcher:
         numbers = torch.arange(num_rows, dtype=torch.int32, device=device)
         begins = numbers.long() % num_heads * (len(matrix.data) // num_heads)
         y = torch.empty((num_rows, n), device=device)
-        down_kernel[-(-n // rows), num_rows](
+        down_kernel[num_rows, -(-n // rows)](
             matrix.data, begins, numbers, numbers, a.values.view(torch.int32), a.factors,
             a.factors[0].numel(), a.factors, y, 0, n, k, matrix.format, False, rows, emulated(),
             num_warps=self.tuning.warps, **EXACT,
@@ -164,7 +167,7 @@ class Launcher:
     def combine(self, x: torch.Tensor, out: torch.Tensor, weights: torch.Tensor) -> None:
         """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * top_k + rank]."""
         width = 1024
-        combine_kernel[-(-x.shape[1] // width), len(x)](
+        combine_kernel[len(x), -(-x.shape[1] // width)](
             x, out, weights, x.shape[1], weights.shape[1], width, emulated(), **EXACT
         )
 
@@ -197,7 +200,7 @@ class Launcher:
         out: torch.Tensor,
     ) -> None:
         down, rows = layer.layout.down, self.tuning.rows
-        down_kernel[-(-down.shape[0] // rows), len(begins)](
+        down_kernel[len(begins), -(-down.shape[0] // rows)](
             slab, begins, owners, pairs, a.values.view(torch.int32), a.factors,
             a.factors[0].numel(), _biases(layer.biases, a), out, down.offset, *down.shape,
             down.format, layer.biases is not None, rows, emulated(),

@@ -13,6 +13,7 @@ from gpu_backend.arrays import Activations, Quantized
 from gpu_backend.formats import GROUP, check_format
 from gpu_backend.unpack import dequantize
 
+WIDENED = 1 << 23  # values
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -100,7 +101,7 @@ class Matrix:
         """float32 [M, out_features]."""
         self.load()
         if self._floats is not None:
-            y = torch.nn.functional.linear(rows.x, self._floats.float())
+            y = _linear(rows.x, self._floats)
         else:
             assert self._quantized is not None
             if self._exact:
@@ -139,6 +140,15 @@ class Matrix:
         cpu = torch.device("cpu")
         shape = len(data), self.shape[1]
         return dequantize(_in_planes(data, self.format, shape, cpu, reference)).to(self._device)
+
+
+def _linear(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """x @ weights.T in float32. Of a head in 16 bits, which budgets count as that, only a part is
+    there in 32 bits at once."""
+    if weights.dtype == torch.float32:
+        return torch.nn.functional.linear(x, weights)
+    parts = weights.split(max(1, WIDENED // weights.shape[1]))
+    return torch.cat([torch.nn.functional.linear(x, part.float()) for part in parts], -1)
 
 
 def _floats(data: np.ndarray, format: str) -> torch.Tensor:

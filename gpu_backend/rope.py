@@ -11,7 +11,7 @@ import torch
 class RopeTable:
     """`rope` has the attributes of tiered.config.RopeConfig."""
 
-    def __init__(self, rope: Any, head_dim: int, device: torch.device) -> None:
+    def __init__(self, rope: Any, head_dim: int) -> None:
         self.dim = rope.dim or head_dim
         if self.dim % 2 or self.dim > head_dim:
             raise ValueError(f"rope rotates {self.dim} of {head_dim} values; must be even, no more")
@@ -22,17 +22,16 @@ class RopeTable:
         self._frequency = float(rope.theta) ** (-np.arange(self.dim // 2) * 2.0 / self.dim)
         if len(rope.inv_freq_scale):
             self._frequency = self._frequency / np.asarray(rope.inv_freq_scale, np.float64)
-        self._device = device
 
-    def rotation(self, positions: np.ndarray) -> torch.Tensor:
-        """cos and sin of every position's angles: float32 [2, num_tokens, 1, dim / 2]."""
+    def rotation(self, positions: np.ndarray) -> np.ndarray:
+        """cos and sin of every position's angles: float32 [num_tokens, 2, 1, dim / 2]."""
         angle = np.asarray(positions)[:, None, None] * self._frequency  # float64
-        both = np.stack([np.cos(angle), np.sin(angle)]) * self._magnitude
-        return torch.from_numpy(both.astype(np.float32)).to(self._device)
+        both = np.stack([np.cos(angle), np.sin(angle)], 1) * self._magnitude
+        return both.astype(np.float32)
 
     def rotate(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-        """x: [num_tokens, heads, head_dim]."""
-        cos, sin = rotation
+        """x: [num_tokens, heads, head_dim]; `rotation` is on its device."""
+        cos, sin = rotation.unbind(1)
         rotated, rest = x[..., : self.dim], x[..., self.dim :]
         if self.pairs == "half":
             a, b = rotated.chunk(2, -1)

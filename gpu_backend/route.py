@@ -18,6 +18,12 @@ class Routing(NamedTuple):
     weights: np.ndarray  # float32 [num_tokens, top_k]
 
 
+def on_host(chosen: torch.Tensor) -> Routing:
+    """This is where the host waits for the device."""
+    experts, weights = chosen.cpu().numpy()
+    return Routing(experts.astype(np.int32), np.array(weights))
+
+
 class RouterLayer:
     """See cpu_kernels.route.RouterLayer."""
 
@@ -39,15 +45,24 @@ class RouterLayer:
         return norm_rows(x, self._norm, self._config.norm_eps)
 
     def choose(self, x: torch.Tensor, rows: Rows, arithmetic: Any) -> Routing:
-        """What `rows`, or what a norm of its own makes of `x`, is routed to. Comes to the host:
-        this is where it waits for the device."""
+        """What `rows`, or what a norm of its own makes of `x`, is routed to."""
+        return on_host(self.chosen(x, rows, arithmetic))
+
+    def normed_and_chosen(
+        self, arithmetic: Any, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """norm(x), and what `chosen` makes of it."""
+        h = self.norm(x)
+        return h, self.chosen(x, Rows(h, arithmetic), arithmetic)
+
+    def chosen(self, x: torch.Tensor, rows: Rows, arithmetic: Any) -> torch.Tensor:
+        """The same on the device, for `on_host`: experts and weights, [2, num_tokens, top_k]."""
         if self._own_norm is not None:
             rows = Rows(rms_norm(x, self._own_norm, self._config.norm_eps), arithmetic)
         logits = self._router.multiply(rows)  # [num_tokens, num_experts]
         is_mixed = self._config.router_scoring == "sparsemixer"
         experts, weights = self._mix(logits) if is_mixed else self._best(logits)
-        both = torch.stack([experts.float(), weights]).cpu().numpy()  # one copy, not two
-        return Routing(both[0].astype(np.int32), both[1])
+        return torch.stack([experts.float(), weights])  # one copy to the host, not two
 
     def _best(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         config, is_sigmoid = self._config, self._config.router_scoring == "sigmoid"

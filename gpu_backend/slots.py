@@ -129,7 +129,7 @@ class GpuSlots:
         self.table[key] = slot
 
     def close(self) -> None:
-        """Give the memory back as soon as nobody holds a part of it: an empty one would hold all."""
+        """Give the memory back, as soon as nobody holds a part of it."""
         with self._returned:
             self._free.clear()
         self.slab = None

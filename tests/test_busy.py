@@ -1,9 +1,15 @@
 """What copies and the processor take is measured while they run, alone and while both do."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 
+from tiered.experts import ExpertKey
 from tiered.gpu.busy import Busy, Channel
+from tiered.gpu.uploads import Uploads
 from tiered.planning.costs import Costs, Line, Miss
+from tiered.policies import Space
 
 
 class Clock:
@@ -87,3 +93,30 @@ def test_a_link_that_slows_down_moves_work_to_the_processor():
     assert costs.link(nbytes) == pytest.approx(nbytes / 12e9, rel=0.1)
     assert costs.link_slowdown == pytest.approx(2.0, rel=0.1)
     assert costs.balance(0, misses) < before
+
+
+@pytest.mark.parametrize(("is_there", "expected"), [(True, 3.0), (False, 1.0)])
+def test_a_copy_takes_as_long_as_its_way_through_ram(is_there, expected):
+    """From RAM to the staging buffer and to the card; but not what had to be read from disk."""
+    now, seen = [0.0], []
+
+    class Below:
+        def __contains__(self, key):
+            return is_there
+
+        def read_into(self, key, buffer):
+            now[0] += 2.0
+
+    class Memory:
+        space = Space.of_slots(4, 2)
+
+        def staging(self):
+            return nullcontext(SimpleNamespace(host=None))
+
+        def upload(self, key, slot, staging):
+            now[0] += 1.0
+
+    rival = Busy(lambda: now[0])
+    link = Channel(lambda nbytes, seconds, overlap: seen.append(seconds), rival)
+    Uploads(Below(), Memory(), link).read_into(ExpertKey(0, 0), SimpleNamespace(number=0))
+    assert seen == [expected]

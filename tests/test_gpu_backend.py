@@ -24,7 +24,9 @@ torch = pytest.importorskip("torch")
 from gpu_backend.backend import GpuBackend  # noqa: E402
 from gpu_backend.batch import BatchPlace, SequencePlace  # noqa: E402
 from gpu_backend.device import TorchDevice, check_capability  # noqa: E402
+from gpu_backend.graphs import Buffers  # noqa: E402
 from gpu_backend.kv import KVMemory, KVPages, KVShape, token_bytes  # noqa: E402
+from gpu_backend.matrix import Rows  # noqa: E402
 from gpu_backend.rope import RopeTable  # noqa: E402
 
 PROMPT = np.random.default_rng(0).integers(3, 256, 21).tolist()
@@ -195,14 +197,14 @@ def test_batch_places_are_pages():
     batch = Batch(np.zeros(2, np.int32), np.array([15, 16], np.int32), np.zeros(2, np.int32),
                   np.array([[3, 1]], np.int32))  # fmt: skip
     pages = KVPages({}, 4, 16, "f16", [])  # of which page 0 comes last
-    place = BatchPlace(batch, pages, CPU)
+    place = BatchPlace(batch, pages, CPU, Buffers(CPU))
     assert place.slots.tolist() == [15, 32]
     assert place.sequences[0].visible()[0].tolist() == [*range(16), 32]
 
 
 def test_rope_needs_an_even_dimension():
     with pytest.raises(ValueError, match="even"):
-        RopeTable(RopeConfig(dim=7), 16, CPU)
+        RopeTable(RopeConfig(dim=7), 16)
 
 
 def test_slots_hold_planes_and_the_table_says_where():
@@ -245,7 +247,9 @@ def test_memory_errors_say_for_what():
 def test_without_triton_it_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "gpu_backend.launch", None)  # as on Windows: ImportError
     monkeypatch.setattr("gpu_backend.backend._interpreted", lambda: True)
-    with pytest.raises(RuntimeError, match=r"need triton.*pip install 'tiered\[gpu\]'.*--device cpu"):
+    with pytest.raises(
+        RuntimeError, match=r"need triton.*pip install 'tiered\[gpu\]'.*--device cpu"
+    ):
         GpuBackend("cpu")
 
 
@@ -255,7 +259,7 @@ def test_kernels_that_do_not_run_say_what_they_need():
         pytest.skip("this machine has a GPU")
     from gpu_backend.launch import Launcher
 
-    with pytest.raises(RuntimeError, match="cannot run its kernels on cpu .*gcc python3-dev"):
+    with pytest.raises(RuntimeError, match=r"cannot run its kernels on cpu .*gcc python3-dev"):
         Launcher().try_out(CPU)
 
 
@@ -277,3 +281,25 @@ def test_a_closed_engine_leaves_no_memory_behind(int4_model):
         assert slab() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("format", ["f16", "bf16", "f32"])
+def test_floats_are_widened_a_part_at_a_time(format, monkeypatch):
+    """A head of 150000 tokens in 16 bits would take more in 32 than what budgets leave free."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 64, generator=generator)
+    kind = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}[format]
+    weights = torch.randn(50, 64, generator=generator).to(kind)
+    widest, whole = [], torch.nn.functional.linear
+
+    def linear(rows, part):
+        widest.append(len(part))
+        return whole(rows, part)
+
+    monkeypatch.setattr("gpu_backend.matrix.WIDENED", 7 * 64)
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    data = weights.view(torch.uint8).numpy()
+    matrix = GpuBackend("cpu").matrix(data, format, (50, 64))
+    got = matrix.multiply(Rows(x, None))
+    assert torch.allclose(got, x @ weights.float().T, rtol=1e-5, atol=1e-5)
+    assert max(widest) == (50 if format == "f32" else 7)

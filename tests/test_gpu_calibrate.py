@@ -183,7 +183,7 @@ def test_a_refused_pin_leaves_no_error_behind(probe, monkeypatch):
     remembered = []
 
     class Runtime:
-        def cudaHostRegister(self, address, nbytes, flags):  # noqa: N802
+        def cudaHostRegister(self, address, nbytes, flags):
             if nbytes > 100:
                 remembered.append("out of memory")
             return 2 * (nbytes > 100)

@@ -86,3 +86,33 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.slow
 def test_all_kernels_in_the_interpreter():
     run_interpreted("-k", "not ((linear and q4_0) or quantize)")
+
+
+class Grids:
+    """In the place of a kernel: how many programs it is launched with, along each axis."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __getitem__(self, grid):
+        self.seen.append(grid)
+        return lambda *arguments, **options: None
+
+
+def test_grids_of_long_prompts_are_what_cuda_allows(monkeypatch):
+    """512 tokens of DeepSeek-V3 have 65536 heads."""
+    pytest.importorskip("triton")
+    from gpu_backend import launch
+    from gpu_backend.arrays import Activations, Quantized
+
+    grids = Grids()
+    for name in ("quantize_kernel", "down_kernel", "combine_kernel"):
+        monkeypatch.setattr(launch, name, grids)
+    num_rows, launcher = 1 << 16, launch.Launcher()
+    launcher.quantize(torch.zeros(num_rows, 32))
+    a = Activations(torch.zeros((num_rows, 32), dtype=torch.int8), torch.zeros(4, num_rows, 1))
+    matrix = Quantized(torch.zeros(128 * 16 * 18, dtype=torch.uint8), "q4_0", (128 * 16, 32))
+    launcher.linear_heads(a, matrix, 128)
+    launcher.combine(torch.zeros(num_rows, 32), torch.zeros(num_rows, 32), torch.ones(num_rows, 1))
+    assert [grid[0] for grid in grids.seen] == [num_rows] * 3
+    assert all(grid[1] < 1 << 16 for grid in grids.seen)

@@ -10,13 +10,13 @@ from gpu_backend.kernels.exact import round_even
 
 @triton.jit
 def quantize_kernel(x, values, factors, plane, G, GROUPS: tl.constexpr):
-    """Row program_id(1), groups program_id(0) * GROUPS and on.
+    """Row program_id(0), groups program_id(1) * GROUPS and on.
 
     x: float32 [M, 32 * G]; values: int8, the same shape; factors: float32 [4, M, G], `plane` values
     apart: scale, and scale times the sum of the group, of its first half, of its second half.
     """
-    row = tl.program_id(1).to(tl.int64)
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     known = group < G
     half = tl.arange(0, 16)
     at = row * G * 32 + (group * 32)[:, None] + half[None, :]

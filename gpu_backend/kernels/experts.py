@@ -63,14 +63,15 @@ def down_kernel(
     N: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, BIASED: tl.constexpr,
     ROWS: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """out[targets[pair]] = down x[pair]: rows of float32 [., N]. Grid: (N / ROWS, num_pairs)."""
-    pair = tl.program_id(1)
+    """out[targets[pair]] = down x[pair]: rows of float32 [., N]. Grid: (num_pairs, N / ROWS)."""
+    pair = tl.program_id(0)
     start = tl.load(starts + pair)
     if start >= 0:
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         base = tl.multiple_of(slab + start, 16) + DOWN_AT
         total = row_dots(
-            base, row, x + pair * (K // 4), x_factors + pair * (K // 32), plane,
+            base, row, x + pair.to(tl.int64) * (K // 4), x_factors + pair.to(tl.int64) * (K // 32),
+            plane,
             N, K, FORMAT, ROWS, EMULATE,
         )  # fmt: skip
         if BIASED:
@@ -86,10 +87,10 @@ def combine_kernel(
 ):
     """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * TOP_K + rank].
 
-    x: float32 [num_tokens, H]. Grid: (H / WIDTH, num_tokens).
+    x: float32 [num_tokens, H]. Grid: (num_tokens, H / WIDTH).
     """
-    token = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < H
     total = tl.zeros((WIDTH,), tl.float32)
     for rank in tl.static_range(TOP_K):

@@ -60,12 +60,13 @@ def model_bytes(
 
 
 def device_workspace(config: ModelConfig, choices: EngineConfig, num_tokens: int) -> int:
-    """Scratch on a card: what the CPU needs, and attention's float32 keys, values and scores."""
+    """Scratch on a card: what the CPU needs, and attention's float32 keys, values (one of the two
+    once more, while it is made of what is kept) and scores."""
     length = min(num_tokens, choices.context or num_tokens)
     shapes = [config.attention_shape(layer) for layer in config.attention_layers]
     widest = max((shape.num_kv_heads * shape.head_dim for shape in shapes), default=0)
     scores = min(SCORES, choices.prefill_chunk * config.num_heads * length)
-    return workspace_bytes(config, choices.prefill_chunk) + 4 * (2 * length * widest + 2 * scores)
+    return workspace_bytes(config, choices.prefill_chunk) + 4 * (3 * length * widest + 2 * scores)
 
 
 def spread(cards: Any, model: LayerBytes, choices: EngineConfig) -> list[Share]:

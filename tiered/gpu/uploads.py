@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,26 +27,38 @@ class DeviceMemory(Protocol):
         """Bring the blob in `staging.host` into a slot; returns when it is there."""
 
 
+class Below(Source, Protocol):
+    """What a tier in a GPU's memory reads from."""
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        """Whether it is in RAM."""
+
+
 class Uploads:
     """The source of a tier in a GPU's memory: reads from the source below, then copies.
 
     What its `read_into` is given to fill is a slot of `memory`, with its `number`.
     """
 
-    def __init__(self, below: Source, memory: DeviceMemory, link: Channel | None = None) -> None:
+    def __init__(self, below: Below, memory: DeviceMemory, link: Channel | None = None) -> None:
         self.below = below
         self.memory = memory
-        self.link = link  # measures copies
+        self.link = link  # measures copies, with the way from RAM to the staging buffer
 
     def read_into(self, key: ExpertKey, buffer: Any) -> None:
-        with self.memory.staging() as staging:
+        with self.memory.staging() as staging, ExitStack() as measured:
+            if is_there := key in self.below:
+                measured.enter_context(self._request(key))
             self.below.read_into(key, staging.host)
-            nbytes = self.memory.space.nbytes(key)
+            if not is_there:  # what the disk took is no cost of copies
+                measured.enter_context(self._request(key))
             try:
-                with self.link.request(nbytes) if self.link else nullcontext():
-                    self.memory.upload(key, buffer.number, staging)
+                self.memory.upload(key, buffer.number, staging)
             except RuntimeError as error:  # a device that failed; tiers know OSError
                 raise OSError(f"the copy to the GPU failed: {error}") from error
+
+    def _request(self, key: ExpertKey) -> AbstractContextManager[None]:
+        return self.link.request(self.memory.space.nbytes(key)) if self.link else nullcontext()
 
 
 class TimedReads:
@@ -65,6 +77,9 @@ class MappedBlobs:
 
     def __init__(self, store: ExpertStore) -> None:
         self._store = store
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return True
 
     def read_into(self, key: ExpertKey, buffer: np.ndarray) -> None:
         layout = self._store.layout(key.layer)

@@ -22,8 +22,8 @@ STRATEGIES = {
     "fixed": Strategy(0.0, keep="never"),  # the hottest experts on the GPU for good
     "half": Strategy(0.5, keep="always"),  # a cache that copies every other miss
     "fixed-half": Strategy(0.5, keep="never"),  # the hottest for good, every other miss copied
-    # Whatever ends soonest; what was copied for it stays. As gpu/placement.py does it, whose governor
-    # leaves promotion out where that is quicker: see forecast.py.
+    # Whatever ends soonest; what was copied for it stays. As gpu/placement.py does it, whose
+    # governor leaves promotion out where that is quicker: see forecast.py.
     "tiered": Strategy(None, keep="always", promote=True),
 }
 

@@ -30,6 +30,7 @@ class Rates:
     disk_busy: float = 1.0  # share of reading that goes on while the processor computes
     cpu_reading: float = 1.0  # share of computing that goes on while the disk is read
     overhead: float = 0.0  # of control, for each layer without a GPU
+    lookup: float = 0.0  # of a tier, for each layer without a GPU
     gpu: float = 0.0
     link: float = 0.0
     copy_latency: float = 0.0
@@ -53,6 +54,7 @@ class Rates:
             "cpu_reading": disk.host_efficiency,
             "wake": host.wake * MICRO,
             "overhead": host.overhead * MICRO,
+            "lookup": host.lookup * MICRO,
         }
         if gpu is None:
             dense, head = host.attention_efficiency, host.head_efficiency

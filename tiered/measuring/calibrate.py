@@ -49,7 +49,8 @@ class _Layer(NamedTuple):
     """Seconds of a layer's experts."""
 
     lookup: float  # before any is computed, though all are there
-    wake: float  # of each group, however small
+    wake: float  # of each group, however small ...
+    resume: float  # ... and what it takes more after waiting for it
     per_blob: float
     rest: float  # after them; of all layers together
 
@@ -132,13 +133,14 @@ class Calibration:
         else:  # nobody asks what of it is fixed
             seconds = max(0.1 * parts["experts"], parts["experts"] - shared)
             per_blob = seconds / sum(map(bool, model.experts)) / model.top_k
-            layer, disk = _Layer(0.0, 0.0, per_blob, 0.0), Disk(1.0)
+            layer, disk = _Layer(0.0, 0.0, 0.0, per_blob, 0.0), Disk(1.0)
         host = Host(
             ram=self._ram, bandwidth=bandwidth / GB, cores=self._threads, compute=1.0,
             efficiency=blob / layer.per_blob / bandwidth,
             attention_efficiency=dense_rate / bandwidth,
             head_efficiency=model.head / parts["head"] / bandwidth,
             wake=layer.wake * 1e6,
+            resume=layer.resume * 1e6,
             lookup=layer.lookup * 1e6,
             overhead=(parts["router"] + max(0.0, layer.rest - shared)) / model.num_layers * 1e6,
         )  # fmt: skip
@@ -164,7 +166,8 @@ class Calibration:
             per_read = min(max((last - first) / (num_reads - 1), per_read), first)
         disk = Disk(blob / per_read / GB, (first - per_read) * 1e6, 1.0, reading)
         rest = all_.rest * sum(map(bool, self.model.experts))
-        return _Layer(all_.lookup, wake, per_blob, rest), disk
+        resume = max(0.0, one.last - wake - per_blob)
+        return _Layer(all_.lookup, wake, resume, per_blob, rest), disk
 
 
 class LayersByKind:

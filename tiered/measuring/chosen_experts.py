@@ -40,6 +40,7 @@ class LayerTimes(NamedTuple):
     lookup: float  # until the first group was there: what is in memory, if anything is
     first: float  # to compute that group
     arrival: float  # until the last group was there
+    last: float  # to compute that group
     rest: float  # to combine what experts said, and what a shared expert takes
 
 
@@ -94,7 +95,11 @@ def _layer_times(laps: list[tuple[str, float]]) -> LayerTimes:
     last = max(place for place, (part, _) in enumerate(laps) if part == "waiting")
     seconds = [seconds for _, seconds in laps]
     return LayerTimes(
-        seconds[first], seconds[first + 1], sum(seconds[first : last + 1]), sum(seconds[last + 2 :])
+        seconds[first],
+        seconds[first + 1],
+        sum(seconds[first : last + 1]),
+        seconds[last + 1],
+        sum(seconds[last + 2 :]),
     )
 
 
@@ -198,7 +203,7 @@ class ChosenExperts:
         residents, _ = self._split[layer]
         addresses = np.empty((len(residents), 3), np.int64)
         for ready, places in self._source.fetch(layer, residents):
-            addresses[list(ready)] = places
+            addresses[np.asarray(ready, np.int64)] = places
         yield range(count), addresses.take(np.arange(count) % len(residents), 0)
 
     def table(self, layer: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -104,6 +104,8 @@ def verify(
             raise ValueError(f"{path} has no experts: there is nothing to forecast")
         vocab_size = engine.config.vocab_size
         model = of_checkpoint(engine.checkpoint, engine.choices.quantize, engine.choices.kv_dtype)
+        if engine.blocks is not None:  # what a tier's slots take
+            model = replace(model, experts=tuple(engine.blocks.blob_bytes))
         most = max(shares) * model.all_experts
         if engine.plan.slots < most:
             raise MemoryError(

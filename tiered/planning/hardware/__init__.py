@@ -16,7 +16,7 @@ from tiered.memory import parse_bytes
 
 GB = 1e9
 SIZES = ("vram", "reserved", "ram")  # bytes, or text such as "16G"
-MAY_BE_ZERO = ("copy_latency", "launch", "sync", "wake", "overhead", "lookup", "latency")
+DELAYS = ("copy_latency", "launch", "sync", "wake", "resume", "overhead", "lookup", "latency")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Host:
     attention_efficiency: float = 0.8  # ... by dense matrices
     head_efficiency: float = 0.8
     wake: float = 25.0  # µs to start the threads on a layer's experts
+    resume: float = 0.0  # µs more than that for experts which had to be waited for
     overhead: float = 60.0  # µs of control for each layer
     lookup: float = 0.0  # µs until a layer's experts are found, if not all are in RAM for good
 

@@ -72,5 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("TIERED_DEBUG"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
         click.echo(f"tiered: {message}", err=True)
         sys.exit(1)

@@ -229,6 +229,8 @@ def show(plan: Plan) -> None:
         kind = {"ram": "RAM", "vram": "VRAM"}[step.memory]
         gain = "still too little" if step.tok_s is None else f"{number(step.tok_s)} tokens/s"
         results.print(f"with {step.nbytes >> 30} GiB of {kind}: {gain}")
+    if plan.runs and not any(step.memory == "ram" for step in plan.steps):
+        results.print("with more RAM: no faster, everything is in memory")
     results.print("simulated, not measured", style="dim")
 
 
@@ -244,11 +246,12 @@ def where(plan: Plan) -> str:
         )
     share = layout.ram_experts / max(1, layout.all_experts)
     held = "all experts" if share == 1 else f"{share:.0%} of the experts"
-    if layout.needs_disk:
+    if layout.ram_experts < layout.all_experts:
         held += f" (hit rate with look-ahead {plan.typical.ram_hit_pct:.0f} %)"
     parts.append(f"RAM: {held}" if layout.on_gpu else f"RAM: {dense}, {held}")
-    if layout.needs_disk:
-        parts.append(f"disk: {plan.typical.read_bytes_per_token / 1e6:.0f} MB read per token")
+    read = plan.typical.read_bytes_per_token / 1e6
+    if layout.needs_disk or read >= 0.5:
+        parts.append(f"disk: {read:.0f} MB read per token")
     return " · ".join(parts)
 
 

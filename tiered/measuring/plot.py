@@ -41,7 +41,7 @@ def plot_sweep(
     _dress(axes, axis, [x for points in series.values() for x, _ in points])
     set_title(figure, axes, title, note)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=9, loc="best")
+        axes.legend(facecolor="white", edgecolor="none", framealpha=1, fontsize=9, loc="best")
     figure.savefig(path)
 
 
@@ -191,6 +191,7 @@ def _draw_roofs(axes: Any, roofs: dict[str, float], speeds: Sequence[float]) -> 
             f"roof: all experts from {name}, {y:.3g} tokens/s",
             (1, y), xycoords=("axes fraction", "data"),
             xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=8, color="#5b6770",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )  # fmt: skip
     axes.set_yscale("log")
     axes.set_ylim(0.8 * min([low, *shown.values()]), 1.35 * max([high, *shown.values()]))

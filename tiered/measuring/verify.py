@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tiered.engine import Engine
-from tiered.measuring.calibrate import Calibration
+from tiered.experts import aligned
+from tiered.kv_cache import PAGE_SIZE
+from tiered.measuring.calibrate import Calibration, Measure, Sample
+from tiered.measuring.chosen_experts import Usage
+from tiered.memory import format_bytes
 from tiered.planning.forecast import Forecast, Layout, forecast
-from tiered.planning.hardware import Hardware
+from tiered.planning.hardware import Hardware, find
 from tiered.planning.sizes import ModelSizes, of_checkpoint
 from tiered.planning.synthetic import Routed
 from tiered.planning.tokens import tokens_of
-from tiered.stats import EngineStats
 from tiered.tracing.trace import read_trace
 
 Progress = Callable[[str], None]
-AGREE = 1.05  # the second quickest run takes so many times what the quickest took, at most ...
-PATIENCE = 3  # ... or there are more runs, up to so many times what was asked for
-TERMS = {  # of an engine: of a forecast
-    "attention": ("attention",),
-    "router": ("router",),
-    "experts": ("shared", "cpu_experts"),
-    "waiting": ("disk_wait",),
-    "head": ("head",),
+STRETCH = 8  # tokens of a run, then as many whose operations are measured
+TERMS = {  # of an engine, of a forecast
+    "attention": (("attention",), ("attention",)),
+    "router and experts": (("router", "experts"), ("router", "shared", "cpu_experts")),
+    "waiting": (("waiting",), ("disk_wait",)),
+    "head, sampling": (("head",), ("head",)),
 }
 
 
@@ -83,60 +83,85 @@ def verify(
     *,
     prompt_tokens: int = 32,
     num_tokens: int = 48,
-    runs: int = 2,
+    runs: int = 3,
     progress: Progress = lambda text: None,
     **choices: Any,
 ) -> Verification:
     """Compare for budgets of these shares of all experts; `choices` are Engine's.
 
-    Each operation is measured by itself, and the model's routing recorded, with all experts in
-    memory; what the forecast has to find is what a smaller budget makes of it. Operations are
-    measured anew before every run, so that forecast and run see the same machine, and of both the
-    quicker quarter counts: other programs can only make something slower. Each budget is run
-    `runs` times, and if its two quickest differ by more than `AGREE` up to `PATIENCE` times as
-    often.
+    Each operation is measured by itself, on experts of which it is known whether they have to be
+    read, and the model's routing is recorded; what the forecast has to find is what a budget makes
+    of it. A stretch of tokens is run and one measured, by turns, so that forecast and run see the
+    same machine. Each budget is run `runs` times, and does the same each time; other programs can
+    only make it slower, so of each stretch, measured and run, the quicker half of all runs counts.
     """
     context = prompt_tokens + num_tokens
-    choices = {"look_ahead": 0, **choices, "context": context}
+    room = 2 * aligned(context, PAGE_SIZE)  # tokens of two texts
+    choices = {"look_ahead": 0, **choices, "context": context, "kv_tokens": room}
     progress("recording the routing")
     with Engine(path, **choices) as engine:
         if engine.store is None:
             raise ValueError(f"{path} has no experts: there is nothing to forecast")
         vocab_size = engine.config.vocab_size
         model = of_checkpoint(engine.checkpoint, engine.choices.quantize, engine.choices.kv_dtype)
-        if engine.plan.slots < model.all_experts:
-            raise MemoryError("verify needs memory for all experts at once, to measure with")
-        prompt = [Random(index).randrange(vocab_size) for index in range(prompt_tokens)]
+        if engine.blocks is not None:  # what a tier's slots take
+            model = replace(model, experts=tuple(engine.blocks.blob_bytes))
+        most = max(shares) * model.all_experts
+        if engine.plan.slots < most:
+            raise MemoryError(
+                f"{max(shares):.0%} of the experts are {format_bytes(int(most))}, and there is "
+                f"memory for {format_bytes(engine.plan.slots)}: give smaller --shares"
+            )
+        prompt, other = (
+            [Random(seed + index).randrange(vocab_size) for index in range(prompt_tokens)]
+            for seed in (0, prompt_tokens)
+        )
         routed = _record(engine, prompt, num_tokens)
     found = []
     for share in shares:
         budget = int(share * model.all_experts)
         limit = None if share >= 1 else budget
-        calibration = Calibration(model, prompt_tokens + num_tokens // 2)
+        usage = _usage(model, budget, routed, choices)
+        calibration = Calibration(model, prompt_tokens + num_tokens // 2, usage)
         done: list[Run] = []
-        while not _is_enough(done, runs):
-            progress(f"run {len(done) + 1} with {share:.0%} of the experts")
-            with Engine(path, **choices) as engine:
-                calibration.measure(engine)
-            done.append(_run(path, prompt, num_tokens, limit, choices))
-        hardware = calibration.hardware(done[0].mapped)
+        for count in range(1, runs + 1):
+            progress(f"run {count} of {runs} with {share:.0%} of the experts")
+            with (
+                Engine(path, expert_ram=limit, **choices) as engine,
+                calibration.beside(engine, other) as measure,
+            ):
+                done.append(_run(engine, prompt, num_tokens, measure))
+        chosen = _quicker_half(done)
+        hardware = calibration.hardware([one.sample for places in chosen for one in places])
         guess = _forecast(model, hardware, budget, done[0].mapped, routed, choices)
-        found.append(_compare(share, budget, guess, done))
+        found.append(_compare(share, budget, guess, done, chosen))
     return Verification(model, hardware, tuple(found))
 
 
+class Stretch(NamedTuple):
+    """Some tokens of a run, and what was measured right before them."""
+
+    seconds: float
+    parts: dict[str, float]
+    sample: Sample
+
+
 class Run(NamedTuple):
-    seconds: list[float]  # of each token
-    stats: EngineStats  # of all of them
+    stretches: list[Stretch]
+    hit_rate: float
     mapped: bool  # whether the experts were
 
+    @property
+    def seconds(self) -> float:
+        return sum(stretch.seconds for stretch in self.stretches)
 
-def _is_enough(done: Sequence[Run], runs: int) -> bool:
-    """Two runs of a budget do the same, so two that took the same were not disturbed."""
-    if len(done) < runs:
-        return False
-    quickest, *others = sorted(sum(run.seconds) for run in done)
-    return not others or others[0] <= AGREE * quickest or len(done) >= PATIENCE * runs
+
+def _quicker_half(runs: Sequence[Run]) -> list[list[Stretch]]:
+    """Of each stretch of a run."""
+    return [
+        sorted(stretches, key=lambda one: one.seconds + one.sample.seconds)[: (len(runs) + 1) // 2]
+        for stretches in zip(*(run.stretches for run in runs), strict=True)
+    ]
 
 
 def _record(engine: Engine, prompt: list[int], num_tokens: int) -> tuple[Routed, list[Routed]]:
@@ -147,19 +172,42 @@ def _record(engine: Engine, prompt: list[int], num_tokens: int) -> tuple[Routed,
         return tokens_of(read_trace(file))
 
 
-def _run(
-    path: Path, prompt: list[int], num_tokens: int, expert_ram: int | None, choices: dict[str, Any]
-) -> Run:
+def _run(engine: Engine, prompt: list[int], num_tokens: int, measure: Measure) -> Run:
     """What decoding took."""
-    with Engine(path, expert_ram=expert_ram, **choices) as engine:
-        if engine.plan.mapped:  # the first use of a page of the map costs more than the next
-            list(engine.generate_tokens(prompt, num_tokens))
-        tokens = engine.generate_tokens(prompt, num_tokens)
-        next(tokens)  # the prompt is computed now
-        before = engine.stats
-        times = [perf_counter(), *(perf_counter() for _ in tokens)]
-        seconds = [after - start for start, after in pairwise(times)]
-        return Run(seconds, engine.stats - before, engine.plan.mapped)
+    if engine.plan.mapped:  # the first use of a page of the map costs more than the next
+        list(engine.generate_tokens(prompt, num_tokens))
+    tokens = engine.generate_tokens(prompt, num_tokens)
+    next(tokens)  # the prompt is computed now
+    stretches, clock, stats = [], engine.decoder.clock, engine.stats
+    for index in range(0, num_tokens - 1, STRETCH):
+        count = min(STRETCH, num_tokens - 1 - index)
+        sample = measure(count)
+        before, begin = dict(clock.seconds), perf_counter()
+        for _ in range(count):
+            next(tokens)
+        seconds = perf_counter() - begin
+        parts = {part: clock.seconds[part] - before[part] for part in before}
+        parts["head"] += seconds - sum(parts.values())
+        stretches.append(Stretch(seconds, parts, sample))
+    return Run(stretches, (engine.stats - stats).hit_rate, engine.plan.mapped)
+
+
+def _usage(
+    model: ModelSizes,
+    budget: int,
+    routed: tuple[Routed, list[Routed]],
+    choices: dict[str, Any],
+) -> Usage:
+    """What of the experts will be missed, on any machine, and what will come again."""
+    guess = _forecast(model, find("desktop"), budget, True, routed, choices)
+    _, tokens = routed
+    again = [
+        len(set(before).intersection(after)) / len(after)
+        for one, other in pairwise(tokens)
+        for before, after in zip(one, other, strict=True)
+        if after
+    ]
+    return Usage(model.top_k * (1 - guess.ram_hit_pct / 100), fmean(again))
 
 
 def _forecast(
@@ -179,21 +227,32 @@ def _forecast(
     )  # fmt: skip
 
 
-def _compare(share: float, budget: int, guess: Forecast, runs: Sequence[Run]) -> Comparison:
-    """A token does the same in every run: of its times the quicker quarter counts."""
-    seconds = np.percentile([run.seconds for run in runs], 25, axis=0)
-    stats = min(runs, key=lambda run: sum(run.seconds)).stats
-    count = len(seconds)
+def _compare(
+    share: float,
+    budget: int,
+    guess: Forecast,
+    runs: Sequence[Run],
+    chosen: Sequence[Sequence[Stretch]],
+) -> Comparison:
+    count = sum(len(stretches[0].sample.parts) for stretches in chosen)
+    seconds = sum(fmean(one.seconds for one in stretches) for stretches in chosen)
+
+    def measured(part: str) -> float:
+        return sum(fmean(one.parts[part] for one in stretches) for stretches in chosen) / count
+
     return Comparison(
         share=share,
         expert_ram=budget,
         forecast_tok_s=guess.tok_s,
-        measured_tok_s=count / float(seconds.sum()),
+        measured_tok_s=count / seconds,
         forecast_hit_pct=guess.ram_hit_pct,
-        measured_hit_pct=100 * stats.hit_rate,
+        measured_hit_pct=100 * runs[0].hit_rate,
         forecast_terms={
-            name: 1e3 * sum(guess.terms[term] for term in terms) for name, terms in TERMS.items()
+            name: 1e3 * sum(guess.terms[term] for term in terms)
+            for name, (_, terms) in TERMS.items()
         },
-        measured_terms={name: 1e3 * stats.parts[name] / count for name in TERMS},
-        runs_tok_s=[count / sum(run.seconds) for run in runs],
+        measured_terms={
+            name: 1e3 * sum(map(measured, parts)) for name, (parts, _) in TERMS.items()
+        },
+        runs_tok_s=[count / run.seconds for run in runs],
     )

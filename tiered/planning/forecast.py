@@ -41,9 +41,14 @@ class Layout:
         return Budgets(self.vram_experts, self.ram_experts)
 
     @property
+    def only_on_disk(self) -> int:
+        """Bytes of experts that are in no memory: RAM has those first that the GPU has not."""
+        return max(0, self.all_experts - self.vram_experts - self.ram_experts)
+
+    @property
     def needs_disk(self) -> bool:
         """Some experts are in no memory and have to be read while generating."""
-        return self.ram_experts < self.all_experts
+        return self.only_on_disk > 0
 
 
 def share_out(

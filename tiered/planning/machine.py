@@ -29,7 +29,9 @@ class Rates:
     wake: float
     disk_busy: float = 1.0  # share of reading that goes on while the processor computes
     cpu_reading: float = 1.0  # share of computing that goes on while the disk is read
+    resume: float = 0.0  # after waiting for experts
     overhead: float = 0.0  # of control, for each layer without a GPU
+    lookup: float = 0.0  # of a tier, for each layer without a GPU
     gpu: float = 0.0
     link: float = 0.0
     copy_latency: float = 0.0
@@ -52,7 +54,9 @@ class Rates:
             "disk_busy": disk.busy_efficiency,
             "cpu_reading": disk.host_efficiency,
             "wake": host.wake * MICRO,
+            "resume": host.resume * MICRO,
             "overhead": host.overhead * MICRO,
+            "lookup": host.lookup * MICRO,
         }
         if gpu is None:
             dense, head = host.attention_efficiency, host.head_efficiency
@@ -158,7 +162,8 @@ class Machine:
             while at < len(work) and work[at][0] + late <= begin:
                 nbytes += work[at][1]
                 at += 1
-            end = self.cpu_end(nbytes, begin + self.rates.wake)
+            waking = self.rates.wake + (self.rates.resume if begin > end else 0.0)
+            end = self.cpu_end(nbytes, begin + waking)
             if at < len(work) and self.rates.cpu_reading < 1:
                 share, reading = self.rates.cpu_reading, work[-1][0] + late - begin
                 end += (1 - share) * min(reading, (end - begin) / share)

@@ -54,7 +54,7 @@ class Plan:
             return f"does not run: {self.problem}"
         layout = self.typical.layout
         if layout.needs_disk:
-            share = 1 - layout.ram_experts / layout.all_experts
+            share = layout.only_on_disk / layout.all_experts
             return f"runs, but {share:.0%} of the experts are read from disk when needed"
         if self.hardware.gpu is None:
             return "fits in RAM"
@@ -113,7 +113,7 @@ def make_plan(
     try:
         layout = share_out(model, hardware, context, ram)
     except MemoryError as error:
-        steps = tuple(_steps(model, hardware, context, ram, options))
+        steps = tuple(_steps(model, hardware, context, ram, options, True))
         return Plan(model, hardware, context, prompt_tokens, str(error), steps=steps)
     typical = run(hardware, layout)
     low = run(_slower(hardware), layout, locality="weak").tok_s
@@ -121,17 +121,21 @@ def make_plan(
     return Plan(
         model, hardware, context, prompt_tokens, "", typical,
         low=min(low, typical.tok_s), high=max(high, typical.tok_s),
-        steps=tuple(_steps(model, hardware, context, ram, options)),
+        steps=tuple(_steps(model, hardware, context, ram, options, layout.needs_disk)),
     )  # fmt: skip
 
 
 def _steps(
-    model: ModelSizes, hardware: Hardware, context: int, ram: int | None, options: dict[str, Any]
+    model: ModelSizes,
+    hardware: Hardware,
+    context: int,
+    ram: int | None,
+    options: dict[str, Any],
+    needs_ram: bool,
 ) -> list[Step]:
     """One step more of each memory, as it is sold; none where it could not help any more."""
     found = []
-    holds = ram or int(0.9 * hardware.host.ram)
-    if holds < model.total + model.kv(context):
+    if needs_ram:
         more = next((step for step in RAM_STEPS if step > 1.05 * hardware.host.ram), None)
         if more:
             found.append(("ram", more, hardware.with_sizes(ram=more)))

@@ -46,14 +46,14 @@ def _chunk(
     dense = 2 * count * sizes.dense_values / layers + 4 * count * width * (context + count / 2)
     used = distinct_experts(sizes, count) if sizes.num_experts else 0.0
     on_gpu = min(1.0, layout.vram_experts / max(1, layout.all_experts)) if gpu else 0.0
-    from_disk = 1 - min(1.0, layout.ram_experts / max(1, layout.all_experts))
+    from_disk = layout.only_on_disk / max(1, layout.all_experts)
     total = 0.0
     for attention, shared, blob in zip(sizes.attention, sizes.shared, sizes.experts, strict=True):
         total += max(dense / dense_flops, (attention + shared) / dense_bytes)
         if not blob:
             continue
         flops = 2 * count * sizes.top_k * sizes.expert_values
-        reading = used * (1 - on_gpu) * from_disk * (blob / (disk.bandwidth * GB))
+        reading = used * from_disk * (blob / (disk.bandwidth * GB))
         computing = max(flops / cpu_flops, used * blob / cpu_bytes)
         if gpu:
             here = max(flops * on_gpu / dense_flops, used * on_gpu * blob / dense_bytes)

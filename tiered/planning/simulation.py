@@ -141,6 +141,8 @@ class Simulation:
                 self._spend("shared", m.dense_seconds(sizes.shared[layer]))
             self._spend("router", rates.launch if self._has_gpu else rates.overhead)
             if sizes.experts[layer]:
+                if self.ram is not None and not self._has_gpu:
+                    self._spend("disk_wait", rates.lookup)
                 keys = [ExpertKey(layer, expert) for expert in experts]
                 self.admission.touch(keys)
                 self._experts(keys)

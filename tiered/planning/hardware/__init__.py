@@ -16,6 +16,7 @@ from tiered.memory import parse_bytes
 
 GB = 1e9
 SIZES = ("vram", "reserved", "ram")  # bytes, or text such as "16G"
+DELAYS = ("copy_latency", "launch", "sync", "wake", "resume", "overhead", "lookup", "latency")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class Host:
     attention_efficiency: float = 0.8  # ... by dense matrices
     head_efficiency: float = 0.8
     wake: float = 25.0  # µs to start the threads on a layer's experts
+    resume: float = 0.0  # µs more than that for experts which had to be waited for
     overhead: float = 60.0  # µs of control for each layer
+    lookup: float = 0.0  # µs until a layer's experts are found, if not all are in RAM for good
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,15 @@ def _value(name: str, value: Any, where: str) -> int | float:
             raise ValueError(f"{where} {name!r}: {error}") from error
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where} {name!r} is {value!r}, but must be a number")
-    may_be_zero = name in ("copy_latency", "launch", "sync", "wake", "overhead", "latency")
+    may_be_zero = name in (
+        "copy_latency",
+        "launch",
+        "sync",
+        "wake",
+        "overhead",
+        "lookup",
+        "latency",
+    )
     largest = 1.0 if name.endswith("efficiency") else 1e18
     if not value <= largest or value < 0 or (value == 0 and not may_be_zero):
         raise ValueError(

@@ -215,6 +215,10 @@ def delta(part: Part, position: int) -> dict[str, Any]:
 
 async def merged(answers: list[Answer]) -> AsyncGenerator[tuple[int, Any], None]:
     """The events of several answers as they come, each with its answer's position."""
+    if len(answers) == 1:
+        async for event in answers[0].events():
+            yield 0, event
+        return
     queue: asyncio.Queue[Any] = asyncio.Queue()
 
     async def forward(index: int, answer: Answer) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any
@@ -18,7 +16,6 @@ from tiered.serve.scheduler import Scheduler
 from tiered.serve.sse import EventStream, event, unless_gone
 
 log = logging.getLogger("tiered")
-QUIET_SECONDS = 15.0  # after so long without an event a comment shows that we are alive
 
 
 def together(scheduler: Scheduler, requests: Sequence[Request]) -> list[Answer]:
@@ -60,19 +57,8 @@ async def written(
     items: AsyncGenerator[Any, None], path: str, answers: Sequence[Answer] = ()
 ) -> AsyncGenerator[bytes, None]:
     """Events as bytes. An item is its data, or a pair of a name and data."""
-    following: asyncio.Future[Any] | None = None
     try:
-        while True:
-            following = following or asyncio.ensure_future(anext(items))
-            done, _ = await asyncio.wait({following}, timeout=QUIET_SECONDS)
-            if not done:
-                yield b": still here\n\n"
-                continue
-            task, following = following, None
-            try:
-                item = task.result()
-            except StopAsyncIteration:
-                return
+        async for item in items:
             yield event(item[1], item[0]) if isinstance(item, tuple) else event(item)
     except Exception as error:
         if not isinstance(error, ApiError):
@@ -81,10 +67,6 @@ async def written(
         named = "error" if path.startswith("/v1/messages") else None
         yield event(error_body(error, path), named)
     finally:
-        if following is not None:
-            following.cancel()
-            with contextlib.suppress(BaseException):
-                await following
         await items.aclose()
         close_all(answers)
 

@@ -70,7 +70,7 @@ def _mxfp4(k: Emitter, address: Value) -> Scales:
 
 
 def _factor(k: Emitter, address: Value) -> Value:
-    return k.splat(k.load(address, f16(1)).cast("fpext", f32), GROUPS)
+    return k.splat(k.load(address, i16(1)), GROUPS).view(f16(GROUPS)).cast("fpext", f32)
 
 
 def _scaled(k: Emitter, bytes_: Value, mask: list[int], factor: Value, zero: int = 0) -> Value:
@@ -118,22 +118,33 @@ def _q3_k(k: Emitter, address: Value) -> Scales:
 
 def _six_bits(k: Emitter, address: Value) -> Scales:
     """q4_k and q5_k: two factors, then eight scales and eight minima of 6 bits in 12 bytes."""
-    a, b, c = [k.load(address + (4 + 4 * i), i32(1)) for i in range(3)]
-    scales = a & 0x3F3F3F3F, (c & 0x0F0F0F0F) | ((a >> 2) & 0x30303030)
-    minima = b & 0x3F3F3F3F, ((c >> 4) & 0x0F0F0F0F) | ((b >> 2) & 0x30303030)
-    scale, minimum = [
-        _scaled(k, k.gather(words).view(i8(8)), ORDER, _factor(k, address + offset))
-        for offset, words in ((0, scales), (2, minima))
-    ]
-    return [scale], [(minimum, SUMS)]
+    factors = k.splat(k.load(address, i32(1)), GROUPS // 2).view(f16(GROUPS)).cast("fpext", f32)
+    ab, c = k.load(address + 4, i64(1)), k.load(address + 12, i32(1)).cast("zext", i64)
+    c = (c & 0x0F0F0F0F) | ((c << 28) & 0x0F0F0F0F00000000)
+    first, second = ab & 0x3F3F3F3F3F3F3F3F, c | ((ab >> 2) & 0x3030303030303030)
+    bytes_ = k.gather([first, second]).view(i8(16))
+    values = []
+    for kind in (0, 1):
+        integers = _in_words(k, bytes_, [group % 4 + 4 * kind + 8 * (group // 4) for group in ORDER])
+        factor = k.shuffle(factors, mask=[2 * (lane // 2) + kind for lane in range(GROUPS)])
+        values.append(integers.cast("sitofp", f32) * factor)
+    return [values[0]], [(values[1], SUMS)]
+
+
+def _in_words(k: Emitter, bytes_: Value, order: list[int], place: int = 0) -> Value:
+    """The chosen ones of 16 bytes as byte `place` of words of 32 bits: i32 [len(order)]. Written so
+    that x86 needs one shuffle inside of 128 bits, where to widen integers takes AMD's Zen longer."""
+    both = k.shuffle(bytes_, mask=[*range(16), *range(16)])
+    mask = [32 if i % 4 != place else 16 * (i // 16) + order[i // 4] for i in range(32)]
+    return k.shuffle(both, k.constant(both.type, 0), mask).view(i32(len(order)))
 
 
 def _q6_k(k: Emitter, address: Value) -> Scales:
     """A signed byte for each half of a group, and one factor."""
-    factor, bytes_ = _factor(k, address + 208), k.load(address + 192, i8(16))
+    # Bytes that are the highest of a word, so that they have their sign: times 2^24.
+    factor, bytes_ = _factor(k, address + 208) * 2.0**-24, k.load(address + 192, i8(16))
     scales = [
-        k.shuffle(bytes_, mask=_halves_of_groups(half)).cast("sext", i32).cast("sitofp", f32)
-        * factor
+        _in_words(k, bytes_, _halves_of_groups(half), place=3).cast("sitofp", f32) * factor
         for half in (0, 1)
     ]
     return scales, [(scales[0], FIRST_SUMS), (scales[1], SECOND_SUMS)]

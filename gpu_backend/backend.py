@@ -116,6 +116,8 @@ class GpuBackend:
             self.device, space, layouts, self.arithmetic.rearrange, num_experts, nbytes
         )
         self._shared = self._slots.slab if nbytes else None
+        if self.device.is_cuda:
+            self._slots.try_out()
         return self._slots
 
     def matrix(

@@ -91,6 +91,13 @@ class GpuSlots:
             if owner is not None:
                 self.table[owner] = -1
 
+    def try_out(self) -> None:
+        """Fill the first slot with anything, once for each layout: what this needs is compiled now,
+        and not by several loaders at a time. Before anybody is there."""
+        with self.staging() as pair:
+            for layout in dict.fromkeys(self.layouts.values()):
+                self._fill(0, pair.device, layout)
+
     @contextmanager
     def staging(self) -> Iterator[Any]:
         """A pair of buffers of one's own; waits until one is free."""
@@ -118,15 +125,18 @@ class GpuSlots:
         before = self._owners.pop(slot, None)
         if before is not None and before != key:
             self.table[before] = -1
-        begin, layout = slot * self.stride, self.layouts[key[0]]
+        self._fill(slot, blob, self.layouts[key[0]])
+        self._owners[slot] = key
+        self.table[key] = slot
+
+    def _fill(self, slot: int, blob: Any, layout: Layout) -> None:
+        begin = slot * self.stride
         for tensor in (layout.gate, layout.up, layout.down):
             block = FORMATS[tensor.format]
             num_blocks = tensor.shape[0] * tensor.shape[1] // block.block_size
             end = tensor.offset + num_blocks * block.block_bytes
             target = self.slab[begin + tensor.offset : begin + end]
             self._rearrange(blob[tensor.offset : end], target, tensor.format, num_blocks)
-        self._owners[slot] = key
-        self.table[key] = slot
 
     def close(self) -> None:
         """Give the memory back, as soon as nobody holds a part of it."""

@@ -211,6 +211,8 @@ def test_slots_hold_planes_and_the_table_says_where():
     layout = expert_layout(64, 32, "q4_0", "q8_0", "q4_1")
     backend = GpuBackend("cpu")
     memory = backend.slots(Space(3 * layout.nbytes, (0, layout.nbytes)), {1: layout}, 4)
+    memory.try_out()
+    assert (memory.table == -1).all()
     blob = np.random.default_rng(0).integers(0, 256, layout.nbytes, np.uint8)
     with memory.staging() as staging:
         staging.host[:] = blob

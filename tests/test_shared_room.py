@@ -18,6 +18,7 @@ from tiered.formats import open_checkpoint
 from tiered.gpu import accelerator
 from tiered.kv_cache import PAGE_SIZE, KVCache, device_bytes, kv_bytes
 from tiered.policies import Space
+from tiered.serve.prefix import PrefixCache
 from tiered.slots import NullMemory
 from tiered.tier import Tier
 
@@ -79,6 +80,25 @@ def test_a_text_that_needs_all_of_the_cache_leaves_the_least(model):
         assert memory.tier.residency.num_slots == engine.config.top_k + 1
     with pytest.raises(MemoryError, match="--vram at least"):
         Engine(model, device="sim:t4", threads=2, context=1 << 12, vram=vram)
+
+
+def test_slots_come_back_as_remembered_beginnings_are_forgotten(model):
+    choices = dict(device="sim:t4", threads=2, context=320)
+    with Engine(model, **choices) as engine:
+        vram = engine.shares[0].needed + 64
+    with Engine(model, **choices, vram=vram) as engine:
+        (memory,), prefixes = engine.kv._room.memories, PrefixCache(engine.kv)
+        counts = [memory.tier.residency.num_slots]
+        text = engine.open_sequence()
+        engine.generation.begin(text, (PROMPT * 6)[: 4 * PAGE_SIZE + 1])
+        prefixes.insert(text)
+        engine.kv.close(text)
+        while True:
+            counts.append(memory.tier.residency.num_slots)
+            if not prefixes.evict(1):
+                break
+        assert len(counts) == 6 and counts[1] < counts[-1] == counts[0]
+        assert counts[1:] == sorted(counts[1:])
 
 
 class Pages:

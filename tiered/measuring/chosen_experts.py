@@ -147,6 +147,11 @@ class ChosenExperts:
         """Choose for the next tokens, before their time begins."""
         self._next = [self._choices() for _ in range(num_tokens)][::-1]
 
+    @property
+    def coming(self) -> list[Choice]:
+        """Of the next token, by sparse layer."""
+        return list(self._next[-1].values())
+
     def _choices(self) -> dict[int, Choice]:
         """For a token, by layer."""
         choices = {}

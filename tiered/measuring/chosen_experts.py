@@ -168,7 +168,7 @@ class ChosenExperts:
         spare = len(residents) - self._top_k
         for place in range(self._top_k if spare else 0):
             if self._random.random() >= self._usage.reuse:
-                other = self._top_k + self._random.integers(spare)
+                other = self._top_k + int(self._random.integers(spare))
                 residents[[place, other]] = residents[[other, place]]
 
     def _kind(self) -> Kind:

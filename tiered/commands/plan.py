@@ -214,8 +214,8 @@ def show(plan: Plan) -> None:
         seconds = forecast.time_to_first_token
         results.print(
             f"[bold]{number(forecast.tok_s)} tokens/s[/] "
-            f"({number(plan.low)} to {number(plan.high)}), first token after "
-            f"{number(seconds)} s with a prompt of {plan.prompt_tokens}"
+            f"({number(plan.low)} to {number(plan.high)}) after {plan.context // 2} tokens of "
+            f"text, first token after {number(seconds)} s with a prompt of {plan.prompt_tokens}"
         )
         results.print(where(plan))
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     "--runs",
     type=click.IntRange(1),
     default=3,
-    help="Of each budget; of each stretch of tokens the quicker half counts.",
+    help="Of each budget, at least; of each stretch of tokens the quicker half counts.",
 )
 @opt.option("--policy", default=DEFAULT_POLICY, metavar="NAME", help="Eviction policy.")
 @opt.option("--look-ahead", type=click.IntRange(0, 3), default=0, help="Layers; 0: off.")
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 def command(models: tuple[Path, ...], shares: str, as_json: bool, **choices: Any) -> None:
     """Forecast MODELS on this machine, run them, and print both side by side, term by term.
 
-    Needs memory for all of a model at once. The routing is the model's own, on random tokens.
+    Needs memory for the largest budget, and for a token's experts beside it. The routing is the
+    model's own, on random tokens.
     """
     try:
         budgets = [float(part.strip().rstrip("%")) / 100 for part in shares.split(",")]

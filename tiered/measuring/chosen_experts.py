@@ -147,6 +147,11 @@ class ChosenExperts:
         """Choose for the next tokens, before their time begins."""
         self._next = [self._choices() for _ in range(num_tokens)][::-1]
 
+    @property
+    def coming(self) -> list[Choice]:
+        """Of the next token, by sparse layer."""
+        return list(self._next[-1].values())
+
     def _choices(self) -> dict[int, Choice]:
         """For a token, by layer."""
         choices = {}
@@ -163,7 +168,7 @@ class ChosenExperts:
         spare = len(residents) - self._top_k
         for place in range(self._top_k if spare else 0):
             if self._random.random() >= self._usage.reuse:
-                other = self._top_k + self._random.integers(spare)
+                other = self._top_k + int(self._random.integers(spare))
                 residents[[place, other]] = residents[[other, place]]
 
     def _kind(self) -> Kind:

@@ -26,7 +26,9 @@ from tiered.planning.tokens import tokens_of
 from tiered.tracing.trace import read_trace
 
 Progress = Callable[[str], None]
-STRETCH = 8  # tokens of a run, then as many whose operations are measured
+STRETCH = 4  # tokens of a run, after as many whose operations are measured
+ENOUGH = 4.0  # seconds of both: a budget has more runs until then, ...
+MOST_RUNS = 4  # ... up to so many times what was asked for
 TERMS = {  # of an engine, of a forecast
     "attention": (("attention",), ("attention",)),
     "router and experts": (("router", "experts"), ("router", "shared", "cpu_experts")),
@@ -92,8 +94,9 @@ def verify(
     Each operation is measured by itself, on experts of which it is known whether they have to be
     read, and the model's routing is recorded; what the forecast has to find is what a budget makes
     of it. A stretch of tokens is run and one measured, by turns, so that forecast and run see the
-    same machine. Each budget is run `runs` times, and does the same each time; other programs can
-    only make it slower, so of each stretch, measured and run, the quicker half of all runs counts.
+    same machine. Each budget is run `runs` times or more, and does the same each time; other
+    programs can only make it slower, so of each stretch, measured and run, the quicker half of all
+    runs counts.
     """
     context = prompt_tokens + num_tokens
     room = 2 * aligned(context, PAGE_SIZE)  # tokens of two texts
@@ -124,8 +127,8 @@ def verify(
         usage = _usage(model, budget, routed, choices)
         calibration = Calibration(model, prompt_tokens + num_tokens // 2, usage)
         done: list[Run] = []
-        for count in range(1, runs + 1):
-            progress(f"run {count} of {runs} with {share:.0%} of the experts")
+        while not _is_enough(done, runs):
+            progress(f"run {len(done) + 1} with {share:.0%} of the experts")
             with (
                 Engine(path, expert_ram=limit, **choices) as engine,
                 calibration.beside(engine, other) as measure,
@@ -154,6 +157,16 @@ class Run(NamedTuple):
     @property
     def seconds(self) -> float:
         return sum(stretch.seconds for stretch in self.stretches)
+
+    @property
+    def measuring(self) -> float:
+        return sum(stretch.sample.seconds for stretch in self.stretches)
+
+
+def _is_enough(done: Sequence[Run], runs: int) -> bool:
+    """What others do to this machine averages out over seconds."""
+    seconds = sum(run.seconds + run.measuring for run in done)
+    return len(done) >= runs and (seconds >= ENOUGH or len(done) >= MOST_RUNS * runs)
 
 
 def _quicker_half(runs: Sequence[Run]) -> list[list[Stretch]]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cpu_kernels.activations import CHUNK_BYTES, POSITION, SCALES, byte_offset
+from cpu_kernels.activations import CHUNK_BYTES, POSITION, SCALES, SUMS, byte_offset
 from cpu_kernels.dot import multiply_bytes, wants_unsigned
 from cpu_kernels.gemv import LINE, PREFETCH_BYTES
 from cpu_kernels.groups import GROUPS, LAYOUTS, chunk_bytes, look_up
 from cpu_kernels.isa import ISAS
-from cpu_kernels.scales import scales_and_offsets
-from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32, i64
+from cpu_kernels.scales import block_of_a_group, scales_and_offsets
+from cpu_kernels.simd import Emitter, Value, emitted, f16, f32, i8, i16, i32, i64
 
 FEW_ROWS = 16  # of activations, at most: their sums stay in the first-level cache
 LANE = 4  # words of 32 bits in 128 bits, inside which shuffles are cheap
@@ -40,16 +40,21 @@ class Panel:
 
     def __init__(self, k: Emitter, isa: str, format: str, addresses: list[Value]) -> None:
         self.k, self.isa, self.layout, self.addresses = k, isa, LAYOUTS[format], addresses
-        self.rows = len(addresses)
+        self.rows, self.nbytes = len(addresses), chunk_bytes(format)
         self.flip = wants_unsigned(isa) and self.layout.signed
         self.is_signed = self.layout.signed and not self.flip
         self._loaded: dict[int, list[Value]] = {}
-        self._keep_scales([scales_and_offsets(k, format, address) for address in addresses])
+        self.block_bytes = block_of_a_group(format)
+        if not self.block_bytes:
+            self._keep_scales([scales_and_offsets(k, format, address) for address in addresses])
 
     def group(self, number: int) -> Group:
         """Written anew each time: code that may be skipped leaves nothing behind."""
         self._loaded.clear()
         integers = [self._integers(number, half) for half in (0, 1)]
+        if self.block_bytes:
+            scale = self._halves(self.block_bytes * number)
+            return Group(number, integers, [scale], [] if self.is_signed else [(scale, SUMS)])
         scales = [self._kept(place, number) for place in self._scale_places]
         offsets = [(self._kept(place, number), sums) for place, sums in self._offset_places]
         return Group(number, integers, scales, offsets)
@@ -98,17 +103,30 @@ class Panel:
             decoded.append(value ^ 0x80 if self.flip else value)
         return decoded
 
+    def _halves(self, offset: int) -> Value:
+        """The float16 at `offset` of every row, as float32."""
+        word = self._words(offset)[0].view(i32(self.rows))
+        return word.cast("trunc", i16).view(f16(self.rows)).cast("fpext", f32)
+
     def _words(self, offset: int) -> list[Value]:
         """16 bytes of every row, as four words of every row."""
         if offset not in self._loaded:  # once, however often they are asked for
-            k, vectors = self.k, []
-            for first in range(LANE):
-                rows = self.addresses[first::LANE]
-                parts = [k.load(address + offset, i8(4 * LANE)) for address in rows]
-                vectors.append(k.concatenate(parts).view(i32(self.rows)))
-            words = k.transpose(vectors)
+            k, rows = self.k, [self.addresses[first::LANE] for first in range(LANE)]
+            words = k.transpose([self._side_by_side(own, offset) for own in rows])
             self._loaded[offset] = [word.view(i8(4 * self.rows)) for word in words]
         return self._loaded[offset]
+
+    def _side_by_side(self, addresses: list[Value], offset: int) -> Value:
+        """16 bytes from each address. Two of them as halves of registers that have them in place,
+        where that is within the chunk: AMD's Zen takes longer to put them there."""
+        k, nbytes = self.k, 4 * LANE
+        if len(addresses) == 2 and nbytes <= offset <= self.nbytes - 2 * nbytes:
+            places = addresses[0] + offset, addresses[1] + (offset - nbytes)
+            low, high = [k.load(place, i8(2 * nbytes)) for place in places]
+            both = k.shuffle(low, high, [*range(nbytes), *range(3 * nbytes, 4 * nbytes)])
+        else:
+            both = k.concatenate([k.load(place + offset, i8(nbytes)) for place in addresses])
+        return both.view(i32(self.rows))
 
     def _single_bits(self, offset: int, word: int) -> Value:
         """Four of the 16 bits at `offset`, of every row, each to the place of a fifth bit."""

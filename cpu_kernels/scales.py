@@ -25,6 +25,12 @@ def scales_and_offsets(k: Emitter, format: str, address: Value) -> Scales:
     return _SCALES[format](k, address)
 
 
+def block_of_a_group(format: str) -> int:
+    """Bytes of a block that is a group and begins with its scale, a float16; 0: there are none."""
+    is_one = format in _ONE_SCALE and FORMATS[format].block_size == GROUP
+    return FORMATS[format].block_bytes if is_one else 0
+
+
 def _one_scale(format: Format, k: Emitter, address: Value) -> Scales:
     """Blocks that begin with a float16."""
     scale = _halves(k, address, format)
@@ -154,8 +160,9 @@ def _for_blocks(scales: Callable[..., Scales], format: str) -> Callable[[Emitter
     return partial(scales, FORMATS[format])
 
 
+_ONE_SCALE = "q4_0", "q5_0", "q8_0", "iq4_nl", "nf4"
 _SCALES: dict[str, Callable[[Emitter, Value], Scales]] = {
-    **{f: _for_blocks(_one_scale, f) for f in ("q4_0", "q5_0", "q8_0", "iq4_nl", "nf4")},
+    **{f: _for_blocks(_one_scale, f) for f in _ONE_SCALE},
     **{f: _for_blocks(_scale_and_minimum, f) for f in ("q4_1", "q5_1")},
     "int4_g128": _for_blocks(_scale_and_zero, "int4_g128"),
     "mxfp4": _mxfp4,

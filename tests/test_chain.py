@@ -72,6 +72,47 @@ def test_a_known_pass_is_run_again_whatever_came_between(engine):
         g.kv.close(sequence)
 
 
+def test_texts_that_share_passes_are_each_as_alone(engine):
+    """Whoever joins or leaves, and whatever experts their tokens share."""
+    answers = [[5, 3, 9, 9, 1, 2], [8, 8, 2, 30, 4, 6], [5, 3, 9, 9, 1, 2], [7, 7, 7, 7, 7, 7]]
+    prompts = [golden.PROMPT[: 3 + i] for i in range(len(answers))]
+    decoder, kv, known = engine.decoder, engine.kv, 0
+
+    def open_all():
+        sequences = [kv.open() for _ in prompts]
+        for sequence, prompt in zip(sequences, prompts, strict=True):
+            decoder.forward(kv.batch([(sequence, prompt)]), kv.pages, np.array([0]))
+        return sequences
+
+    def step(sequences, texts, number):
+        batch = kv.batch([(sequences[text], [answers[text][number]]) for text in texts])
+        return decoder.forward(batch, kv.pages, np.arange(len(texts)))
+
+    alone, together = open_all(), open_all()
+    for number, texts in enumerate(
+        [(0, 1, 2, 3), (0, 1, 2, 3), (3, 1, 0, 2), (1, 3), (1, 3), (2,)]
+    ):
+        expected = np.concatenate([step(alone, [text], number) for text in texts])
+        got = step(together, texts, number)
+        known += engine.backend._team.is_known
+        assert np.array_equal(got, expected)
+    assert known > 3
+    for sequence in (*alone, *together):
+        kv.close(sequence)
+
+
+def test_an_expert_that_several_tokens_choose_is_used_once(engine):
+    batch = engine.kv.batch([(engine.kv.open(), [5] * 4)])
+    uses = []
+    for trace in (None, Listener()):
+        engine.decoder.trace = trace
+        before = engine.source.uses.copy()
+        engine.decoder.hidden(batch, engine.kv.pages)
+        uses.append(engine.source.uses - before)
+    assert np.array_equal(*uses)
+    assert uses[0].max() == 1
+
+
 def test_other_layers_are_not_mistaken_for_the_known_ones(engine):
     answer = [5, 3, 9, 9, 1, 2]
     before = engine.score_tokens(golden.PROMPT, answer)

@@ -142,9 +142,7 @@ class Decoder:
     def again(self, batch: Batch, kv: Any) -> Array | None:
         """What `hidden` does, if it is the same calls as for the tokens before."""
         sparse = self.sparse_layers
-        if len(batch.tokens) > self.backend.few_rows or (
-            sparse and self.table(sparse[0]) is None
-        ):
+        if len(batch.tokens) > self.backend.few_rows or (sparse and self.table(sparse[0]) is None):
             return None
         scale = self.config.embedding_scale
         x = self.backend.again(self.layers, self.embedding, batch, kv, scale)

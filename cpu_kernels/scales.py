@@ -79,9 +79,17 @@ def _factor(k: Emitter, address: Value) -> Value:
     return k.splat(k.load(address, i16(1)), GROUPS).view(f16(GROUPS)).cast("fpext", f32)
 
 
+def _in_words(k: Emitter, bytes_: Value, order: list[int], place: int = 0) -> Value:
+    """The eight chosen ones of 16 bytes as byte `place` of words: i32 [8]. Written so that
+    x86 needs one shuffle inside of 128 bits: to widen bytes takes AMD's Zen longer."""
+    both = k.shuffle(bytes_, mask=[*range(16), *range(16)])
+    mask = [32 if i % 4 != place else 16 * (i // 16) + order[i // 4] for i in range(32)]
+    return k.shuffle(both, k.constant(both.type, 0), mask).view(i32(8))
+
+
 def _scaled(k: Emitter, bytes_: Value, mask: list[int], factor: Value, zero: int = 0) -> Value:
     """(byte - zero) * factor of the chosen unsigned bytes."""
-    integers = k.shuffle(bytes_, mask=mask).cast("zext", i32)
+    integers = _in_words(k, bytes_, mask)
     return (integers - zero if zero else integers).cast("sitofp", f32) * factor
 
 
@@ -131,18 +139,11 @@ def _six_bits(k: Emitter, address: Value) -> Scales:
     bytes_ = k.gather([first, second]).view(i8(16))
     values = []
     for kind in (0, 1):
-        integers = _in_words(k, bytes_, [group % 4 + 4 * kind + 8 * (group // 4) for group in ORDER])
+        order = [group % 4 + 4 * kind + 8 * (group // 4) for group in ORDER]
+        integers = _in_words(k, bytes_, order)
         factor = k.shuffle(factors, mask=[2 * (lane // 2) + kind for lane in range(GROUPS)])
         values.append(integers.cast("sitofp", f32) * factor)
     return [values[0]], [(values[1], SUMS)]
-
-
-def _in_words(k: Emitter, bytes_: Value, order: list[int], place: int = 0) -> Value:
-    """The chosen ones of 16 bytes as byte `place` of words of 32 bits: i32 [len(order)]. Written so
-    that x86 needs one shuffle inside of 128 bits, where to widen integers takes AMD's Zen longer."""
-    both = k.shuffle(bytes_, mask=[*range(16), *range(16)])
-    mask = [32 if i % 4 != place else 16 * (i // 16) + order[i // 4] for i in range(32)]
-    return k.shuffle(both, k.constant(both.type, 0), mask).view(i32(len(order)))
 
 
 def _q6_k(k: Emitter, address: Value) -> Scales:

@@ -6,7 +6,7 @@ import pytest
 from faults import Blobs, Unreliable
 
 from tiered import policies
-from tiered.cache.residency import Residency
+from tiered.cache.residency import Above, Residency
 from tiered.experts import ExpertKey
 from tiered.loaders import Loaders
 from tiered.policies import Space
@@ -344,15 +344,16 @@ def test_places_are_page_aligned():
 
 
 def test_what_a_memory_above_has_leaves_first():
-    space = Space(3, (1,))
-    residency = Residency(space, policies.create("lru", space))
-    keys = [ExpertKey(0, expert) for expert in range(5)]
-    residency.lookup(keys[:3])
-    residency.is_above = {keys[1], keys[2]}.__contains__
-    residency.lookup([keys[3]])
-    assert keys[1] not in residency and keys[0] in residency
-    residency.lookup([keys[2], keys[4]])  # what is demanded stays, and then the policy decides
-    assert keys[2] in residency and keys[0] not in residency
+    space = Space(4, (1,))
+    residency, above = (Residency(space, policies.create("lru", space)) for _ in range(2))
+    keys = [ExpertKey(0, expert) for expert in range(6)]
+    residency.lookup(keys[:4])
+    above.lookup(keys[1:4])
+    residency.above = [Above(above, {keys[1]: 2.0, keys[2]: 3.0, keys[3]: 1.0}.__getitem__)]
+    residency.lookup([keys[4]])  # the most popular, since the others leave the memory above sooner
+    assert keys[2] not in residency and keys[0] in residency
+    residency.lookup([keys[1], keys[5]])  # what is demanded stays
+    assert keys[1] in residency and keys[3] not in residency and keys[0] in residency
 
 
 @pytest.mark.parametrize("policy", policies.online())

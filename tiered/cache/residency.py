@@ -6,8 +6,9 @@ speed of the disk. A live tier and a replayed trace share this class, so their c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, KeysView, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from tiered.experts import ExpertKey
 from tiered.policies import Evictable, Policy, Space
@@ -45,6 +46,13 @@ class TierStats:
         return TierStats(**{name: getattr(self, name) - getattr(before, name) for name in names})
 
 
+class Above(NamedTuple):
+    """A memory above another one: who is there, and how popular an expert is there."""
+
+    residency: Residency
+    popularity: Callable[[ExpertKey], float]
+
+
 def check_capacity(space: Space) -> None:
     """MemoryError if not even one expert fits."""
     largest = max(space.blob_bytes)
@@ -70,8 +78,7 @@ class Residency:
         self._slots: dict[ExpertKey, int] = {}
         self.num_slots = space.num_slots  # in use: 0 ... num_slots - 1
         self._unused: list[int] = list(range(space.num_slots - 1, -1, -1))
-        # How popular an expert is that a memory above this one has, too; None: it does not.
-        self.above: Callable[[ExpertKey], float | None] | None = None
+        self.above: Sequence[Above] = ()  # what these have, too, goes first
         self.vacated: list[int] = []  # slots whose expert has left and that still hold its bytes
         self._guesses: set[ExpertKey] = set()  # prefetched, not yet demanded
         self._touch = policy.touch
@@ -89,6 +96,10 @@ class Residency:
 
     def slot(self, key: ExpertKey) -> int:
         return self._slots[key]
+
+    def resident(self) -> KeysView[ExpertKey]:
+        """What is resident, as it changes."""
+        return self._slots.keys()
 
     @property
     def keys(self) -> list[ExpertKey]:
@@ -260,12 +271,16 @@ class Residency:
         self.stats.evictions += 1
 
     def _spare(self, evictable: Evictable) -> ExpertKey | None:
-        """One that a memory above has, too: the one that will be there longest."""
-        above = self.above
-        if above is None:
-            return None
-        keys = [key for key in self._slots if above(key) is not None and evictable(key)]
-        return max(keys, key=above, default=None)
+        """One that a memory above has, too: the most popular, which will be there longest. When
+        the others leave it, they are still here, and need not be read again."""
+        here = self._slots.keys()
+        spares = [
+            (above.popularity(key), key)
+            for above in self.above
+            for key in here & above.residency.resident()
+            if evictable(key)
+        ]
+        return max(spares)[1] if spares else None
 
     def recycle(self) -> None:
         """The vacated slots hold nothing any more."""

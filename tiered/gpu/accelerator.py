@@ -8,9 +8,10 @@ from typing import Any
 
 from tiered import policies
 from tiered.budget import workspace_bytes
+from tiered.cache.residency import Above
 from tiered.checkpoints.checkpoint import Checkpoint
 from tiered.config import EngineConfig, ModelConfig
-from tiered.experts import BLOB_ALIGNMENT, ExpertKey, aligned
+from tiered.experts import BLOB_ALIGNMENT, aligned
 from tiered.gpu.busy import Busy, Channel
 from tiered.gpu.known_costs import known_costs, measure_rows
 from tiered.gpu.placement import Balanced, ExpertsOfCards, PlacedExperts
@@ -155,14 +156,15 @@ def place_experts(
 def _beneath(ram: Tier, placed: ExpertsOfCards, timing: Timing) -> None:
     """A RAM tier below GPUs: what they have leaves it first, and its reads are timed."""
 
-    def is_above(key: ExpertKey) -> bool:
-        return key.layer in placed.sources and key in placed.sources[key.layer].vram
-
     def observe(nbytes: float, seconds: float, overlap: float) -> None:
         for card in placed.cards:
             card.costs.disk.observe(nbytes, seconds)
 
-    ram.residency.is_above = is_above
+    ram.residency.above = [
+        Above(card.vram.residency, card.admission.popularity.count)
+        for card in placed.cards
+        if card.admission is not None
+    ]
     reads = Channel(observe, Busy(timing.clock))
     ram.source = TimedReads(ram.source, ram.memory.space, reads)
 

@@ -41,6 +41,9 @@ class Popularity:
             self.counts = {key: count / _LARGE for key, count in self.counts.items()}
             self.weight /= _LARGE
 
+    def count(self, key: ExpertKey) -> float:
+        return self.counts.get(key, 0.0)
+
     def prefers(self, key: ExpertKey, victim: ExpertKey) -> bool:
         """Whether `key` is more popular by more than one use."""
         return self.counts.get(key, 0.0) > self.counts.get(victim, 0.0) + self.weight

@@ -60,7 +60,7 @@ class Chooser:
         policy: str,
         period: int = 24,
         memory: int = 96,
-        margin: float = 0.01,
+        margin: float = 0.02,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self.costs = costs
@@ -125,6 +125,17 @@ class Chooser:
         if self._tokens >= self._period:
             self._decide()
 
+    def _moving(self, plan: Strategy) -> float:
+        """Seconds of reads and copies from what is really there to what the plan's shadow has.
+        "popular" and "recent" go on from what is there."""
+        shadow, mirror, seconds = self.shadows[plan], self._mirror, 0.0
+        if plan.keep in ("always", "never"):
+            seconds += len(shadow.held() - mirror.held()) * self.costs.disk(self._nbytes)
+        if plan.keep == "never":
+            wanted = set(shadow.simulation.on_gpu()).difference(mirror.simulation.on_gpu())
+            seconds += len(wanted) * self.costs.link(self._nbytes)
+        return seconds
+
     def _decide(self) -> None:
         now = self._measured / self._shadowed
         before = self._correction.get(self.plan, now)
@@ -133,10 +144,9 @@ class Chooser:
             plan: shadow.seconds * self._correction.get(plan, 1.0)
             for plan, shadow in self.shadows.items()
         }
-        read = self.costs.disk(self._nbytes)
-        now, held = scores[self.plan] * (1 - self._margin), self._mirror.held()
-        for plan, shadow in self.shadows.items():  # what has to be read first counts against it
-            scores[plan] += len(shadow.held() - held) * read / self._memory
+        now = scores[self.plan] * (1 - self._margin)
+        for plan in scores:  # what has to be moved first counts against it
+            scores[plan] += self._moving(plan) / self._memory
         best = min(scores, key=scores.__getitem__)
         if scores[best] < now:
             self.plan = best

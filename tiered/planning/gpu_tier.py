@@ -68,7 +68,7 @@ class GpuTier:
             return
         batch = [key for key in layer if key in tier]
         for key in copied if keep != "never" else ():
-            if self._is_worth_it(tier, key, batch, below, is_there=True):
+            if self._make_room(tier, key, batch, below, is_there=True):
                 batch.append(key)
         if batch:
             tier.lookup(batch)
@@ -82,12 +82,12 @@ class GpuTier:
                 worth = key in self.target and key not in tier and victim is not None
             else:
                 stay = set(batch)
-                worth = self._is_worth_it(tier, key, batch, below, is_there=False)
+                worth = self._make_room(tier, key, batch, below, is_there=False)
             if worth and tier.guess([key], 1, stay):
                 nbytes = tier.space.blob_bytes[key.layer]
                 self._arrival[key] = machine.copy(nbytes, machine.now)
 
-    def _is_worth_it(
+    def _make_room(
         self,
         tier: Residency,
         key: ExpertKey,
@@ -95,17 +95,25 @@ class GpuTier:
         below: Residency | None,
         is_there: bool,
     ) -> bool:
+        """Whether `key` should be there. What would have to be read again leaves only for one that
+        is worth a read; otherwise the next that is in RAM, too, makes room at once."""
         if key in tier or not tier.fits([*batch, key]):
             return False
-        has_room = tier.used + tier.space.blob_bytes[key.layer] <= tier.space.capacity
+        coming = sum(tier.space.nbytes(other) for other in (*batch, key) if other not in tier)
+        has_room = tier.used + coming <= tier.space.capacity
         if has_room or (is_there and self.strategy.keep == "always"):
             return True
         victim = would_evict(tier, key, lambda other: other not in batch)
+        if victim is not None and below is not None and victim not in below:
+            if self.admission.worth_a_read(key, victim):
+                return True
+            victim = would_evict(tier, key, lambda other: other not in batch and other in below)
         if victim is None:
             return False
-        if below is not None and victim not in below:
-            return self.admission.worth_a_read(key, victim)
-        return self.strategy.keep == "recent" or self.admission.worth(key, victim, is_there)
+        worth = self.strategy.keep == "recent" or self.admission.worth(key, victim, is_there)
+        if worth and below is not None:
+            tier.drop(victim)
+        return worth
 
 
 def would_evict(tier: Residency, key: ExpertKey, evictable: Evictable) -> ExpertKey | None:

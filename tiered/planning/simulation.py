@@ -11,7 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from tiered import policies
-from tiered.cache.residency import Residency, TierStats
+from tiered.cache.residency import Above, Residency, TierStats
 from tiered.config import DEFAULT_POLICY
 from tiered.experts import ExpertKey
 from tiered.planning.admission import Admission
@@ -61,7 +61,7 @@ class Simulation:
         self.admission = Admission(sizes.space(vram), self.costs)
         self.gpu = GpuTier(self._tier(vram, policy), self.admission, strategy)
         if self.ram is not None and self.gpu.residency is not None:
-            self.ram.above = self._popularity_above
+            self.ram.above = [Above(self.gpu.residency, self.admission.popularity.count)]
         self._loaded: dict[ExpertKey, float] = {}  # of guesses on their way into RAM
         self.reset()
 
@@ -70,9 +70,6 @@ class Simulation:
         if capacity < max(space.blob_bytes):
             return None
         return Residency(space, policies.create(policy, space))
-
-    def _popularity_above(self, key: ExpertKey) -> float | None:
-        return self.admission.popularity.counts.get(key, 0.0) if key in self.gpu else None
 
     def reset(self) -> None:
         """Forget what was counted so far."""
@@ -100,7 +97,7 @@ class Simulation:
                 self.costs.disk.observe(count * nbytes, m.read_seconds(count * nbytes))
         if self.gpu.residency is not None:
             fill(self.gpu.residency, ranked)
-        if self.ram is not None and fill_ram:  # what the GPU has is of no use here
+        if self.ram is not None and fill_ram:  # of what the GPU has, what it would evict first
             there = [key for key in ranked if key in self.gpu]
             fill(self.ram, [key for key in ranked if key not in self.gpu] + there[::-1])
 

@@ -30,6 +30,7 @@ STRATEGIES = {
 DYNAMIC = (
     Strategy(None, promote=True),
     Strategy(None, keep="recent"),
+    Strategy(None, keep="always"),
     Strategy(0.0, keep="popular", promote=True),
 )
 # What other programs do all the time: the plans that a dynamic choice must not lose to.

@@ -7,15 +7,18 @@ from random import Random
 
 import pytest
 
+from tiered import policies
+from tiered.cache.residency import Residency
 from tiered.experts import ExpertKey
 from tiered.planning import hardware, sizes
 from tiered.planning.admission import Admission
 from tiered.planning.chooser import Chooser
 from tiered.planning.costs import Costs, Line, Miss
+from tiered.planning.gpu_tier import GpuTier
 from tiered.planning.machine import Machine, Rates
 from tiered.planning.shapes import Shape
 from tiered.planning.simulation import Simulation
-from tiered.planning.strategies import DYNAMIC, STATIC, STRATEGIES, Budgets
+from tiered.planning.strategies import DYNAMIC, STATIC, STRATEGIES, Budgets, Strategy
 from tiered.planning.synthetic import locality_of, routing
 from tiered.policies import Space
 
@@ -181,6 +184,21 @@ def test_admission_follows_the_rule_that_hits_more():
     assert not popular.recent_wins and recent.recent_wins
     assert popular.worth(ExpertKey(0, 1), ExpertKey(0, 60), is_there=False)
     assert not popular.worth(ExpertKey(0, 60), ExpertKey(0, 1), is_there=False)
+
+
+def test_what_is_in_no_other_memory_stays_on_the_gpu_if_another_can_make_room():
+    space, costs = Space.of_slots(2, 1), costs_of(cpu=10, link=10)
+    tier, ram = (Residency(space, policies.create("lru", space)) for _ in range(2))
+    keys = [ExpertKey(0, expert) for expert in range(4)]
+    tier.lookup(keys[:2])
+    ram.lookup([keys[1], keys[2]])
+    gpu = GpuTier(tier, Admission(space, costs), Strategy(None, keep="recent"))
+    machine = Machine(Rates.of(random_hardware(Random(0))))
+    gpu.keep(keys[2:], keys[2:], [], machine, ram)
+    assert set(tier.resident()) == {
+        keys[0],
+        keys[2],
+    }  # not the fourth for the first
 
 
 def test_a_mistaken_model_is_found_out():

@@ -142,6 +142,26 @@ def test_a_governor_can_turn_promotion_off(model):
         assert gpu.backend.device.num_copies > 0
 
 
+def test_what_would_have_to_be_read_again_stays_on_the_gpu(model):
+    """Where another may make room that RAM has, too."""
+    with GpuEngine(model, fake_gpu(), 4, Fixed(0)) as gpu:
+        first, *others = (ExpertKey(1, expert) for expert in range(4))
+        ram, admission = gpu.engine.source.tier, gpu.source.admission
+        for key in (first, *others):  # each evicts what is above from RAM
+            gpu.tier.prefetch([key])
+            list(gpu.tier.fetch([key]))
+        for key in [key for key in ram.resident() if key.layer == 1]:
+            ram.residency.drop(key)
+        list(ram.fetch([others[1]]))
+        assert [key in ram for key in (first, *others)] == [False, False, True, False]
+        list(gpu.engine.source.fetch(0, np.array([0], np.int32)))
+        admission.recent_wins = True  # worth a place, but no read
+        list(gpu.source.fetch(0, np.array([0], np.int32)))
+        there = gpu.tier.resident()
+        assert ExpertKey(0, 0) in there and others[1] not in there
+        assert {first, others[0], others[2]} <= set(there)
+
+
 def test_the_table_names_what_is_in_the_slots(model):
     with GpuEngine(model, fake_gpu(), 5, Fixed(1)) as gpu:
         gpu.generate()

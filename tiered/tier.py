@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Protocol
@@ -120,11 +120,16 @@ class Tier:
             next(groups)
             np.copyto(buffer[:nbytes], self.memory.slot(self.residency.slot(key))[:nbytes])
 
-    def prefetch(self, keys: Sequence[ExpertKey], limit: int | None = None) -> list[ExpertKey]:
+    def prefetch(
+        self,
+        keys: Sequence[ExpertKey],
+        limit: int | None = None,
+        staying: Collection[ExpertKey] = (),
+    ) -> list[ExpertKey]:
         """Start loading at most `limit` of `keys`, best first, in case they are demanded soon.
 
         Replaces earlier guesses that have not been started. Never evicts what is pinned, what the
-        latest fetch asked for, or one of `keys`. Returns what is being loaded for it.
+        latest fetch asked for, one of `keys` or of `staying`. Returns what is being loaded for it.
         """
         with self.lock:
             if not self.loads and all(map(self.residency.__contains__, keys)):
@@ -139,7 +144,7 @@ class Tier:
                 self.residency.cancel(key)
             self.settle()
             limit = len(keys) if limit is None else limit
-            also = {*self._last, *self.pinned_keys()}
+            also = {*self._last, *self.pinned_keys(), *staying}
             issued = self.residency.guess(keys, limit, also)
             for key in issued:
                 self.start(key, self.residency.slot(key), demand=False)

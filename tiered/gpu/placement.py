@@ -9,7 +9,7 @@ control asks where an expert runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -213,23 +213,33 @@ class PlacedExperts:
             return
         for key in admission.popularity.ranked(computed):
             with tier.lock:
-                residency = tier.residency
-                has_room = residency.used + residency.space.blob_bytes[key.layer] <= (
-                    residency.space.capacity
-                )
-                victim = None if has_room else would_evict(residency, key, self._evictable(key))
-                worth = has_room or (victim is not None and self._is_worth(key, victim))
-            if worth:
-                tier.prefetch([key], 1)
+                staying = self._staying(key, admission)
+            if staying is not None:
+                tier.prefetch([key], 1, staying)
                 return
 
-    def _is_worth(self, key: ExpertKey, victim: ExpertKey) -> bool:
-        """Whether `key` should take the place of `victim`, which may be in no other memory."""
-        assert self.admission is not None
+    def _staying(self, key: ExpertKey, admission: Admission) -> Collection[ExpertKey] | None:
+        """Who must not leave for `key`, beside what is in use; None: nobody should.
+
+        What is in no other memory leaves only for one that is worth a read; otherwise it stays, and
+        the next that is in RAM, too, may have to go.
+        """
+        residency, evictable = self.vram.residency, self._evictable(key)
+        if residency.used + residency.space.nbytes(key) <= residency.space.capacity:
+            return ()
         ram: Tier | None = getattr(self.below, "tier", None)
-        if ram is not None and victim not in ram:
-            return self.admission.worth_a_read(key, victim)
-        return self.admission.worth(key, victim, is_there=False)
+        victim, staying = would_evict(residency, key, evictable), frozenset[ExpertKey]()
+        if victim is not None and ram is not None and victim not in ram:
+            if admission.worth_a_read(key, victim):
+                return staying
+            staying = frozenset(residency.resident() - ram.residency.resident())
+            if len(staying) == len(residency):
+                return None
+            victim = would_evict(
+                residency, key, lambda other: evictable(other) and other not in staying
+            )
+        worth = victim is not None and admission.worth(key, victim, is_there=False)
+        return staying if worth else None
 
     def _evictable(self, key: ExpertKey) -> Callable[[ExpertKey], bool]:
         """What this layer has just used stays."""

@@ -18,7 +18,7 @@ from tiered import Engine
 from tiered.demo import random_tiny_model
 
 torch = pytest.importorskip("torch")
-from gpu_backend import reference  # noqa: E402
+from gpu_backend import bench, reference  # noqa: E402
 from gpu_backend.arrays import Activations, Quantized  # noqa: E402
 from gpu_backend.backend import GpuBackend  # noqa: E402
 from gpu_backend.formats import QUANTIZED  # noqa: E402
@@ -69,6 +69,16 @@ def run(model, graphs=True, **choices):
         assert texts[0] == texts[1]
         assert not any(one.graphs.problem for one in engine.backend.cards)
         return logits, texts[0], engine
+
+
+def test_rates_of_kernels():
+    """As `tiered bench --kernels --device cuda:0 --json` has them, of small matrices."""
+    report = bench.kernel_report(
+        DEVICE.replace("sim", "cpu"), None, lambda *_: None, formats=("q4_0", "mxfp4"),
+        shapes=((1024, 2048),), decode_bytes=1 << 22, prefill_bytes=1, peak_size=256,
+    )  # fmt: skip
+    assert all(row.get("gb_s", 1) > 0 and row.get("gops", 1) > 0 for row in report["kernels"])
+    assert len(report["kernels"]) == 2 * 3
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ Where a model has `layer_norms`, the `norm` of attention, router and output laye
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -391,6 +391,21 @@ def calibrate_gpu(name: str) -> dict[str, Any]:
         raise RuntimeError(f"device {name!r} needs torch: pip install 'tiered[gpu]'") from error
     measured: dict[str, Any] = calibrate_card(name, gpu_file(), tuning_file())
     return measured
+
+
+def bench_gpu(name: str, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """Rates of a GPU's kernels (see gpu_backend.bench); "sim" is torch's CPU device. RuntimeError
+    says what is missing."""
+    try:
+        from gpu_backend.bench import kernel_report
+        from gpu_backend.device import card_name
+        from gpu_backend.tuning import load_tuning
+    except ImportError as error:
+        raise RuntimeError(f"device {name!r} needs torch: pip install 'tiered[gpu]'") from error
+    device = "cpu" if name == "sim" else name
+    tuning = load_tuning(tuning_file(), card_name(device))
+    report: dict[str, Any] = kernel_report(device, tuning, progress)
+    return report
 
 
 def has_gpu() -> bool:

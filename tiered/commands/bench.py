@@ -18,7 +18,9 @@ from tiered.commands.output import notes, print_json, results, steps_progress
 @opt.option("--prefill", type=click.IntRange(1), default=512, help="Tokens of prompt.")
 @opt.option("--decode", type=click.IntRange(2), default=64, help="Tokens to generate.")
 @opt.option("--runs", type=click.IntRange(1), default=1, help="Repeat, and report the median.")
-@opt.option("--kernels", is_flag=True, help="Measure the kernels alone; MODEL is not needed.")
+@opt.option(
+    "--kernels", is_flag=True, help="Measure the kernels of --device alone; MODEL is not needed."
+)
 @opt.option(
     "--plot",
     type=click.Path(path_type=Path),
@@ -39,7 +41,7 @@ def command(
 ) -> None:
     """Measure MODEL's speed with random tokens, beside this machine's memory bandwidth."""
     if kernels:
-        bench_kernels(choices["threads"], as_json, plot)
+        bench_kernels(choices["device"], choices["threads"], as_json, plot)
         return
     if plot is not None:
         raise click.UsageError("--plot goes with --kernels; `tiered sweep` plots a model's speed")
@@ -93,18 +95,25 @@ def command(
         )
 
 
-def bench_kernels(threads: int | None, as_json: bool, plot: Path | None) -> None:
-    """Every number format at two expert shapes, beside memory and the libraries that are here."""
-    from tiered.measuring.kernel_report import kernel_report, side_by_side
+def bench_kernels(device: str, threads: int | None, as_json: bool, plot: Path | None) -> None:
+    """Every number format at expert shapes, beside memory and the libraries that are here; or on
+    one GPU."""
+    from tiered.backend import has_gpu
+    from tiered.measuring.kernel_report import card_report, kernel_report, side_by_side
+
+    if device == "auto":
+        device = "cuda:0" if has_gpu() else "cpu"
+    if "," in device or device == "cuda:all" or device.startswith("sim:"):
+        raise click.UsageError(f"--kernels measures one real device, not {device}")
 
     with steps_progress() as bar:
         task = bar.add_task("compiling", total=None)
-        report = kernel_report(
-            threads,
-            lambda doing, done, total: bar.update(
-                task, description=doing, completed=done, total=total
-            ),
-        )
+
+        def progress(doing: str, done: int, total: int) -> None:
+            bar.update(task, description=doing, completed=done, total=total)
+
+        on_cpu = device == "cpu"
+        report = kernel_report(threads, progress) if on_cpu else card_report(device, progress)
     if plot is not None:
         from tiered.measuring.plot import plot_kernels
 
@@ -113,13 +122,14 @@ def bench_kernels(threads: int | None, as_json: bool, plot: Path | None) -> None
         print_json(report)
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("format", "shape", "threads", "rows"):
+    for title in ("format", "shape", "threads" if device == "cpu" else "device", "rows"):
         table.add_column(title, no_wrap=True)
     for title in ("GB/s", "of bandwidth", "GOPS", "of peak"):
         table.add_column(title, justify="right")
     for row in side_by_side(report):
         table.add_row(
-            row["format"], "x".join(map(str, row["shape"])), str(row["threads"]), str(row["rows"]),
+            row["format"], "x".join(map(str, row["shape"])),
+            str(row["threads"] if device == "cpu" else row["device"]), str(row["rows"]),
             f"{row['gb_s']:.1f}" if "gb_s" in row else "",
             f"{row['of_bandwidth']:.0%}" if "of_bandwidth" in row else "",
             f"{row['gops']:.0f}" if "gops" in row else "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiered.backend import default_threads
+from tiered.backend import bench_gpu, default_threads
 from tiered.measuring.peers import Progress, dense_rates, rates_apart
 from tiered.measuring.this_machine import processor_name
 from tiered.version import __version__
@@ -37,13 +37,23 @@ def kernel_report(threads: int | None, progress: Progress) -> dict[str, Any]:
     }
 
 
+def card_report(device: str, progress: Progress) -> dict[str, Any]:
+    """Rates of all formats on a GPU. RuntimeError: there is none, or something is missing."""
+    return {"tiered": __version__, **bench_gpu(device, progress), "peers": [], "notes": []}
+
+
+def most_threads(report: dict[str, Any]) -> int:
+    """Of the rows of a report; 0: it is a GPU's."""
+    return max(int(row.get("threads", 0)) for row in report["kernels"])
+
+
 def side_by_side(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Each of our rows, with those of the peers of the same format, shape and rows behind it."""
-    threads = max(row["threads"] for row in report["kernels"])
+    threads = most_threads(report)
     rows = []
     for row in report["kernels"]:
         rows.append(row)
-        if row["threads"] == threads:
+        if row.get("threads", 0) == threads:
             rows += [
                 peer for peer in report["peers"]
                 if (peer["beside"], peer["shape"], peer["rows"])

@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from tiered.measuring.kernel_report import most_threads
+
 LABELS = {
     "vram": "GPU memory (GiB)",
     "ram": "RAM (GiB)",
@@ -49,8 +51,8 @@ def plot_kernels(report: dict[str, Any], path: Path) -> None:
     """Write the roofline of a kernel report: operations per second over operations per byte of
     weights, with all threads. Raises like `plot_sweep`."""
     figure, axes = new_figure()
-    threads = max(row["threads"] for row in report["kernels"])
-    rows = [row for row in report["kernels"] if row["threads"] == threads]
+    threads = most_threads(report)
+    rows = [row for row in report["kernels"] if row.get("threads", 0) == threads]
     bandwidth = next(row["bandwidth_gb_s"] for row in rows if "gb_s" in row)
     peak = next(row["peak_gops"] for row in rows if "gops" in row)
     points: dict[str, list[tuple[float, float]]] = {}
@@ -73,9 +75,11 @@ def plot_kernels(report: dict[str, Any], path: Path) -> None:
     axes.grid(color="#e3e7ea", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
+    where = f"{threads} threads, {report['isa']}" if threads else report["card"]
+    kind = "byte" if threads else "float16"
     note = (
-        f"{threads} threads, {report['isa']}: {bandwidth:.1f} GB/s of read bandwidth, "
-        f"{peak:.0f} billion byte operations per second"
+        f"{where}: {bandwidth:.1f} GB/s of read bandwidth, "
+        f"{peak:.0f} billion {kind} operations per second"
     )
     set_title(figure, axes, "Kernels under this machine's roofs", note)
     figure.savefig(path)

@@ -1,6 +1,8 @@
 """The commands as a user types them: what they print, and what they say when something is wrong."""
 
+import hashlib
 import json
+import shutil
 import sys
 
 import pytest
@@ -75,6 +77,29 @@ def test_info_of_a_model_and_of_the_machine(tiered, model):
     assert status == 0 and (facts["layers"], facts["experts"], facts["top_k"]) == (4, 8, 2)
     status, out, _ = tiered("info")
     assert status == 0 and "kernels" in out
+
+
+def test_files_are_compared_with_their_checksums(tiered, model, tmp_path):
+    store = tmp_path / "store"
+    assert tiered("convert", model, store)[0] == 0
+    status, out, _ = tiered("info", store, "--check", "--json")
+    count = json.loads(out)["files_with_right_checksums"]
+    assert status == 0 and count == len(json.loads((store / "manifest.json").read_text())["files"])
+    status, out, _ = tiered("info", model, "--check")
+    assert status == 0 and "nothing was compared" in out
+    hub, name = tmp_path / "snapshot", "model.safetensors"  # as in a cache of the hub
+    shutil.copytree(model, hub)
+    blob = tmp_path / "blobs" / hashlib.sha256((hub / name).read_bytes()).hexdigest()
+    blob.parent.mkdir()
+    (hub / name).rename(blob)
+    (hub / name).symlink_to(blob)
+    status, out, _ = tiered("info", hub, "--check", "--json")
+    assert status == 0 and json.loads(out)["files_with_right_checksums"] == 1
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    status, _, err = tiered("info", hub, "--check")
+    assert status == 1 and f"{name} is damaged" in err and "Traceback" not in err
+    assert tiered("info", "--check")[0] == 2
 
 
 def test_convert_then_run_the_store(tiered, model, tmp_path):

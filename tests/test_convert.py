@@ -82,7 +82,7 @@ def check_same_bytes(model, tmp_path, quantize):
                     from_store.read_into(ExpertKey(layer, expert), blobs[1])
                     assert np.array_equal(blobs[0], blobs[1])
                     assert from_store.addresses(ExpertKey(layer, expert))[0] % 4096 == 0
-        b.verify()
+        assert b.verify() == len(b.metadata["files"])
 
 
 @pytest.mark.parametrize("kind", ["gguf", "bf16"])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tiered.checkpoints.checksums import Progress, first_damaged, of_hub_cache
 from tiered.config import ModelConfig
 
 
@@ -40,6 +41,9 @@ class Packed(NamedTuple):
 
     parts: tuple[Tensor, ...]
     unpack: Callable[..., np.ndarray]  # uint8 of each part -> uint8 [nbytes], contiguous
+
+
+NO_PIECES = Packed((), np.asarray)
 
 
 class Checkpoint:
@@ -102,8 +106,23 @@ class Checkpoint:
             size = tensor.offset + tensor.nbytes - start
             self._map(tensor.file).madvise(mmap.MADV_WILLNEED, start, size)
 
-    def verify(self) -> None:
-        """Compare the files with their recorded checksums, if the format has any."""
+    def checksums(self) -> dict[Path, str]:
+        """The sha256 of the files for which one was recorded, by those who wrote or downloaded
+        them."""
+        tensors = self.tensors.values()
+        pieces = (part for each in tensors for part in (each.packed or NO_PIECES).parts)
+        return of_hub_cache(sorted({each.file for each in (*tensors, *pieces)}))
+
+    def verify(self, progress: Progress = lambda done, total: None) -> int:
+        """Read the files that have a recorded checksum, and compare: returns how many they are.
+        CheckpointError names the first that differs."""
+        checksums = self.checksums()
+        damaged = first_damaged(checksums, progress)
+        if damaged is not None:
+            raise CheckpointError(
+                f"{damaged} is damaged: its checksum differs from the recorded one; get it anew"
+            )
+        return len(checksums)
 
     def close(self) -> None:
         """Give the memory maps up; each goes when the last array that views it does."""

@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from tiered.commands import options as opt
-from tiered.commands.output import print_json, results
+from tiered.commands.output import bytes_progress, print_json, results
 from tiered.config import QUANTIZATIONS
 from tiered.memory import available_bytes, format_bytes
 
@@ -30,12 +30,27 @@ from tiered.memory import available_bytes, format_bytes
     metavar="sim:CARD",
     help="What of MODEL fits on a described card, or on several as sim:CARD,sim:CARD.",
 )
+@opt.option(
+    "--check",
+    is_flag=True,
+    help="Read MODEL whole, and compare its files with the checksums that our stores and the cache "
+    "of the Hugging Face hub have.",
+)
 @opt.json_option
 def command(
-    model: Path | None, context: int, quantize: str, device: str | None, as_json: bool
+    model: Path | None,
+    context: int,
+    quantize: str,
+    device: str | None,
+    check: bool,
+    as_json: bool,
 ) -> None:
     """Tell what MODEL is and what fits where, from its headers; else, what this machine is."""
+    if check and model is None:
+        raise click.UsageError("--check needs a MODEL")
     facts = describe_model(model, context, quantize) if model else describe_machine()
+    if check and model is not None:
+        facts |= check_files(model)
     if device is not None:
         facts |= describe_cards(device, model, context, quantize)
     if as_json:
@@ -142,6 +157,16 @@ def describe_model(path: Path, context: int, quantize: str) -> dict[str, Any]:
                 "experts_in_memory": f"{min(1.0, room / experts):.0%}",
             }
         return facts
+
+
+def check_files(path: Path) -> dict[str, Any]:
+    """How many files have the checksums that were recorded. CheckpointError: one has not."""
+    from tiered.formats import open_checkpoint
+
+    with open_checkpoint(path) as checkpoint, bytes_progress() as bar:
+        task = bar.add_task("comparing", total=None)
+        count = checkpoint.verify(lambda done, total: bar.update(task, completed=done, total=total))
+    return {"files_with_right_checksums": count or "none has a checksum: nothing was compared"}
 
 
 def describe_cards(device: str, model: Path | None, context: int, quantize: str) -> dict[str, Any]:

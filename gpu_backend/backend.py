@@ -225,7 +225,11 @@ class GpuBackend:
         owners = np.asarray(jobs.experts, np.int32)
         arrays = Jobs(begins, owners, jobs.starts, jobs.pairs, len(out) // len(h))
         quantized = self._rows_of(h).quantized()
-        self.arithmetic.experts(self._slots.slab, layer.weights, arrays, quantized, out)
+        # Rows of a prompt take longer: they say nothing about reading weights.
+        nbytes = len(begins) * layer.weights.layout.nbytes
+        few = len(h) <= self.few_rows
+        with self.device.timed(nbytes) if few else nullcontext():
+            self.arithmetic.experts(self._slots.slab, layer.weights, arrays, quantized, out)
         self.device.mark()
 
     def _run_on_host(

@@ -11,10 +11,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from gpu_backend.kernel_times import KernelTimes
 
 
 def cuda_is_available() -> bool:
@@ -99,7 +102,26 @@ class TorchDevice:
             self._copies = torch.cuda.Stream(self.torch_device)
             self._downloads = torch.cuda.Stream(self.torch_device)
             self._last_use = torch.cuda.Event()
+        self.kernel_times = KernelTimes()
         self._lock = threading.Lock()  # marks come from the main thread, uploads from loaders
+
+    @contextmanager
+    def timed(self, nbytes: float) -> Iterator[None]:
+        """What is launched meanwhile reads `nbytes` of weights: see `kernel_times`."""
+        if not self.is_cuda:
+            start = perf_counter()
+            yield
+            seconds = perf_counter() - start
+            self.kernel_times.add(nbytes, lambda: seconds)
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self.torch_device)
+        begin.record(stream)
+        yield
+        end.record(stream)
+        self.kernel_times.add(
+            nbytes, lambda: 1e-3 * begin.elapsed_time(end) if end.query() else None
+        )
 
     @property
     def free_bytes(self) -> int | None:

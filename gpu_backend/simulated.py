@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 
 from gpu_backend.cards import Cards
+from gpu_backend.kernel_times import KernelTimes
 from gpu_backend.kv_shapes import KVShape, kv_shapes
 from gpu_backend.pieces import in_pieces
 from gpu_backend.slots import ON_DEVICE, GpuSlots
@@ -83,6 +84,7 @@ class SimulatedGpu:
     ) -> None:
         self.machine, self.clock, self.free_bytes = machine, clock, memory
         self.kernels = kernels or Stream()
+        self.kernel_times = KernelTimes()
         self.lock = threading.RLock()
         self.fail_copies = set(fail_copies)
         self.num_copies = 0
@@ -153,15 +155,16 @@ class SimulatedGpu:
 
     def kernel(
         self, nbytes: float, operations: float, launches: int = 1, slots: Sequence[int] = ()
-    ) -> None:
-        """Launch something that reads these slots, among other things."""
+    ) -> tuple[float, float]:
+        """Launch something that reads these slots, among other things: when it begins and ends."""
         with self.lock:
             seconds = self.machine.product_seconds(nbytes, operations, launches)
-            _, end = self.kernels.run(seconds, self.clock.now)
+            begin, end = self.kernels.run(seconds, self.clock.now)
             for slot in slots:
                 if slot in self.in_flight:
                     raise RuntimeError(f"race: slot {slot} is read before its copy has ended")
                 self.readers[slot] = end
+            return begin, end
 
     def host_works(self, nbytes: float, operations: float) -> None:
         """The processor computes beside the card."""
@@ -299,7 +302,13 @@ class SimulatedCard:
         self.computed["gpu" if here.any() else "cpu"] += len(addresses)
         if here.any():
             slots = ((addresses[:, 0] - ON_DEVICE) // self._slots.stride).tolist()
-            self.device.kernel(len(slots) * layer.nbytes, operations, EXPERT_LAUNCHES, slots)
+            nbytes = len(slots) * layer.nbytes
+            begin, end = self.device.kernel(nbytes, operations, EXPERT_LAUNCHES, slots)
+            if len(h) <= self.host.few_rows:  # as gpu_backend.backend has it
+                clock = self.device.clock
+                self.device.kernel_times.add(
+                    nbytes, lambda: end - begin if clock.now >= end else None
+                )
             addresses = addresses - ON_DEVICE + self._slots.slab.ctypes.data
         pieces, jobs = in_pieces(addresses, jobs, self.host.few_rows)
         self.host.experts(h, layer.of_host, pieces, jobs, out)

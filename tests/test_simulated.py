@@ -11,6 +11,7 @@ from tiered.demo import random_tiny_model
 from tiered.gpu.devices import described, device_names
 from tiered.loaders import State
 from tiered.planning import hardware
+from tiered.planning.costs import Line
 from tiered.simulated.clock import VirtualClock
 
 CARD, TWO = "sim:rtx4060ti-16gb", "sim:rtx4060ti-16gb,sim:rtx3060-12gb"
@@ -64,6 +65,16 @@ def test_a_simulated_card_says_what_the_cpu_says(model, expected, device, num_sl
     got, texts, stats, _ = run(model, device, **choices)
     assert np.array_equal(got, logits) and texts == [tokens, tokens]
     assert stats.simulated_decode_seconds > 0 and stats.simulated_prefill_seconds > 0
+
+
+def test_what_kernels_take_is_learnt_while_they_run(model):
+    with Engine(model, device=CARD, threads=2) as engine:
+        costs, blob = engine.decoder.source.cards[0].costs, max(engine.store.blob_bytes)
+        costs.gpu = Line(1.0, 1e-6, blob)  # nonsense
+        list(engine.generate_tokens(PROMPT, 200))
+        rates = engine.backend.cards[0].device.machine.rates
+        expected = 2 * rates.launch + 2 * blob / rates.gpu
+        assert costs.gpu(2 * blob) == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v2", "granitemoehybrid"])

@@ -143,6 +143,7 @@ def place_experts(
                 clock=timing.clock,
                 cpu=cpu,
                 link=link,
+                kernels=card.device.kernel_times.take,
             )
             sources |= dict.fromkeys(layers, of_card)
             nbytes = len(memory.slab)

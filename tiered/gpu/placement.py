@@ -9,7 +9,7 @@ control asks where an expert runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,7 +67,7 @@ class PlacedExperts:
     those its kernels give the GPU's bits. So where an expert runs is a question of costs alone: the
     fewer rows a prompt has for it, the sooner it is computed where it is than copied. `admission`:
     misses that the CPU computed are copied afterwards, if they are worth it and the link is idle;
-    None: never.
+    None: never. `kernels` tells bytes and seconds of what the GPU has computed since it was asked.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class PlacedExperts:
         clock: Callable[[], float] = time.perf_counter,
         cpu: Busy | None = None,
         link: Channel | None = None,
+        kernels: Callable[[], Iterable[tuple[float, float]]] = tuple,
     ) -> None:
         self.vram = vram
         self.below = below
@@ -92,7 +93,7 @@ class PlacedExperts:
         self.admission = admission
         self.promotion: Allowance = Always()  # whether anything is copied afterwards now
         self.hits = self.copies = self.computed_in_ram = 0  # experts, each once per layer
-        self._cpu, self._link = cpu or Busy(clock), link
+        self._cpu, self._link, self._kernels = cpu or Busy(clock), link, kernels
         self._layer, self._began = -1, self._cpu.clock()  # of this pass
         sparse = store.checkpoint.config.sparse_layers
         self._offsets = {layer: store.layout(layer).offsets for layer in sparse}
@@ -107,6 +108,8 @@ class PlacedExperts:
         meanwhile; then what has been copied meanwhile.
         """
         keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
+        for nbytes, seconds in self._kernels():
+            self.costs.gpu.observe(nbytes, seconds)
         if self.admission is not None:
             self._count_pass(layer, self.admission)
             self.admission.touch(keys)

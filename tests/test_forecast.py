@@ -58,7 +58,7 @@ def simulated(name, card, gib):
 POINTS = [("mixtral-8x7b", "rtx3060-12gb", 10), ("mixtral-8x7b", "rtx4060ti-16gb", 16)]
 MORE = [
     (name, card, gib)
-    for name, sizes_of_cards in (("mixtral-8x7b", (4, 8, 12, 20)), ("qwen3-30b-a3b", (4, 8, 12)))
+    for name, sizes_of_cards in (("mixtral-8x7b", (4, 12)), ("qwen3-30b-a3b", (8,)))
     for card in hardware.names() if hardware.find(card).gpu is not None
     for gib in sizes_of_cards if gib << 30 <= hardware.find(card).gpu.vram
 ]  # fmt: skip

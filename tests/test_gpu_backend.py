@@ -14,7 +14,8 @@ from tiered.backend import AttentionWeights, Batch
 from tiered.config import ModelConfig, RopeConfig
 from tiered.demo import random_tiny_model
 from tiered.experts import ExpertKey, expert_layout
-from tiered.gpu.placement import Fixed, PlacedExperts
+from tiered.gpu.placement import PlacedExperts
+from tiered.gpu.splits import Fixed
 from tiered.gpu.uploads import MappedBlobs, Uploads
 from tiered.planning.costs import Costs
 from tiered.policies import Space

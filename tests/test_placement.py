@@ -12,7 +12,8 @@ from tiered import Engine, policies
 from tiered.demo import random_tiny_model
 from tiered.experts import ExpertJobs, ExpertKey
 from tiered.governor import Governor
-from tiered.gpu.placement import Balanced, Fixed, PlacedExperts
+from tiered.gpu.placement import PlacedExperts
+from tiered.gpu.splits import Balanced, Fixed
 from tiered.gpu.uploads import Uploads
 from tiered.planning.admission import Admission
 from tiered.planning.costs import Costs, Line, Miss

@@ -27,6 +27,7 @@ from tiered.governor import Governor, Governors, depths
 from tiered.gpu.accelerator import model_bytes, place_experts, spread
 from tiered.gpu.shared_room import SharedRoom
 from tiered.gpu.shares import Share
+from tiered.gpu.splits import Governed, govern
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
 from tiered.prefetch import Prefetcher
@@ -162,6 +163,8 @@ class Engine:
             for placed in self.decoder.source.cards:
                 placed.promotion = promotion
             governors.append(promotion)
+            splits = [placed.split for placed in self.decoder.source.cards]
+            governors.append(govern([each for each in splits if isinstance(each, Governed)]))
         self.kv = KVCache(
             self.backend, self.checkpoint.config, self.kv_tokens, choices.kv_dtype,
             self.num_texts, room,

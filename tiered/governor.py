@@ -43,12 +43,13 @@ def depths(most: int) -> list[int]:
 class Governor:
     """Chooses one of several limits of something, from the time that steps take with each.
 
-    `limits` rise; it begins with the last, and 0 is off. `add` each step (a token): they are
-    counted in windows of `window`. After `patience` windows with the chosen limit, one window
-    probes the limit below or above it, and is compared with the window before. Hysteresis: the
-    other limit has to be faster by more than `margin` twice in a row; each probe that changes
-    nothing doubles the patience, up to `max_patience`. `typical` makes a token's time of a window's
-    steps: their seconds, and how many tokens each made.
+    `limits` rise; it begins with the last, or number `start` of them. 0 is off, unless there are
+    `labels` for what the limits mean. One is tried only if `is_worth_trying` says so. `add` each
+    step (a token): they are counted in windows of `window`. After `patience` windows with the
+    chosen limit, one window probes the limit below or above it, and is compared with the window
+    before. Hysteresis: the other limit has to be faster by more than `margin` twice in a row; each
+    probe that changes nothing doubles the patience, up to `max_patience`. `typical` makes a token's
+    time of a window's steps: their seconds, and how many tokens each made.
     """
 
     def __init__(
@@ -60,6 +61,9 @@ class Governor:
         patience: int = 1,
         max_patience: int = 32,
         typical: Callable[[Sequence[float], Sequence[int]], float] = median_step,
+        start: int = -1,
+        labels: Sequence[str] = (),
+        is_worth_trying: Callable[[int], bool] = lambda limit: True,
     ) -> None:
         self.limits = tuple(limits)
         self.name = name
@@ -68,7 +72,9 @@ class Governor:
         self.max_patience = max_patience
         self.benefit = 0.0  # last measured: share of a step's time that the higher limit saves
         self._typical = typical
-        self._chosen = self._used = len(self.limits) - 1  # places in `limits`
+        self._chosen = self._used = range(len(self.limits))[start]  # places in `limits`
+        self.labels = tuple(labels)
+        self._is_worth_trying = is_worth_trying
         self._direction = -1  # of the next probe
         self._seconds: list[float] = []  # of the steps in this window
         self._counts: list[int] = []  # of their tokens
@@ -81,6 +87,10 @@ class Governor:
     def chosen(self) -> int:
         """The limit that is believed best."""
         return self.limits[self._chosen]
+
+    def label(self, limit: int) -> str:
+        """What a limit is called."""
+        return self.labels[self.limits.index(limit)] if self.labels else str(limit)
 
     @property
     def is_probing(self) -> bool:
@@ -106,10 +116,19 @@ class Governor:
         self._before = typical
         self._windows += 1
         if self._windows >= self._patience:
-            if not 0 <= self._chosen + self._direction < len(self.limits):
-                self._direction = -self._direction
-            self._used = self._chosen + self._direction
+            return not self._probe()
         return False
+
+    def _probe(self) -> bool:
+        """Begin to use the limit beside the chosen one, if it may be worth it."""
+        if not 0 <= self._chosen + self._direction < len(self.limits):
+            self._direction = -self._direction
+        other = self._chosen + self._direction
+        if not self._is_worth_trying(self.limits[other]):
+            self._direction, self._windows = -self._direction, 0
+            return False
+        self._used = other
+        return True
 
     def _compare(self, probed: float) -> None:
         other, self._used, self._windows = self._used, self._chosen, 0
@@ -129,10 +148,10 @@ class Governor:
             self._tell(left, self._before, probed)
 
     def _tell(self, left: int, before: float, now: float) -> None:
-        setting, other = str(self.chosen), f"with {left}"
-        if left == 0:
+        setting, other = self.label(self.chosen), f"with {self.label(left)}"
+        if left == 0 and not self.labels:
             setting, other = "on", "without"
-        elif self.chosen == 0:
+        elif self.chosen == 0 and not self.labels:
             setting, other, before, now = "off", "without", now, before
         log.info(
             "%s is now %s: a token takes %.1f ms with it and %.1f ms %s",

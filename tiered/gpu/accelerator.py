@@ -14,9 +14,10 @@ from tiered.config import EngineConfig, ModelConfig
 from tiered.experts import BLOB_ALIGNMENT, aligned
 from tiered.gpu.busy import Busy, Channel
 from tiered.gpu.known_costs import known_costs, measure_rows
-from tiered.gpu.placement import Balanced, ExpertsOfCards, PlacedExperts
+from tiered.gpu.placement import ExpertsOfCards, PlacedExperts
 from tiered.gpu.shared_room import SharedMemory, SharedRoom
 from tiered.gpu.shares import LayerBytes, Share, check_shares, parse_vram, share_out
+from tiered.gpu.splits import Balanced, Governed
 from tiered.gpu.uploads import MappedBlobs, TimedReads, Uploads
 from tiered.kv_cache import device_bytes
 from tiered.memory import format_bytes
@@ -136,7 +137,7 @@ def place_experts(
                 tier,
                 below,
                 store,
-                Balanced(costs),
+                Governed(costs),
                 costs,
                 few_rows=card.few_rows,
                 admission=Admission(memory.space, costs),
@@ -144,6 +145,7 @@ def place_experts(
                 cpu=cpu,
                 link=link,
                 kernels=card.device.kernel_times.take,
+                prompt_split=Balanced(costs),
             )
             sources |= dict.fromkeys(layers, of_card)
             nbytes = len(memory.slab)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from tiered.experts import ExpertKey
 from tiered.governor import Allowance, Always
 from tiered.gpu.busy import Busy, Channel
+from tiered.gpu.splits import Split
 from tiered.model import ExpertSource
 from tiered.planning.admission import Admission
 from tiered.planning.costs import Costs, Miss
@@ -27,38 +28,6 @@ from tiered.tier import Tier
 Group = tuple[Any, np.ndarray]  # positions in a layer's experts; addresses int64 [count, 3]
 
 
-class Split(Protocol):
-    """Decides how many of a layer's misses are copied: a chooser, or one of those below."""
-
-    def place(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:
-        """The first so many misses. `hits`: bytes that are resident; `wait`: until the link is
-        free, in seconds."""
-
-
-class Balanced:
-    """Copies so many misses that both sides end together: m * P / (P + C), with measured rates."""
-
-    def __init__(self, costs: Costs) -> None:
-        self._costs = costs
-
-    def place(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:
-        seconds = self._costs.layer_seconds
-        ends = [seconds(hits, misses, num, wait) for num in range(len(misses) + 1)]
-        return ends.index(min(ends))
-
-
-class Fixed:
-    """Copies a fixed share of the misses: 1 is a GPU alone, 0 leaves every miss to the CPU."""
-
-    def __init__(self, share: float) -> None:
-        if not 0 <= share <= 1:
-            raise ValueError(f"share must lie in 0 ... 1, not {share}")
-        self._share = share
-
-    def place(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:
-        return round(self._share * len(misses))
-
-
 class PlacedExperts:
     """Where a decoder's experts come from, on a GPU with a CPU beside it.
 
@@ -67,7 +36,8 @@ class PlacedExperts:
     those its kernels give the GPU's bits. So where an expert runs is a question of costs alone: the
     fewer rows a prompt has for it, the sooner it is computed where it is than copied. `admission`:
     misses that the CPU computed are copied afterwards, if they are worth it and the link is idle;
-    None: never. `kernels` tells bytes and seconds of what the GPU has computed since it was asked.
+    None: never. `split` says how many misses are copied, `prompt_split` (default: the same) those
+    of a prompt. `kernels` tells bytes and seconds of what the GPU has computed since it was asked.
     """
 
     def __init__(
@@ -84,10 +54,11 @@ class PlacedExperts:
         cpu: Busy | None = None,
         link: Channel | None = None,
         kernels: Callable[[], Iterable[tuple[float, float]]] = tuple,
+        prompt_split: Split | None = None,
     ) -> None:
         self.vram = vram
         self.below = below
-        self.split = split
+        self.split, self._prompt_split = split, prompt_split or split
         self.costs = costs
         self.few_rows = few_rows
         self.admission = admission
@@ -166,7 +137,8 @@ class PlacedExperts:
             Miss(nbytes, 0.0, self.costs.work(nbytes, counts[i], self.few_rows)) for i in misses
         ]
         wait, there = len(awaited) * self.costs.link(nbytes), nbytes * len(hits)
-        chosen = fitting = self.split.place(there, free, wait)
+        split = self.split if max(counts) <= self.few_rows else self._prompt_split
+        chosen = fitting = split.place(there, free, wait)
         if chosen == len(misses):
             return chosen
         while fitting and not self.vram.residency.fits(

@@ -18,7 +18,7 @@ from tiered.planning.machine import Machine, Rates
 from tiered.planning.prompt import prompt_seconds
 from tiered.planning.simulation import Simulation
 from tiered.planning.sizes import ModelSizes
-from tiered.planning.strategies import STRATEGIES, Budgets, Strategy
+from tiered.planning.strategies import GOVERNED, STRATEGIES, Budgets, Strategy
 from tiered.planning.synthetic import Routed, locality_of, routing
 
 PROCESS = 450 << 20  # bytes of an interpreter with its libraries and workspace
@@ -120,7 +120,7 @@ def forecast(
     accuracy: float = 0.85,
 ) -> Forecast:
     """Simulate decoding after `context` tokens, and a prompt of `prompt_tokens`. Where a strategy
-    promotes experts, it is simulated without that, too: a governor finds out what is quicker.
+    promotes experts, so is what governors may choose in its place: they find out what is quicker.
 
     `tokens` is routing from a trace, all of it timed, after the distinct experts per layer of its
     `prompt` and the tokens of `warm`, by which tiers are filled; without, it is synthetic, and
@@ -164,7 +164,7 @@ def forecast(
 
     plans = [STRATEGIES[strategy]]
     if plans[0].promote and 0 < layout.vram_experts < layout.all_experts:
-        plans.append(plans[0]._replace(promote=False))
+        plans += GOVERNED
     return max(map(follow, plans), key=lambda got: got.tok_s)
 
 

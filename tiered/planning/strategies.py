@@ -23,10 +23,15 @@ STRATEGIES = {
     "half": Strategy(0.5, keep="always"),  # a cache that copies every other miss
     "fixed-half": Strategy(0.5, keep="never"),  # the hottest for good, every other miss copied
     # Whatever ends soonest; what was copied for it stays. As gpu/placement.py does it, whose
-    # governor leaves promotion out where that is quicker: see forecast.py.
+    # governors use one of GOVERNED where that is quicker.
     "tiered": Strategy(None, keep="always", promote=True),
 }
 
+GOVERNED = (
+    STRATEGIES["tiered"]._replace(promote=False),
+    STRATEGIES["half"],
+    STRATEGIES["copy"],
+)
 DYNAMIC = (
     Strategy(None, promote=True),
     Strategy(None, keep="recent"),

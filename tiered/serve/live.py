@@ -127,6 +127,7 @@ class Live:
                 {
                     "name": governor.name,
                     "chosen": governor.chosen,
+                    "label": governor.label(governor.chosen) if governor.labels else "",
                     "limits": governor.limits,
                     "is_probing": governor.is_probing,
                     "benefit": governor.benefit,

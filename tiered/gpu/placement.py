@@ -203,16 +203,14 @@ class PlacedExperts:
         if residency.used + residency.space.nbytes(key) <= residency.space.capacity:
             return ()
         ram: Tier | None = getattr(self.below, "tier", None)
-        victim, staying = would_evict(residency, key, evictable), frozenset[ExpertKey]()
+        victim, staying = would_evict(residency, key, evictable), set[ExpertKey]()
         if victim is not None and ram is not None and victim not in ram:
             if admission.worth_a_read(key, victim):
                 return staying
-            staying = frozenset(residency.resident() - ram.residency.resident())
-            if len(staying) == len(residency):
-                return None
-            victim = would_evict(
-                residency, key, lambda other: evictable(other) and other not in staying
-            )
+            spares = residency.resident() & ram.residency.resident()
+            spares = set(filter(evictable, spares))
+            victim = would_evict(residency, key, spares.__contains__) if spares else None
+            staying = residency.resident() - spares
         worth = victim is not None and admission.worth(key, victim, is_there=False)
         return staying if worth else None
 

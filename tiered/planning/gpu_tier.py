@@ -107,7 +107,9 @@ class GpuTier:
         if victim is not None and below is not None and victim not in below:
             if self.admission.worth_a_read(key, victim):
                 return True
-            victim = would_evict(tier, key, lambda other: other not in batch and other in below)
+            spares = tier.resident() & below.resident()
+            spares.difference_update(batch)
+            victim = would_evict(tier, key, spares.__contains__) if spares else None
         if victim is None:
             return False
         worth = self.strategy.keep == "recent" or self.admission.worth(key, victim, is_there)

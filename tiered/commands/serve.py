@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,12 @@ def command(
             style="yellow",
         )
 
-    def announce(port: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def announce(port: int) -> Iterator[None]:
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        notes.print(f"{names[0]} at {url} (page) and {url}/v1 (API); Ctrl-C ends")
-        return announced(model=str(path), name=names[0], url=url)
+        with announced(model=str(path), name=names[0], url=url):
+            notes.print(f"{names[0]} at {url} (page) and {url}/v1 (API); Ctrl-C ends")
+            yield
 
     with ExitStack() as stack:
         if replicas > 1:

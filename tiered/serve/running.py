@@ -34,7 +34,9 @@ def announced(**facts: Any) -> Iterator[None]:
     pid = os.getpid()
     file = place / f"{pid}.json"
     created = psutil.Process().create_time()
-    file.write_text(json.dumps({"pid": pid, "created": created, **facts}), encoding="utf-8")
+    unfinished = file.with_suffix(".tmp")  # `running` removes what it cannot read
+    unfinished.write_text(json.dumps({"pid": pid, "created": created, **facts}), encoding="utf-8")
+    unfinished.replace(file)
     try:
         yield
     finally:

@@ -3,7 +3,6 @@ beside what the card's memory and torch's own products give."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -103,22 +102,8 @@ def _peak(backend: GpuBackend, size: int) -> float:
 def _seconds(backend: GpuBackend, work: Callable[[], Tensors]) -> float:
     """Best of some runs. On a card as a graph: launching from Python takes longer than the work."""
     work()  # compiled now
-    if not backend.device.is_cuda:
-        return min(_timed(work) for _ in range(REPEATS))
-    _, replay = CudaRecorder(backend.device.torch_device)(work)
-    return min(_timed_on_card(replay) for _ in range(REPEATS))
-
-
-def _timed(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
-def _timed_on_card(work: Callable[[], object]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) * 1e-3
+    device = backend.device
+    if device.is_cuda:
+        _, replay = CudaRecorder(device.torch_device)(work)
+        return min(device.seconds(replay) for _ in range(REPEATS))
+    return min(device.seconds(work) for _ in range(REPEATS))

@@ -105,23 +105,31 @@ class TorchDevice:
         self.kernel_times = KernelTimes()
         self._lock = threading.Lock()  # marks come from the main thread, uploads from loaders
 
+    def seconds(self, work: Callable[[], object]) -> float:
+        """What it takes on the device; waits for it."""
+        with self.timed(0, times := KernelTimes()):
+            work()
+        self.synchronize()
+        ((_, seconds),) = times.take()
+        return seconds
+
     @contextmanager
-    def timed(self, nbytes: float) -> Iterator[None]:
-        """What is launched meanwhile reads `nbytes` of weights: see `kernel_times`."""
+    def timed(self, nbytes: float, times: KernelTimes | None = None) -> Iterator[None]:
+        """What is launched meanwhile reads `nbytes` of weights: told to `times`, or by
+        `kernel_times`."""
+        times = times or self.kernel_times
         if not self.is_cuda:
             start = perf_counter()
             yield
             seconds = perf_counter() - start
-            self.kernel_times.add(nbytes, lambda: seconds)
+            times.add(nbytes, lambda: seconds)
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream = torch.cuda.current_stream(self.torch_device)
         begin.record(stream)
         yield
         end.record(stream)
-        self.kernel_times.add(
-            nbytes, lambda: 1e-3 * begin.elapsed_time(end) if end.query() else None
-        )
+        times.add(nbytes, lambda: 1e-3 * begin.elapsed_time(end) if end.query() else None)
 
     @property
     def free_bytes(self) -> int | None:

@@ -31,8 +31,7 @@ LARGEST_PIN = 64 << 30  # bytes that the probe may try
 
 def calibrate_card(device: str, file: Path, tuning_file: Path) -> dict[str, Any]:
     """Measure a CUDA device ("cuda:0"), keep that in `file` and the best tuning in
-    `tuning_file`."""
-    TorchDevice(device)  # RuntimeError: there is none, or it is too old
+    `tuning_file`. RuntimeError: there is none, or it is too old."""
     probe, name = CudaProbe(device), card_name(device)
     vram = torch.cuda.get_device_properties(torch.device(device)).total_memory
     measured = calibrate(probe, name, int(vram))
@@ -66,7 +65,8 @@ class CudaProbe:
     """See gpu_backend.calibrate.Probe."""
 
     def __init__(self, device: str = "cuda", host_bytes: int = 256 << 20) -> None:
-        self._device = torch.device(device)
+        card = TorchDevice(device)
+        self._seconds, self._device = card.seconds, card.torch_device
         torch.cuda.set_device(self._device)  # whose streams events and copies belong to
         self._pageable = torch.ones(host_bytes, dtype=torch.uint8)
         self._pinned = self._pageable.pin_memory()
@@ -131,15 +131,6 @@ class CudaProbe:
         nbytes = EXPERT_SHAPE[0] * FORMATS["q4_0"].row_bytes(EXPERT_SHAPE[1])
         data = torch.full((nbytes,), 1, dtype=torch.uint8, device=self._device)
         return Quantized(data, "q4_0", EXPERT_SHAPE)
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        """Of the device, between two events."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) * 1e-3
 
 
 @contextmanager

@@ -12,8 +12,8 @@ Where a model has `layer_norms`, the `norm` of attention, router and output laye
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -329,15 +329,11 @@ def open_gpu(choices: EngineConfig) -> Backend:
     machines = [machine for machine in map(described, names) if machine is not None]
     if machines:
         return open_simulated(choices, names, machines)
-    try:
+    with needing_torch(choices.device):
         from gpu_backend.backend import GpuBackend
         from gpu_backend.device import card_name
         from gpu_backend.torch_cards import TorchCards
         from gpu_backend.tuning import load_tuning
-    except ImportError as error:
-        raise RuntimeError(
-            f"device {choices.device!r} needs torch: pip install 'tiered[gpu]'"
-        ) from error
     names = numbered(names)
     exact, host = choices.quantize == "none", open_cpu(choices)
     cards: list[Any] = []
@@ -351,6 +347,15 @@ def open_gpu(choices: EngineConfig) -> Backend:
         raise
     backend: Backend = TorchCards(cards, names)
     return backend
+
+
+@contextmanager
+def needing_torch(device: str) -> Iterator[None]:
+    """Around imports: RuntimeError says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise RuntimeError(f"device {device!r} needs torch: pip install 'tiered[gpu]'") from error
 
 
 def open_simulated(choices: EngineConfig, names: list[str], machines: list[Hardware]) -> Backend:
@@ -385,10 +390,8 @@ def numbered(names: list[str]) -> list[str]:
 def calibrate_gpu(name: str) -> dict[str, Any]:
     """Measure a CUDA device and find how its kernels are best launched, keep both, and return what
     was measured (see gpu_backend.calibrate). RuntimeError says what is missing."""
-    try:
+    with needing_torch(name):
         from gpu_backend.probe import calibrate_card
-    except ImportError as error:
-        raise RuntimeError(f"device {name!r} needs torch: pip install 'tiered[gpu]'") from error
     measured: dict[str, Any] = calibrate_card(name, gpu_file(), tuning_file())
     return measured
 
@@ -396,12 +399,10 @@ def calibrate_gpu(name: str) -> dict[str, Any]:
 def bench_gpu(name: str, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Rates of a GPU's kernels (see gpu_backend.bench); "sim" is torch's CPU device. RuntimeError
     says what is missing."""
-    try:
+    with needing_torch(name):
         from gpu_backend.bench import kernel_report
         from gpu_backend.device import card_name
         from gpu_backend.tuning import load_tuning
-    except ImportError as error:
-        raise RuntimeError(f"device {name!r} needs torch: pip install 'tiered[gpu]'") from error
     device = "cpu" if name == "sim" else name
     tuning = load_tuning(tuning_file(), card_name(device))
     report: dict[str, Any] = kernel_report(device, tuning, progress)

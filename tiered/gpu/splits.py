@@ -59,11 +59,10 @@ class Governed:
         self._seconds = [0.0] * len(PLANS)  # that costs foresee of each, lately
 
     def place(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:
-        balanced = self._costs.balance(hits, misses, wait)
-        copied = 0, round(0.5 * len(misses)), balanced, len(misses)
+        ends = self._costs.ends(hits, misses, wait)
+        copied = 0, round(0.5 * len(misses)), ends.index(min(ends)), len(misses)
         for plan, count in enumerate(copied):
-            seconds = self._costs.layer_seconds(hits, misses, count, wait)
-            self._seconds[plan] += seconds - self._seconds[plan] / MEMORY
+            self._seconds[plan] += ends[count] - self._seconds[plan] / MEMORY
         return copied[self.choice.limit() if self.choice else BALANCED]
 
     def is_near(self, plan: int) -> bool:

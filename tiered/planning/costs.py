@@ -140,8 +140,12 @@ class Costs:
 
     def balance(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:
         """How many of the misses to copy, so that the layer ends soonest."""
-        ends = [self.layer_seconds(hits, misses, n, wait) for n in range(len(misses) + 1)]
+        ends = self.ends(hits, misses, wait)
         return ends.index(min(ends))
+
+    def ends(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> list[float]:
+        """Seconds of the layer if 0, 1, ... all of the misses are copied."""
+        return [self.layer_seconds(hits, misses, n, wait) for n in range(len(misses) + 1)]
 
 
 def _observe(line: Line, slowdown: float, nbytes: float, seconds: float, overlap: float) -> float:

@@ -1,11 +1,10 @@
-"""What the tests of distillation share: a source, a text, the command and what it must leave."""
+"""What the tests of distillation share: a text, the command and what it must leave."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from tiered import Engine
@@ -13,16 +12,8 @@ from tiered.formats import open_checkpoint
 
 EXACT = dict(threads=2, quantize="none", kv_dtype="f32")
 KINDS = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe", "glm4_moe"]
-NO_GROUPS = {"n_group": 1, "topk_group": 1}
 IDS = np.random.default_rng(0).integers(3, 300, 640).tolist()
 WORDS = ["the", "rain", "in", "the", "north", "and", "then", "heat", "of", "an", "inner", "thing"]
-
-
-def source(folder, model_type="mixtral", **options):
-    config = NO_GROUPS if model_type == "glm4_moe" else {}
-    return tiny.hf_checkpoint(
-        folder / "source", model_type, tokenizer=True, config=config, **options
-    )
 
 
 def write_text(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from students import EXACT, IDS, KINDS, source
+from sources import source
+from students import EXACT, IDS, KINDS
 
 from tiered import Engine
 from tiered.backend import open_backend

@@ -13,7 +13,8 @@ import tiny
 
 pytest.importorskip("torch")
 
-from students import EXACT, KINDS, check_result, distill, report_of, source, write_text
+from sources import source, source_of_kind
+from students import EXACT, KINDS, check_result, distill, report_of, write_text
 
 from tiered import Engine
 from tiered.backend import open_backend
@@ -23,7 +24,6 @@ from tiered.distilling.samples import read_samples, record
 from tiered.distilling.target import dense_target
 from tiered.distilling.training import evaluate, split
 from tiered.formats import CheckpointError, open_checkpoint
-from tiered.weights.convert import convert
 
 
 @pytest.fixture
@@ -207,13 +207,7 @@ def test_a_killed_one_goes_on(tiered, tmp_path, text, where, after_calls):
     ids=str,
 )
 def test_mistakes_get_one_line(tiered, tmp_path, text, kind, arguments, message):
-    model = tmp_path / "nothing"
-    if kind == "gguf":
-        model = tiny.gguf_checkpoint(tmp_path / "tiny.gguf")
-    elif kind == "store":
-        model = convert(source(tmp_path), tmp_path / "store")
-    elif kind != "nothing":
-        model = source(tmp_path, kind)
+    model = source_of_kind(tmp_path, kind)
     before = sorted(tmp_path.iterdir())
     status, _, err = tiered("distill", model, tmp_path / "after", "--text", text, *arguments)
     assert status != 0 and message in err and "Traceback" not in err

@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from students import EXACT, IDS, check_result, distill, report_of, source, write_text
+from sources import source
+from students import EXACT, IDS, check_result, distill, report_of, write_text
 
 from tiered import Engine
 from tiered.distilling.decoder import Decoder

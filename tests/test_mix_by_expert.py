@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from other_weights import logits_with
 
 from cpu_kernels.formats import FORMATS
 from tiered import Engine, policies
@@ -16,12 +17,10 @@ from tiered.planning.sizes import of_checkpoint
 from tiered.policies import Space
 from tiered.quantizing.quantize import Recipe, quantize
 from tiered.quantizing.rewritten import Rewritten
-from tiered.source import MappedExperts
 from tiered.store import ExpertStore
 from tiered.tracing.replay import replay
 from tiered.tracing.trace import TraceInfo, TraceWriter, read_trace
 from tiered.weights.convert import convert
-from tiered.weights.loader import WeightLoader
 
 IDS = np.random.default_rng(0).integers(3, 300, 400).tolist()
 NUM_TOKENS = 16
@@ -147,14 +146,9 @@ def test_it_is_the_model_that_its_experts_are(mixed, tmp_path):
         alike = Rewritten(engine.checkpoint, tmp_path / "scratch")
         for name in [name for name in alike.tensors if ".experts." in name]:
             alike.rewrite(name, alike.float32(name))
-        store = ExpertStore(alike, "none")
-        assert not store.is_mix
-        loader = WeightLoader(alike, engine.backend, "none")
-        engine.decoder.layers = [loader.layer(i, store) for i in range(engine.config.num_layers)]
-        engine.decoder.source = MappedExperts(store)
-        want = engine.logits(IDS[:40])
-        store.close()
-        alike.close()
+        with ExpertStore(alike, "none") as store:
+            assert not store.is_mix
+        want = logits_with(engine, alike, IDS[:40])
     assert np.abs(got - want).max() <= 1e-5 * np.ptp(want)
 
 

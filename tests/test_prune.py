@@ -7,6 +7,7 @@ import golden
 import numpy as np
 import pytest
 import tiny
+from sources import source, source_of_kind
 
 from tiered import Engine
 from tiered.backend import open_backend
@@ -21,21 +22,12 @@ from tiered.quality.importance import (
 )
 from tiered.quality.layer_tap import read
 from tiered.tracing.trace import Routed, read_trace
-from tiered.weights.convert import convert
 from tiered.weights.prune import prune
 
 IDS = np.random.default_rng(0).integers(3, 300, 70).tolist()
 KEPT = {0: [0, 3, 4, 7], 1: [1, 2, 5, 6]}
 SPARSE = [name for name in tiny.ARCHITECTURES if name != "llama"]
 CUT = {"router", "router_bias", "router_correction", "router_scales"}
-NO_GROUPS = {"n_group": 1, "topk_group": 1}  # of experts: they could not be cut
-
-
-def source(folder, model_type="mixtral", **options):
-    config = NO_GROUPS if "n_group" in tiny.hf_config(model_type) else {}
-    return tiny.hf_checkpoint(
-        folder / "source", model_type, tokenizer=True, config=config, **options
-    )
 
 
 def check_tensors(before, after, kept):
@@ -245,13 +237,7 @@ def test_a_tensor_without_a_rule_is_refused(tmp_path):
     ids=str,
 )
 def test_mistakes_get_one_line(tiered, tmp_path, kind, arguments, message):
-    model = tmp_path / "nothing"
-    if kind == "gguf":
-        model = tiny.gguf_checkpoint(tmp_path / "tiny.gguf")
-    elif kind == "store":
-        model = convert(source(tmp_path), tmp_path / "store")
-    elif kind != "nothing":
-        model = source(tmp_path, kind)
+    model = source_of_kind(tmp_path, kind)
     status, _, err = tiered("prune", model, tmp_path / "after", *arguments)
     assert status != 0 and message in err and "Traceback" not in err
     assert not (tmp_path / "after").exists()

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from other_weights import logits_with
 
 from cpu_kernels.formats import FORMATS
 from tiered import Engine
@@ -13,9 +14,6 @@ from tiered.formats import CheckpointError, open_checkpoint
 from tiered.quantizing.quantize import Recipe, quantize
 from tiered.quantizing.rewritten import Rewritten
 from tiered.quantizing.scaling import divide_inputs
-from tiered.source import MappedExperts
-from tiered.store import ExpertStore
-from tiered.weights.loader import WeightLoader
 
 IDS = np.random.default_rng(0).integers(3, 300, 600).tolist()
 SPARSE = [name for name in tiny.ARCHITECTURES if name != "llama"]
@@ -99,13 +97,7 @@ def test_scaling_alone_changes_nothing(model_type, tmp_path):
                 for part in ("gate", "up"):
                     name = f"layers.{layer}.experts.{expert}.{part}"
                     changed.rewrite(name, changed.float32(name) * scale)
-        store = ExpertStore(changed, "none")
-        loader = WeightLoader(changed, engine.backend, "none")
-        engine.decoder.layers = [loader.layer(i, store) for i in range(engine.config.num_layers)]
-        engine.decoder.source = MappedExperts(store)
-        got = engine.logits(IDS[:20])
-        store.close()
-        changed.close()
+        got = logits_with(engine, changed, IDS[:20])
     assert np.abs(got - expected).max() <= 1e-4 * np.ptp(expected)
 
 

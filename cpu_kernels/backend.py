@@ -210,6 +210,9 @@ class CpuBackend:
     def weighted(self, h: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return self._weighted.run(self._team, h, weights)
 
+    def hidden_states(self, num_tokens: int) -> np.ndarray:
+        return self._scratch.floats("hidden states", num_tokens, self._hidden_size)
+
     def pair_outputs(self, num_pairs: int) -> np.ndarray:
         return self._scratch.floats("pairs", num_pairs, self._hidden_size)
 

@@ -256,6 +256,9 @@ class GpuBackend:
         self.device.synchronize()  # the host may compute with them, too: see `download`
         return rows
 
+    def hidden_states(self, num_tokens: int) -> torch.Tensor:
+        return torch.empty((num_tokens, self._hidden_size), device=self._torch)
+
     def pair_outputs(self, num_pairs: int) -> torch.Tensor:
         return torch.empty((num_pairs, self._hidden_size), device=self._torch)
 

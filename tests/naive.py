@@ -258,6 +258,9 @@ class NaiveBackend:
             rows = h[pairs // top_k]
             out[pairs] = down(gated(gate(rows), up(rows), config))
 
+    def hidden_states(self, num_tokens):
+        return np.empty((num_tokens, self.hidden_size), np.float32)
+
     def pair_outputs(self, num_pairs):
         return np.empty((num_pairs, self.hidden_size), np.float32)
 

@@ -150,6 +150,29 @@ def test_prompt_scores_are_those_of_the_logits(engine):
         assert choice.alternatives[0] == (row.argmax(), pytest.approx(row.max(), abs=1e-4))
 
 
+def test_a_prompt_has_longer_passes_while_nobody_else_is_there(engine, monkeypatch):
+    """They save reading the same experts again, and would keep others from their next token."""
+    monkeypatch.setattr(engine, "choices", replace(engine.choices, prefill_chunk=16))
+    monkeypatch.setattr(engine, "plan", replace(engine.plan, pass_tokens=64))
+    prompts, passes, hidden = make_prompts(2, low=100, high=100), [], engine.decoder.hidden
+    expected = [alone(engine, ids, 4) for ids in prompts]
+
+    def watched(batch, kv, chunk=0):
+        passes.append(len(batch.tokens))
+        return hidden(batch, kv, chunk)
+
+    monkeypatch.setattr(engine.decoder, "hidden", watched)
+    with Scheduler(engine) as scheduler:
+        assert run_all(scheduler, [Request(prompts[0], 4)])[0][0] == expected[0]
+        assert passes[:-3] == ([16] * 6 + [4] if engine.plan.mapped else [64, 36])
+        scheduler.prefixes.clear()
+        passes.clear()
+        answers = run_all(scheduler, [Request(ids, 4) for ids in prompts])
+        assert [tokens for tokens, _ in answers] == expected
+    assert passes[:6] == [16] * 6
+    assert_nothing_held(engine)
+
+
 def test_scores_and_pooled_states_begin_anew_after_a_preemption(engine, monkeypatch):
     """Pages that are lost in the middle of a prompt: it is computed again from its start."""
     monkeypatch.setattr(engine, "choices", replace(engine.choices, prefill_chunk=16))

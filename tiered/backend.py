@@ -273,6 +273,10 @@ class Backend(Protocol):
     def weighted(self, h: Array, weights: np.ndarray) -> Array:
         """A row for each pair: weights[t, rank] * h[t]; until the next call."""
 
+    def hidden_states(self, num_tokens: int) -> Array:
+        """Room for hidden states, which stays until it is asked for again: float32 [num_tokens,
+        hidden_size]."""
+
     def pair_outputs(self, num_pairs: int) -> Array:
         """Room for `experts` to write to: float32 [num_pairs, hidden_size]."""
 

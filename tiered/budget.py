@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from tiered.config import ModelConfig
 from tiered.memory import format_bytes
 
+LONGEST_PASS = 4096  # tokens: between two passes, others have their turn
+PASS_SHARE = 1 / 32  # of the expert slots, that a longer pass is worth
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -20,6 +23,7 @@ class MemoryPlan:
     experts: int  # all experts of the model
     slots: int  # what the expert slots may take
     mapped: bool
+    pass_tokens: int  # of a prompt, computed layer by layer: see tiered.chunks
 
     @property
     def fixed(self) -> int:
@@ -38,6 +42,13 @@ def workspace_bytes(config: ModelConfig, chunk: int) -> int:
     return chunk * per_token + 4 * config.vocab_size
 
 
+def pass_bytes(config: ModelConfig) -> int:
+    """What each token takes that a pass has more than one chunk: hidden states, also after the
+    norm and with what dense branches say, and pair outputs."""
+    rows = 4 + config.top_k * (2 if config.weighted_inputs else 1)
+    return 4 * config.hidden_size * rows
+
+
 def plan_memory(
     *,
     limit: int,
@@ -49,8 +60,13 @@ def plan_memory(
     experts: int,
     floor: int,
     mappable: bool,
+    chunk: int,
+    longest_pass: int,
+    pass_bytes: int,
 ) -> MemoryPlan:
     """Share `limit` out. `floor` is what one layer's top_k experts take; less cannot work.
+    `workspace` is for `chunk` tokens. Passes are longer, by tokens of `pass_bytes` each, where
+    there is memory to spare, or for a small part of the slots.
 
     Raises MemoryError with the number that would work.
     """
@@ -69,6 +85,13 @@ def plan_memory(
             f"layer's experts {format_bytes(floor)}; give --ram at least "
             f"{format_bytes(fixed + floor)}, or a smaller --context"
         )
+    mapped = mappable and slots >= experts
+    spare = max(0, limit - fixed - slots)
+    given = 0 if mapped else min(int(slots * PASS_SHARE), slots - floor)
+    more = min(longest_pass - chunk, (spare + given) // pass_bytes) if experts else 0
+    more = max(0, more) // chunk * chunk
+    slots -= max(0, more * pass_bytes - spare)
+    workspace += more * pass_bytes
     return MemoryPlan(
-        limit, process, dense, kv, workspace, experts, slots, mapped=mappable and slots >= experts
+        limit, process, dense, kv, workspace, experts, slots, mapped, pass_tokens=chunk + more
     )

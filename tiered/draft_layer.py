@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tiered.backend import Array, Backend, Batch
+from tiered.chunks import Chunks
 from tiered.kv_cache import KVCache, Sequence
 from tiered.model import Decoder, Layer
 
@@ -146,7 +147,7 @@ class DraftLayer:
         first = d.backend.of_layer(0)
         x = b.take(first.embed(d.embedding, batch.tokens, d.config.embedding_scale))
         b.join(x, hidden, join)
-        d.layer(x, self.index, batch, self.kv.pages)
+        d.layer(x, self.index, Chunks(batch), self.kv.pages)
         return x
 
 

@@ -15,7 +15,7 @@ import psutil
 
 from tiered import kv_cache, memory
 from tiered.backend import Backend, open_backend
-from tiered.budget import MemoryPlan, plan_memory, workspace_bytes
+from tiered.budget import LONGEST_PASS, MemoryPlan, pass_bytes, plan_memory, workspace_bytes
 from tiered.checkpoints.damage import find_damage
 from tiered.cold_copy import ColdCopy, copy_bytes, copy_tier, open_copy
 from tiered.config import EngineConfig, ModelConfig
@@ -89,7 +89,7 @@ class Engine:
         if config.sparse_layers:
             self.store = ExpertStore(self.checkpoint, choices.quantize)
             stack.callback(self.store.close)
-            if self.store.is_mix and hasattr(self.backend, "cards"):
+            if self.store.is_mix and self._has_gpu:
                 raise ValueError(
                     f"{self.checkpoint.path}: experts of one layer have different number formats, "
                     "which GPUs cannot compute yet: use --device cpu, or quantize with --mix-by "
@@ -126,7 +126,7 @@ class Engine:
             tier.loaders.depth = read_depth
             governors.append(read_depth)
         self.shares: list[Share] = []  # of GPUs
-        if hasattr(self.backend, "cards"):
+        if self._has_gpu:
             model = model_bytes(
                 self.checkpoint, self.store, choices, self.kv_tokens, self._num_states
             )
@@ -174,7 +174,7 @@ class Engine:
         )
         self.governors = Governors(governors, self.timing.clock)
         self.generation = Generation(
-            self.decoder, self.kv, self.governors, choices,
+            self.decoder, self.kv, self.governors, choices, self.plan.pass_tokens,
             partial(find_damage, self.checkpoint), self.timing.clock,
         )  # fmt: skip
         self.generation.draft_layer = draft_layer
@@ -217,7 +217,14 @@ class Engine:
             experts=sum(below.layer_bytes) if below else 0,
             floor=max(below.blob_bytes) * config.top_k if below else 0,
             mappable=self.store is not None and self.store.mappable,
+            chunk=choices.prefill_chunk,
+            longest_pass=choices.prefill_chunk if self._has_gpu else LONGEST_PASS,
+            pass_bytes=pass_bytes(config),
         )
+
+    @property
+    def _has_gpu(self) -> bool:
+        return hasattr(self.backend, "cards")
 
     @property
     def _num_states(self) -> int:

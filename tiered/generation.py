@@ -37,6 +37,7 @@ LOGITS_ROWS = 64  # tokens whose logits are held at once
 class Generation:
     """Computes texts with one decoder, one at a time. `counted` are its tokens and seconds.
 
+    A prompt is computed in chunks (`choices.prefill_chunk`), up to `pass_tokens` of them in a pass.
     `damage` makes the error for logits that are not numbers. `clock` is a simulated machine's, if
     it computes on one.
     """
@@ -47,6 +48,7 @@ class Generation:
         kv: KVCache,
         governors: Governors,
         choices: EngineConfig,
+        pass_tokens: int,
         damage: Callable[[], Exception],
         clock: Callable[[], float] = perf_counter,
     ) -> None:
@@ -54,6 +56,7 @@ class Generation:
         self.kv = kv
         self.governors = governors
         self.choices = choices
+        self.pass_tokens = pass_tokens
         self.draft_layer: DraftLayer | None = None
         self.speculation = speculation_governor()
         self.counted = EngineStats()
@@ -65,8 +68,9 @@ class Generation:
         float32 [vocab_size]."""
         shared = self.kv.truncate(sequence, common_prefix(sequence.tokens, ids[:-1]))
         with self._timed("prefill"):
-            for chunk in self._chunks(ids[shared:]):
-                last: np.ndarray = self._forward(sequence, chunk, np.array([len(chunk) - 1]))[0]
+            for part in _parts(ids[shared:], self.pass_tokens):
+                rows, chunk = np.array([len(part) - 1]), self.choices.prefill_chunk
+                last: np.ndarray = self._forward(sequence, part, rows, chunk)[0]
         self.counted.prompt_tokens += len(ids) - shared
         return last
 
@@ -165,7 +169,7 @@ class Generation:
         """What `output`, or the model's own output layer, makes of each token from `start` on."""
         sequence = self.kv.open()
         try:
-            for chunk in self._chunks(ids):
+            for chunk in _parts(ids, self.choices.prefill_chunk):
                 first = max(0, start - len(sequence.tokens))
                 batch = self.kv.batch([(sequence, chunk)])
                 x = self.decoder.hidden(batch, self.kv.pages)
@@ -191,19 +195,16 @@ class Generation:
         """Spent in arithmetic and waiting for experts, so far."""
         return self.decoder.backend.seconds + self.decoder.clock.seconds["waiting"]
 
-    def _chunks(self, ids: Sequence[int]) -> list[Sequence[int]]:
-        size = self.choices.prefill_chunk
-        return [ids[start : start + size] for start in range(0, len(ids), size)]
-
     def _forward(
-        self, sequence: kv_cache.Sequence, ids: Sequence[int], rows: np.ndarray
+        self, sequence: kv_cache.Sequence, ids: Sequence[int], rows: np.ndarray, chunk: int = 0
     ) -> np.ndarray:
-        """Append tokens and compute them: logits after those at `rows`, float32 [len(rows),
-        vocab_size]. On an error the sequence is as it was before (empty, for a recurrent model)."""
+        """Append tokens and compute them, in chunks if there are more than `chunk`: logits after
+        those at `rows`, float32 [len(rows), vocab_size]. On an error the sequence is as it was
+        before (empty, for a recurrent model)."""
         length = len(sequence.tokens)
         try:
             batch = self.kv.batch([(sequence, ids)])
-            x = self.decoder.hidden(batch, self.kv.pages)
+            x = self.decoder.hidden(batch, self.kv.pages, chunk)
             logits = self._finite(self.decoder.head(x, rows))
             self.watch(sequence, length, x)
             return logits
@@ -226,6 +227,10 @@ class Generation:
         if not np.isfinite(logits.max()):
             raise self._damage()
         return logits
+
+
+def _parts(ids: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
 def texts(tokens: Iterator[int], stream: TextStream, stop: Sequence[str]) -> Iterator[str]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tiered.backend import Array, Backend, Batch
+from tiered.chunks import Chunks, run_by_chunk
 from tiered.clock import PartClock
 from tiered.config import ModelConfig
 from tiered.experts import (
@@ -119,8 +121,9 @@ class Decoder:
         another `output` layer than the model's own makes of their hidden states."""
         return self.head(self.hidden(batch, kv), rows, output)
 
-    def hidden(self, batch: Batch, kv: Any) -> Array:
-        """The batch after all layers, for `head`: valid until the next pass."""
+    def hidden(self, batch: Batch, kv: Any, chunk: int = 0) -> Array:
+        """The batch after all layers, for `head`: valid until the next pass. A prompt of more than
+        `chunk` tokens (0: any number) has the bits that it would have in several passes."""
         self.clock.start()
         if self.trace is not None:
             self.trace.begin(PREFILL if len(batch.tokens) > 1 else DECODE)
@@ -129,13 +132,13 @@ class Decoder:
         x = self.again(batch, kv)
         if x is not None:
             return x
-        b = self.backend.of_layer(0)
+        b, chunks = self.backend.of_layer(0), Chunks(batch, chunk)
         with self.backend.chain(len(batch.tokens), self.layers):
             # [num_tokens, hidden_size]
             x = b.embed(self.embedding, batch.tokens, self.config.embedding_scale)
             for index in range(len(self.layers)):
                 x = self.backend.of_layer(index).take(x)  # to the next GPU, where there are several
-                self.layer(x, index, batch, kv)
+                self.layer(x, index, chunks, kv)
         self.clock.lap("experts")
         return x
 
@@ -150,16 +153,18 @@ class Decoder:
             self.clock.lap("experts")
         return x
 
-    def layer(self, x: Array, index: int, batch: Batch, kv: Any) -> None:
+    def layer(self, x: Array, index: int, chunks: Chunks, kv: Any) -> None:
         """Attention, then experts or what a dense layer has instead."""
         b, clock, layer = self.backend.of_layer(index), self.clock, self.layers[index]
-        b.attention(x, layer.attention, kv, index, batch)
+        for rows, batch in zip(chunks.of(x), chunks.batches, strict=True):
+            b.attention(rows, layer.attention, kv, index, batch)
         clock.lap("attention")
         if layer.experts is None:
-            b.feed_forward(x, None, layer.feed_forward)
+            for rows in chunks.of(x):
+                b.feed_forward(rows, None, layer.feed_forward)
             clock.lap("experts")
         else:
-            self.experts(x, index, batch)
+            self.experts(x, index, chunks)
 
     def head(self, x: Array, rows: np.ndarray, output: Any = None) -> np.ndarray:
         """Logits after the tokens at `rows` of `x`, as `forward` tells."""
@@ -169,21 +174,23 @@ class Decoder:
         self.clock.lap("head")
         return logits
 
-    def experts(self, x: Array, index: int, batch: Batch) -> None:
+    def experts(self, x: Array, index: int, chunks: Chunks) -> None:
         """Route, look ahead, fetch, run, combine: x += experts(norm(x))."""
         b, layer, into, dense = self.backend.of_layer(index), self.layers[index], x, None
         if layer.merge is not None:
             dense, into = b.branches(x)
-        table = self.table(index) if len(batch.tokens) <= self.backend.few_rows else None
+        table = self.table(index) if len(x) <= self.backend.few_rows else None
         if table is not None:
             h = b.routed_experts(x, layer.router, layer.experts, table, into)
         else:
-            h = self.fetched_experts(x, index, batch, into)
+            h = self.fetched_experts(x, index, chunks, into)
         if layer.merge is not None:
-            b.feed_forward(x, None, layer.shared, dense)
+            for rows, target in zip(chunks.of(x), chunks.of(dense), strict=True):
+                b.feed_forward(rows, None, layer.shared, target)
             b.merge(x, dense, into, layer.merge)
         elif layer.shared is not None:
-            b.feed_forward(x, h, layer.shared)
+            for rows, normed in zip(chunks.of(x), chunks.of(h), strict=True):
+                b.feed_forward(rows, normed, layer.shared)
         self.clock.lap("experts")
 
     def table(self, index: int) -> ExpertTable | None:
@@ -199,10 +206,10 @@ class Decoder:
             return None
         return self.source.table(index) if self.source is not None else None
 
-    def fetched_experts(self, x: Array, index: int, batch: Batch, into: Array) -> Array:
+    def fetched_experts(self, x: Array, index: int, chunks: Chunks, into: Array) -> Array:
         """into += experts(norm(x)), which are fetched as the router chooses; norm(x)."""
         b, clock, layer = self.backend.of_layer(index), self.clock, self.layers[index]
-        h, routing = b.route(x, layer.router)  # [num_tokens, hidden_size]
+        h, routing = self.route(x, index, chunks)  # [num_tokens, hidden_size]
         clock.lap("router")
         if self.rules is not None:
             routing = self.rules.apply(index, routing)
@@ -220,6 +227,7 @@ class Decoder:
             jobs, cold = self.cold_copy.split(index, routing, jobs)
             if cold is not None:
                 late = self.cold_copy.fetch(index, cold)
+        run = partial(run_by_chunk, b, num_tokens=len(x), size=chunks.size)
         guessed = self.look_ahead is None
         assert self.source is not None
         with late as copies:
@@ -229,16 +237,27 @@ class Decoder:
                     self.guess(x, h, index)
                     guessed = True
                     clock.lap("router")
-                b.experts(given, layer.experts, addresses, jobs.take(ready), out)
+                run(given, layer.experts, addresses, jobs.take(ready), out)
                 clock.lap("experts")
             for cold_layer, addresses, cold in copies:
                 clock.lap("waiting")
-                b.experts(given, cold_layer, addresses, cold, out)
+                run(given, cold_layer, addresses, cold, out)
                 clock.lap("experts")
         b.combine(into, out, weights)
         if self.trace is not None:
-            self.trace.record(index, batch.positions, routing)
+            self.trace.record(index, chunks.positions, routing)
         return h
+
+    def route(self, x: Array, index: int, chunks: Chunks) -> tuple[Array, Routing]:
+        """norm(x) and what the router makes of it."""
+        b, router = self.backend.of_layer(index), self.layers[index].router
+        if chunks.is_one:
+            return b.route(x, router)
+        h, routings = b.hidden_states(len(x)), []
+        for rows, own in zip(chunks.rows, chunks.of(x), strict=True):
+            h[rows], routing = b.route(own, router)
+            routings.append([part.copy() for part in routing])  # they stay until the next call
+        return h, Routing(*map(np.concatenate, zip(*routings, strict=True)))
 
     def guess(self, x: Array, h: Array, index: int) -> None:
         """Apply the routers of layers ahead to this layer's hidden state."""

@@ -11,7 +11,8 @@ import psutil
 
 from tiered import memory
 from tiered.backend import open_cpu
-from tiered.budget import plan_memory, workspace_bytes
+from tiered.budget import LONGEST_PASS, pass_bytes, plan_memory, workspace_bytes
+from tiered.chunks import run_by_chunk
 from tiered.config import EngineConfig
 from tiered.experts import Routing, group_by_expert, prepared, weighted_once
 from tiered.formats import open_checkpoint
@@ -55,6 +56,9 @@ class StandaloneExperts:
                 experts=sum(below.layer_bytes),
                 floor=max(below.blob_bytes) * self.config.top_k,
                 mappable=self.store.mappable,
+                chunk=choices.prefill_chunk,
+                longest_pass=LONGEST_PASS,
+                pass_bytes=pass_bytes(self.config),
             )
             self.source = open_source(self.store, self._blocks, self.plan, choices, stack)
             self._layers = {
@@ -78,7 +82,7 @@ class StandaloneExperts:
             raise ValueError("the routing must have a row for each token")
         if experts.size and not 0 <= experts.min() <= experts.max() < config.num_experts:
             raise ValueError(f"expert ids must lie in 0 ... {config.num_experts - 1}")
-        x, size = np.zeros(h.shape, np.float32), self.choices.prefill_chunk
+        x, size = np.zeros(h.shape, np.float32), self.plan.pass_tokens
         with self._lock:
             for start in range(0, len(h), size):
                 rows = slice(start, start + size)
@@ -91,7 +95,10 @@ class StandaloneExperts:
         given, weights = weighted_once(self.backend, h, routing.weights, self.config)
         out = self.backend.pair_outputs(routing.experts.size)  # [num_tokens * top_k, hidden_size]
         for ready, addresses in self.source.fetch(layer, jobs.experts, jobs.starts):
-            self.backend.experts(given, self._layers[layer], addresses, jobs.take(ready), out)
+            run_by_chunk(
+                self.backend, given, self._layers[layer], addresses, jobs.take(ready), out, len(h),
+                self.choices.prefill_chunk,
+            )  # fmt: skip
         self.backend.combine(x, out, weights)
 
     @property

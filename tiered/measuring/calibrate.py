@@ -92,7 +92,7 @@ class Calibration:
             )  # fmt: skip
             decoder.clock = clock
             generation = Generation(
-                decoder, engine.kv, Governors([]), engine.choices,
+                decoder, engine.kv, Governors([]), engine.choices, engine.plan.pass_tokens,
                 partial(find_damage, engine.checkpoint),
             )  # fmt: skip
             text = engine.kv.open()

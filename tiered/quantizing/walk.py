@@ -11,6 +11,7 @@ import numpy as np
 
 from tiered.backend import Batch, open_cpu
 from tiered.checkpoints.checkpoint import Checkpoint
+from tiered.chunks import Chunks
 from tiered.config import EngineConfig
 from tiered.experts import LayerLayouts, weighted_once
 from tiered.kv_cache import KVCache
@@ -133,7 +134,7 @@ class Walk:
         """The layer's experts, which lie at these addresses."""
         self.decoder.source = LayerExperts(addresses)
         for x, batch in zip(states, self._batches, strict=True):
-            self.decoder.experts(x, index, batch)
+            self.decoder.experts(x, index, Chunks(batch))
 
     def logits(self, x: np.ndarray, rows: slice) -> np.ndarray:
         """After the last layer, of these rows of a window: float32 [num_rows, vocab_size]."""

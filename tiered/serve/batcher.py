@@ -121,20 +121,20 @@ class Batcher:
     def prefill(self, job: Job) -> None:
         """The next chunk of a prompt, and the first token if it was the last."""
         self._open(job)
-        chunk = job.next_chunk(self.engine.choices.prefill_chunk, self.decode_rows)
-        with self._room_for([(job, chunk)]) as additions:
+        scored = job.request.prompt_logprobs and not job.num_new
+        pooled = job.request.pooling
+        wants_all = scored or pooled == "mean"
+        chunk = self.engine.choices.prefill_chunk
+        tokens = job.next_chunk(chunk if wants_all else self._at_once, self.decode_rows)
+        with self._room_for([(job, tokens)]) as additions:
             if not additions:
                 return
             sequence = sequence_of(job)
             start = len(sequence.tokens)
-            scored = job.request.prompt_logprobs and not job.num_new
-            pooled = job.request.pooling
-            rows = np.array([len(chunk) - 1])
-            if scored or pooled == "mean":
-                rows = np.arange(len(chunk))
+            rows = np.arange(len(tokens)) if wants_all else np.array([len(tokens) - 1])
             output = self.engine.hidden_output if pooled else None
-            logits = self._forward(additions, rows, output)
-            self.counts.prompt_tokens += len(chunk)
+            logits = self._forward(additions, rows, output, chunk)
+            self.counts.prompt_tokens += len(tokens)
             if scored:
                 job.score_prompt(logits, start)
             if pooled:
@@ -146,6 +146,14 @@ class Batcher:
                 self._choose(job, logits[-1])
                 if job.finish is not None:
                     self.leave(job)
+
+    @property
+    def _at_once(self) -> int:
+        """Tokens of a prompt to compute at once. More than a chunk where that saves reading the
+        same experts again, and nobody waits for the next token meanwhile."""
+        plan = self.engine.plan
+        one = plan.mapped or len(self.running) > 1
+        return self.engine.choices.prefill_chunk if one else plan.pass_tokens
 
     def _open(self, job: Job) -> None:
         """Start from what earlier texts have computed, as late as possible: it may be more."""
@@ -174,10 +182,12 @@ class Batcher:
         self.counts.new_tokens += job.num_new - before
         return job.tokens[-1] if job.num_new > before else None
 
-    def _forward(self, additions: Additions, rows: np.ndarray, output: Any = None) -> np.ndarray:
+    def _forward(
+        self, additions: Additions, rows: np.ndarray, output: Any = None, chunk: int = 0
+    ) -> np.ndarray:
         kv, decoder = self.engine.kv, self.engine.decoder
         batch = kv.batch([(sequence_of(job), tokens) for job, tokens in additions])
-        x = decoder.hidden(batch, kv.pages)
+        x = decoder.hidden(batch, kv.pages, chunk)
         logits = decoder.head(x, rows, output)
         first = 0
         for job, tokens in additions:

@@ -63,13 +63,14 @@ class Job:
         """Tokens that are known and not computed."""
         return self.tokens[len(self.sequence.tokens) :] if self.sequence else self.tokens
 
-    def next_chunk(self, prefill_chunk: int, decode_rows: int) -> list[int]:
-        """What to compute next; what was decoded before a preemption again as it was then."""
+    def next_chunk(self, most: int, decode_rows: int) -> list[int]:
+        """Up to `most` tokens of the prompt to compute next; what was decoded before a preemption
+        again as it was then."""
         assert self.sequence is not None
         done, prompt = len(self.sequence.tokens), len(self.request.ids)
         if done >= prompt:
             return self.tokens[done : done + decode_rows]
-        return self.tokens[done : min(done + prefill_chunk, prompt)]
+        return self.tokens[done : min(done + most, prompt)]
 
     def score_prompt(self, logits: np.ndarray, start: int) -> None:
         """Logits after the prompt's tokens from `start` on: float32 [count, vocab_size]."""

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cpu_kernels.gemv import LINE
 from cpu_kernels.isa import host_features
 from cpu_kernels.lanes import ELEMENT_BYTES, LANES, load_lanes
 from cpu_kernels.products import kernel
 from cpu_kernels.simd import emitted, f32
 
 
-@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64 i64 i64")
-def tile(k, shape, kind, a, a_row, b, b_step, b_vector, depth, c, c_row, fresh, ahead):
-    """`shape` is "rows x vectors"; all of C is kept in registers. See make_multiply."""
+@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64 i64 i64 i64")
+def tile(k, shape, kind, a, a_row, b, b_step, b_vector, depth, c, c_row, fresh, next, pace):
+    """`shape` is "rows x vectors"; all of C is kept in registers. See make_multiply. What lies at
+    `next` is prefetched, `pace` bytes further at each step."""
     num_rows, num_vectors = (int(number) for number in shape.split("x"))
     cells = [(r, v) for r in range(num_rows) for v in range(num_vectors)]
     addresses = {(r, v): c + c_row * r + 4 * LANES * v for r, v in cells}
@@ -28,8 +30,8 @@ def tile(k, shape, kind, a, a_row, b, b_step, b_vector, depth, c, c_row, fresh, 
     with k.loop(depth) as d:
         at = b + b_step * d
         values = [load_lanes(k, kind, at + b_vector * v) for v in range(num_vectors)]
-        for v in range(0, num_vectors, 4 // ELEMENT_BYTES[kind]):  # one for each cache line
-            k.prefetch(at + b_vector * v + ahead)
+        for line in range(0, ELEMENT_BYTES[kind] * LANES * num_vectors, LINE):
+            k.prefetch(next + pace * d + line)
         for r in range(num_rows):
             factor = k.splat(k.load(a + a_row * r + d * 4, f32(1), align=4), LANES)
             for v in range(num_vectors):
@@ -42,8 +44,9 @@ def tile(k, shape, kind, a, a_row, b, b_step, b_vector, depth, c, c_row, fresh, 
 def make_multiply(width: str, kind: str) -> Callable:
     """A kernel (see cpu_kernels.products) that multiplies float32 rows with a matrix whose elements
     are of `kind`, in registers that are "narrow" or "wide"."""
-    step_of_4 = 2 if width == "wide" else 1  # the 16 registers of AVX2 hold no 4 x 2
-    shape_of_4 = "4x2" if width == "wide" else "4x1"
+    # By rows of a tile; the 16 registers of AVX2 hold no 4 x 2.
+    vectors_of_4 = 2 if width == "wide" else 1
+    of_4 = f"4x{vectors_of_4}"
 
     def multiply(
         a, a_row, num_rows, b, b_step, b_vector, num_vectors, depth, c, c_row, fresh, ahead
@@ -51,84 +54,57 @@ def make_multiply(width: str, kind: str) -> Callable:
         """C [num_rows, 16 * num_vectors] = A [num_rows, depth] B, or C += A B if not `fresh`.
 
         Rows of A and C are a_row and c_row bytes apart; the 16 columns of vector v at depth d of B
-        are at b + d * b_step + v * b_vector. What lies `ahead` bytes after them is prefetched.
+        are at b + d * b_step + v * b_vector. What lies `ahead` bytes after B, and is as large, is
+        prefetched, each tile its share: misses of one tile's all at once would be too many.
         """
-        r, rows_left = num_rows // 4 * 4, num_rows % 4
-        v = 0
-        while v < num_vectors:
-            bv, cv = b + v * b_vector, c + 4 * LANES * v
-            step = step_of_4 if v + step_of_4 <= num_vectors else 1
-            for first in range(0, r, 4):
-                af, cf = a + first * a_row, cv + first * c_row
-                if step == step_of_4:
-                    tile(
-                        shape_of_4,
-                        kind,
-                        af,
-                        a_row,
-                        bv,
-                        b_step,
-                        b_vector,
-                        depth,
-                        cf,
-                        c_row,
-                        fresh,
-                        ahead,
-                    )
-                else:
-                    tile(
-                        "4x1", kind, af, a_row, bv, b_step, b_vector, depth, cf, c_row, fresh, ahead
-                    )
-            v += step
-        for shape_rows in (2, 1):
-            if rows_left & shape_rows == 0:
-                continue
-            step, v = 4 // shape_rows, 0
-            ar, cr = a + r * a_row, c + r * c_row
+        num_tiles = num_rows // 4 * ((num_vectors + vectors_of_4 - 1) // vectors_of_4)
+        num_tiles += num_rows // 2 % 2 * ((num_vectors + 1) // 2)
+        num_tiles += num_rows % 2 * ((num_vectors + 3) // 4)
+        pace = b_step // num_tiles
+        next = b + ahead
+        row = 0
+        while row < num_rows:
+            rows = 4 if num_rows - row >= 4 else 2 if num_rows - row >= 2 else 1
+            most = vectors_of_4 if rows == 4 else 4 // rows
+            ar, cr, v = a + row * a_row, c + row * c_row, 0
             while v < num_vectors:
                 bv, cv = b + v * b_vector, cr + 4 * LANES * v
-                wide = v + step <= num_vectors
-                if shape_rows == 2:
-                    if wide:
+                vectors = most if v + most <= num_vectors else 1
+                if rows == 4:
+                    if vectors == vectors_of_4:
                         tile(
-                            "2x2",
-                            kind,
-                            ar,
-                            a_row,
-                            bv,
-                            b_step,
-                            b_vector,
-                            depth,
-                            cv,
-                            c_row,
-                            fresh,
-                            ahead,
-                        )
+                            of_4, kind,
+                            ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh, next, pace,
+                        )  # fmt: skip
                     else:
                         tile(
-                            "2x1",
-                            kind,
-                            ar,
-                            a_row,
-                            bv,
-                            b_step,
-                            b_vector,
-                            depth,
-                            cv,
-                            c_row,
-                            fresh,
-                            ahead,
-                        )
-                elif wide:
+                            "4x1", kind,
+                            ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh, next, pace,
+                        )  # fmt: skip
+                elif rows == 2:
+                    if vectors == 2:
+                        tile(
+                            "2x2", kind,
+                            ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh, next, pace,
+                        )  # fmt: skip
+                    else:
+                        tile(
+                            "2x1", kind,
+                            ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh, next, pace,
+                        )  # fmt: skip
+                elif vectors == 4:
                     tile(
-                        "1x4", kind, ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh, ahead
-                    )
+                        "1x4", kind,
+                        ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh, next, pace,
+                    )  # fmt: skip
                 else:
                     tile(
-                        "1x1", kind, ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh, ahead
-                    )
-                v += step if wide else 1
-            r += shape_rows
+                        "1x1", kind,
+                        ar, a_row, bv, b_step, b_vector, depth, cv, c_row, fresh, next, pace,
+                    )  # fmt: skip
+                next += pace * depth
+                v += vectors
+            row += rows
 
     return multiply
 

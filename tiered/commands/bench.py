@@ -136,5 +136,22 @@ def bench_kernels(device: str, threads: int | None, as_json: bool, plot: Path | 
             f"{row['of_peak']:.0%}" if "of_peak" in row else "",
         )  # fmt: skip
     results.print(table)
+    if report["layers"]:
+        results.print(layer_table(report["layers"]))
     for note in report["notes"]:
         notes.print(note)
+
+
+def layer_table(rows: list[dict[str, Any]]) -> Table:
+    """Whole layers of decode."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("layer", "model", "format", "context", "threads"):
+        table.add_column(title, no_wrap=True)
+    for title in ("GB/s", "of bandwidth"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(
+            row["kernel"], row["model"], row["format"], str(row.get("context", "")),
+            str(row["threads"]), f"{row['gb_s']:.1f}", f"{row['of_bandwidth']:.0%}",
+        )  # fmt: skip
+    return table

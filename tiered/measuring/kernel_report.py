@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from tiered.backend import bench_gpu, default_threads
+from tiered.measuring.layer_rates import layer_rates
 from tiered.measuring.peers import Progress, dense_rates, rates_apart
 from tiered.measuring.this_machine import processor_name
 from tiered.version import __version__
 
 
 def kernel_report(threads: int | None, progress: Progress) -> dict[str, Any]:
-    """Rates of all formats with one thread and with `threads`, and of the peers with all."""
+    """Rates of all formats with one thread and with `threads`, of layers and the peers with all."""
     from cpu_kernels import isa
+    from cpu_kernels.bandwidth import read_bandwidth
     from cpu_kernels.bench import SHAPES, kernel_rates
     from cpu_kernels.formats import FORMATS
     from cpu_kernels.peak import integer_peak
@@ -25,6 +27,8 @@ def kernel_report(threads: int | None, progress: Progress) -> dict[str, Any]:
             row["peak_gops"] = peaks[row["threads"]] / 1e9
             row["of_peak"] = row["gops"] / row["peak_gops"]
     progress("numpy and torch", 1, 1)
+    bandwidth = read_bandwidth(counts[-1])
+    layers = list(layer_rates(counts[-1], bandwidth, progress))
     peers = [row for shape in SHAPES for row in dense_rates(shape)]
     others, notes = rates_apart(counts[-1], progress)
     return {
@@ -32,6 +36,7 @@ def kernel_report(threads: int | None, progress: Progress) -> dict[str, Any]:
         "processor": processor_name(),
         "isa": isa.choose("auto").name,
         "kernels": kernels,
+        "layers": layers,
         "peers": peers + others,
         "notes": notes,
     }
@@ -39,7 +44,8 @@ def kernel_report(threads: int | None, progress: Progress) -> dict[str, Any]:
 
 def card_report(device: str, progress: Progress) -> dict[str, Any]:
     """Rates of all formats on a GPU. RuntimeError: there is none, or something is missing."""
-    return {"tiered": __version__, **bench_gpu(device, progress), "peers": [], "notes": []}
+    rows = bench_gpu(device, progress)
+    return {"tiered": __version__, **rows, "layers": [], "peers": [], "notes": []}
 
 
 def most_threads(report: dict[str, Any]) -> int:

@@ -93,7 +93,7 @@ class ExpertBench:
 
     def decode(self, top_k: int) -> tuple[float, float]:
         """(seconds per call, seconds per byte) of a token's experts."""
-        one, all_ = (self._time(1, count) for count in (1, max(2, min(top_k, self.num_experts))))
+        one, all_ = (self.seconds(1, count) for count in (1, max(2, min(top_k, self.num_experts))))
         count = max(2, min(top_k, self.num_experts))
         per_expert = max((all_ - one) / (count - 1), 0.2 * all_ / count)
         fixed = max(0.0, all_ - count * per_expert)
@@ -101,11 +101,11 @@ class ExpertBench:
 
     def prefill(self, top_k: int, num_tokens: int = 256) -> float:
         """Operations per second when many tokens share experts."""
-        seconds = self._time(num_tokens, top_k, num_experts=min(16, self.num_experts))
+        seconds = self.seconds(num_tokens, top_k, num_experts=min(16, self.num_experts))
         values = sum(t.shape[0] * t.shape[1] for t in self.layout)
         return 2 * num_tokens * min(top_k, self.num_experts) * values / seconds
 
-    def _time(self, num_tokens: int, count: int, num_experts: int | None = None) -> float:
+    def seconds(self, num_tokens: int, count: int, num_experts: int | None = None) -> float:
         """Seconds of one undisturbed call for `count` random experts per token."""
         rng, b = np.random.default_rng(1), self.backend
         limit = num_experts or self.num_experts

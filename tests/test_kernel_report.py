@@ -5,6 +5,7 @@ from numba import njit
 
 from cpu_kernels import isa
 from cpu_kernels.peak import COLUMNS, PAIRS, _multiply, integer_peak
+from tiered.measuring import layer_rates
 from tiered.measuring.plot import plot_kernels
 
 
@@ -47,3 +48,21 @@ def test_a_roofline(tmp_path, suffix):
 def test_a_plot_is_of_kernels(tiered, tmp_path):
     status, _, err = tiered("bench", "model", "--plot", tmp_path / "x.png")
     assert status != 0 and "--kernels" in err
+
+
+def test_rates_of_layers(monkeypatch):
+    """Small ones: what counts is that bytes are those of the experts, keys and values."""
+    experts, heads = layer_rates.Experts("some", 256, 256, 2), layer_rates.Heads("some", 4, 2, 32)
+    for name, value in dict(EXPERTS=[experts], HEADS=[heads], CONTEXTS=[100], REPEATS=3).items():
+        monkeypatch.setattr(layer_rates, name, value)
+    monkeypatch.setattr(layer_rates, "LARGER_THAN_CACHES", 1 << 16)
+    steps = []
+    rows = list(layer_rates.layer_rates(2, 1e9, lambda *step: steps.append(step)))
+    assert [(row["kernel"], row["format"], row.get("context")) for row in rows] == [
+        ("experts", "q4_0", None), ("experts", "q4_k", None),
+        ("attention", "f16", 100), ("attention", "int8", 100),
+    ]  # fmt: skip
+    assert [done for _, done, total in steps] == list(range(4)) and steps[0][2] == 4
+    for row in rows:
+        assert row["threads"] == 2 and row["gb_s"] > 0
+        assert row["of_bandwidth"] == pytest.approx(row["gb_s"])

@@ -71,7 +71,9 @@ class SimulatedGpu:
     """The device: what gpu_backend.device.TorchDevice is to CUDA. Thread-safe.
 
     `memory` in bytes; None: as much as is wanted. `kernels`: of cards that follow each other, one
-    stream. `fail_copies`: numbers of the copies, counted from 0, that are aborted.
+    stream; `locked`: of cards of one host, what is page-locked: bytes by address, of which
+    `lockable_bytes` are allowed. `fail_copies` and `fail_pins`: numbers of the copies, and of the
+    ranges to be locked, that fail, counted from 0.
     """
 
     def __init__(
@@ -81,13 +83,19 @@ class SimulatedGpu:
         memory: int | None = None,
         kernels: Stream | None = None,
         fail_copies: Collection[int] = (),
+        lockable_bytes: int | None = None,
+        locked: dict[int, int] | None = None,
+        fail_pins: Collection[int] = (),
     ) -> None:
         self.machine, self.clock, self.free_bytes = machine, clock, memory
         self.kernels = kernels or Stream()
         self.kernel_times = KernelTimes()
         self.lock = threading.RLock()
         self.fail_copies = set(fail_copies)
-        self.num_copies = 0
+        self.num_copies = self.num_pins = 0
+        self.lockable_bytes = lockable_bytes
+        self.locked = {} if locked is None else locked
+        self.fail_pins = fail_pins
         self.marked = 0.0
         self.synchronizes = True  # False: forgets to let copies wait for kernels (a bug to find)
         self.in_flight: dict[int, float] = {}  # slot -> when its bytes arrive
@@ -124,8 +132,21 @@ class SimulatedGpu:
         with self.lock:
             self.marked = self.kernels.end
 
-    def upload(self, staging: Staging, nbytes: int, then: Any) -> float:
+    def pin(self, address: int, nbytes: int) -> bool:
+        number, self.num_pins = self.num_pins, self.num_pins + 1
+        if number in self.fail_pins:
+            return False
+        self.locked[address] = nbytes
+        return True
+
+    def unpin(self, address: int) -> None:
+        del self.locked[address]
+
+    def upload(self, blob: np.ndarray, staging: Staging, nbytes: int, then: Any) -> float:
         """`then` is a partial function that knows its `slot`."""
+        is_staged = blob is staging.host
+        if not is_staged and not self._is_locked(blob.ctypes.data, nbytes):
+            raise RuntimeError("a copy from memory that is not page-locked, or not in one piece")
         with self.lock:
             number, self.num_copies = self.num_copies, self.num_copies + 1
             if number in self.fail_copies:
@@ -137,15 +158,19 @@ class SimulatedGpu:
             if self.readers.get(slot, 0.0) > begin:
                 raise RuntimeError(f"race: slot {slot} is overwritten while a kernel reads it")
             self.in_flight[slot] = end
-            blob = staging.host[:nbytes].copy()
+            sent = blob[:nbytes].copy()
 
             def arrive() -> None:
-                staging.device[:nbytes] = blob
+                staging.device[:nbytes] = sent
                 then(staging.device)
                 del self.in_flight[slot]
 
             self.clock.at(end, arrive)
             return end
+
+    def _is_locked(self, address: int, nbytes: int) -> bool:
+        ends = address, address + nbytes
+        return any(at <= ends[0] and ends[1] <= at + size for at, size in self.locked.items())
 
     def wait(self, ticket: float) -> None:
         with self.lock:

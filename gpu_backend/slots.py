@@ -1,9 +1,10 @@
 """Slots for experts in GPU memory: one slab, and a table that says who is where.
 
 The memory of a tier (see tiered.slots). A slot is found by the byte where it begins in the slab.
-What a loader thread is given to fill is the slot's number; the bytes pass a staging buffer, are
-rearranged on the GPU (see gpu_backend.formats), and then, in the same stream, the table is written:
-kernels that look experts up there never see one that has not arrived. Knows nothing of torch.
+What a loader thread is given to fill is the slot's number; the bytes come to a staging buffer on
+the GPU, are rearranged from there (see gpu_backend.formats), and then, in the same stream, the
+table is written: kernels that look experts up there never see one that has not arrived. Knows
+nothing of torch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Device(Protocol):
 
     def staging(self, nbytes: int) -> Any: ...
 
-    def upload(self, staging: Any, nbytes: int, then: Callable[[Any], None]) -> Any: ...
+    def upload(self, blob: Any, staging: Any, nbytes: int, then: Callable[[Any], None]) -> Any: ...
 
     def wait(self, ticket: Any) -> None: ...
 
@@ -112,12 +113,12 @@ class GpuSlots:
                 self._free.append(pair)
                 self._returned.notify()
 
-    def upload(self, key: tuple[int, int], slot: int, staging: Any) -> None:
-        """Bring the blob in `staging` into a slot; returns when it is there."""
+    def upload(self, key: tuple[int, int], slot: int, blob: Any, staging: Any) -> None:
+        """Bring a blob, in `staging.host` or page-locked, into a slot; returns when it is there."""
         layout = self.layouts[key[0]]
         with self._writing:
             arrange = partial(self._arrange, key=key, slot=slot)
-            ticket = self._device.upload(staging, layout.nbytes, arrange)
+            ticket = self._device.upload(blob, staging, layout.nbytes, arrange)
         self._device.wait(ticket)
 
     def _arrange(self, blob: Any, key: tuple[int, int], slot: int) -> None:

@@ -217,9 +217,9 @@ def test_slots_hold_planes_and_the_table_says_where():
     blob = np.random.default_rng(0).integers(0, 256, layout.nbytes, np.uint8)
     with memory.staging() as staging:
         staging.host[:] = blob
-        memory.upload(ExpertKey(1, 2), 0, staging)
-        memory.upload(ExpertKey(1, 3), 2, staging)
-        memory.upload(ExpertKey(1, 0), 0, staging)
+        memory.upload(ExpertKey(1, 2), 0, staging.host, staging)
+        memory.upload(ExpertKey(1, 3), 2, staging.host, staging)
+        memory.upload(ExpertKey(1, 0), 0, staging.host, staging)
     assert memory.table[1].tolist() == [0, -1, -1, 2]
     gate = memory.slab[: layout.gate.nbytes].numpy()
     source = blob[: layout.gate.nbytes].reshape(-1, 18)

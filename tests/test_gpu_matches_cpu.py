@@ -71,7 +71,7 @@ def test_experts(formats, isa, num_tokens):
     for expert, blob in enumerate(blobs):
         with memory.staging() as staging:
             staging.host[:] = blob
-            memory.upload(ExpertKey(0, expert), expert, staging)
+            memory.upload(ExpertKey(0, expert), expert, staging.host, staging)
     in_slots = np.array([memory.place(int(e)) for e in jobs.experts])[:, None] + layout.offsets
     gpu.experts(torch.from_numpy(h), gpu.expert_layer(layout, config, biases), in_slots, jobs, got)
     if wants_unsigned(isa) and SIGNED & {*formats}:

@@ -199,7 +199,7 @@ def test_reading_a_slot_before_its_copy_has_ended_is_found():
     def then(blob, slot):
         pass
 
-    ticket = device.upload(staging, 64, partial(then, slot=0))
+    ticket = device.upload(staging.host, staging, 64, partial(then, slot=0))
     with pytest.raises(RuntimeError, match="race"):
         device.kernel(64, 0, slots=[0])
     device.wait(ticket)
@@ -214,7 +214,9 @@ def test_bytes_arrive_when_their_time_has_come():
     def then(blob, slot):
         arrived.append((slot, int(blob[0])))
 
-    tickets = [device.upload(staging, 1000, partial(then, slot=slot)) for slot in (0, 1)]
+    tickets = [
+        device.upload(staging.host, staging, 1000, partial(then, slot=slot)) for slot in (0, 1)
+    ]
     assert tickets == pytest.approx([2e-3, 4e-3])  # one after the other
     device.clock.advance_to(1.9e-3)
     assert arrived == []

@@ -366,11 +366,14 @@ def open_simulated(choices: EngineConfig, names: list[str], machines: list[Hardw
     from tiered.simulated.timing import simulated
 
     clock, kernels, host = VirtualClock(), Stream(), open_cpu(choices)
-    hosts, cards = machines[0], []
+    hosts, cards, locked = machines[0], list[Any](), dict[int, int]()
     for machine in machines:
         assert machine.gpu is not None
         live = LiveMachine.of(replace(hosts, gpu=machine.gpu))
-        device = SimulatedGpu(live, clock, machine.gpu.room, kernels)
+        device = SimulatedGpu(
+            live, clock, machine.gpu.room, kernels,
+            lockable_bytes=hosts.host.lockable, locked=locked,
+        )  # fmt: skip
         cards.append(SimulatedCard(host, device))
     label = " and ".join(machine.label for machine in machines)
     timing = simulated(clock, cards[0].device.machine, label)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import psutil
+
 from tiered import policies
 from tiered.budget import workspace_bytes
 from tiered.cache.residency import Above
@@ -20,10 +22,13 @@ from tiered.gpu.shares import LayerBytes, Share, check_shares, parse_vram, share
 from tiered.gpu.splits import Balanced, Governed
 from tiered.gpu.uploads import MappedBlobs, TimedReads, Uploads
 from tiered.kv_cache import device_bytes
+from tiered.measuring.this_machine import known_gpus
 from tiered.memory import format_bytes
+from tiered.page_locked import USABLE
 from tiered.planning.admission import Admission
 from tiered.policies import Space
 from tiered.simulated.timing import Timing
+from tiered.slots import RamMemory
 from tiered.source import MappedExperts, TieredExperts
 from tiered.store import ExpertStore
 from tiered.tier import Tier
@@ -153,7 +158,21 @@ def place_experts(
     placed = ExpertsOfCards(sources)
     if isinstance(below, TieredExperts):
         _beneath(below.tier, placed, timing)
+        assert isinstance(below.tier.memory, RamMemory)
+        below.tier.memory.lock(cards.cards[0].device, lockable_bytes(cards))
     return placed, SharedRoom(shared)
+
+
+def lockable_bytes(cards: Any) -> int:
+    """How much RAM may be page-locked for copies to these cards: a part of what `tiered calibrate`
+    could lock, or what most systems allow."""
+    described = cards.cards[0].device.lockable_bytes
+    if described is not None:
+        return int(described)
+    known = known_gpus()
+    probed = [known[name].get("pin_limit") for name in cards.names if name in known]
+    tried = [nbytes for nbytes in probed if isinstance(nbytes, int)]
+    return int(USABLE * min(tried)) if tried else psutil.virtual_memory().total // 2
 
 
 def _beneath(ram: Tier, placed: ExpertsOfCards, timing: Timing) -> None:

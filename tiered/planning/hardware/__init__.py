@@ -87,6 +87,11 @@ class Host:
     overhead: float = 60.0  # µs of control for each layer
     lookup: float = 0.0  # µs until a layer's experts are found, if not all are in RAM for good
 
+    @property
+    def lockable(self) -> int:
+        """Bytes that can be page-locked for copies to a GPU: what most systems allow."""
+        return self.ram // 2
+
 
 @dataclass(frozen=True)
 class Disk:

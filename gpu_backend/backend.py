@@ -291,6 +291,10 @@ class GpuBackend:
         last = x[torch.from_numpy(np.asarray(rows, np.int64)).to(self._torch)]
         return np.asarray(layer.run(last, self.arithmetic).cpu().numpy(), np.float32)
 
+    def facts(self) -> dict[str, Any]:
+        """What is known of the card only while it runs, for people."""
+        return {"cuda_graphs": self.graphs.state}
+
     def close(self) -> None:
         """Wait for what was launched, and end the host's threads."""
         self.device.close()

@@ -70,6 +70,13 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._known)
 
+    @property
+    def state(self) -> str:
+        """For people: whether calls are replayed."""
+        if self.record is None:
+            return f"not used: {self.problem}" if self.problem else "not used"
+        return f"{len(self)} calls recorded"
+
     def run(self, key: Hashable, work: Work, *inputs: torch.Tensor) -> Tensors:
         """work(*inputs), which may change the first of them. What it returns is valid until the
         next call with this `key`."""

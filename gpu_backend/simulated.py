@@ -365,6 +365,10 @@ class SimulatedCard:
         self.device.synchronize()
         return logits
 
+    def facts(self) -> dict[str, Any]:
+        """What is known of the card only while it runs, for people."""
+        return {"copies": self.device.num_copies}
+
     def close(self) -> None:
         self.device.close()
 

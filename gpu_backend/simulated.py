@@ -221,6 +221,14 @@ class Weighed(NamedTuple):
     kept: KVShape | None = None  # what it keeps of each token
 
 
+class WeighedExperts(NamedTuple):
+    """The same of a layer's experts: `nbytes` of each, and `values` of one."""
+
+    of_host: Any
+    nbytes: np.ndarray  # int64 [num_experts]
+    values: int
+
+
 def weighed(of_host: Any, *weights: Any, **more: Any) -> Weighed:
     """`weights` are matrices, or tuples of matrices and vectors."""
     parts = [part for group in weights for part in (group if isinstance(group, tuple) else [group])]
@@ -284,9 +292,19 @@ class SimulatedCard:
     def router_layer(self, weights: Any, config: Any) -> Weighed:
         return weighed(self.host.router_layer(weights, config), weights)
 
-    def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> Weighed:
+    def expert_layer(
+        self,
+        layout: Any,
+        config: Any,
+        biases: Any = None,
+        others: Sequence[Any] = (),
+        kinds: np.ndarray | None = None,
+    ) -> WeighedExperts:
         values = sum(matrix.shape[0] * matrix.shape[1] for matrix in layout)
-        return Weighed(self.host.expert_layer(layout, config, biases), layout.nbytes, values)
+        mix = (others, kinds) if others else ()
+        each = np.array([one.nbytes for one in (layout, *others)])
+        nbytes = each[np.zeros(config.num_experts, int) if kinds is None else kinds]
+        return WeighedExperts(self.host.expert_layer(layout, config, biases, *mix), nbytes, values)
 
     def feed_forward_layer(self, weights: Any, config: Any, norm: Any = None) -> Weighed:
         return weighed(self.host.feed_forward_layer(weights, config, norm), weights)
@@ -319,7 +337,9 @@ class SimulatedCard:
     def guess(self, x: Any, h: Any, layer: Weighed) -> Any:
         return self.host.guess(x, h, layer.of_host)
 
-    def experts(self, h: Any, layer: Weighed, addresses: np.ndarray, jobs: Any, out: Any) -> None:
+    def experts(
+        self, h: Any, layer: WeighedExperts, addresses: np.ndarray, jobs: Any, out: Any
+    ) -> None:
         here = addresses[:, 0] >= ON_DEVICE
         if here.any() and not here.all():
             raise ValueError("experts in slots and experts in RAM need a call each")
@@ -327,7 +347,7 @@ class SimulatedCard:
         self.computed["gpu" if here.any() else "cpu"] += len(addresses)
         if here.any():
             slots = ((addresses[:, 0] - ON_DEVICE) // self._slots.stride).tolist()
-            nbytes = len(slots) * layer.nbytes
+            nbytes = int(layer.nbytes[jobs.experts].sum())
             begin, end = self.device.kernel(nbytes, operations, EXPERT_LAUNCHES, slots)
             if len(h) <= self.host.few_rows:  # as gpu_backend.backend has it
                 clock = self.device.clock
@@ -340,12 +360,12 @@ class SimulatedCard:
         if here.any():
             self.device.mark()
         else:
-            self.device.host_works(len(pieces) * layer.nbytes, operations)
+            self.device.host_works(int(layer.nbytes[jobs.experts].sum()), operations)
 
-    def host_seconds(self, layer: Weighed, layout: Any, num_rows: int) -> float:
+    def host_seconds(self, layer: WeighedExperts, layout: Any, num_rows: int) -> float:
         """What an expert with so many rows takes on the described host."""
         machine = self.device.machine
-        return machine.host_end(layer.nbytes, 2 * num_rows * layer.values, 0.0)
+        return machine.host_end(layout.nbytes, 2 * num_rows * layer.values, 0.0)
 
     def combine(self, x: Any, out: Any, weights: np.ndarray) -> None:
         self.host.combine(x, out, weights)

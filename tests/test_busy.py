@@ -9,7 +9,6 @@ from tiered.experts import ExpertKey
 from tiered.gpu.busy import Busy, Channel
 from tiered.gpu.uploads import Uploads
 from tiered.planning.costs import Costs, Line, Miss
-from tiered.policies import Space
 
 
 class Clock:
@@ -110,7 +109,8 @@ def test_a_copy_takes_as_long_as_its_way_through_ram(is_there, expected):
             yield buffer
 
     class Memory:
-        space = Space.of_slots(4, 2)
+        def blob_bytes(self, key):
+            return 1
 
         def staging(self):
             return nullcontext(SimpleNamespace(host=None))

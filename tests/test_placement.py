@@ -55,7 +55,7 @@ class GpuEngine:
         store, config = self.engine.store, self.engine.config
         nbytes = max(store.blob_bytes)
         space = Space(num_slots * nbytes, tuple(nbytes for _ in store.blob_bytes))
-        layouts = {layer: store.layout(layer) for layer in config.sparse_layers}
+        layouts = {layer: store.layouts(layer) for layer in config.sparse_layers}
         memory = self.backend.slots(space, layouts, config.num_experts)
         below = self.engine.source
         policy = policies.create("layer_lfu", space)

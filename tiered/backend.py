@@ -206,7 +206,7 @@ class Backend(Protocol):
         kinds: np.ndarray | None = None,
     ) -> Any:
         """Prepare a layer's experts once; the result goes to `experts`. With `others`, expert e has
-        the `kinds[e]`-th (int32 [num_experts]) of `layout` and these; on the CPU only."""
+        the `kinds[e]`-th (int32 [num_experts]) of `layout` and these."""
 
     def feed_forward_layer(
         self, weights: FeedForwardWeights, config: ModelConfig, norm: np.ndarray | None = None

@@ -90,12 +90,6 @@ class Engine:
         if config.sparse_layers:
             self.store = ExpertStore(self.checkpoint, choices.quantize)
             stack.callback(self.store.close)
-            if self.store.is_mix and hasattr(self.backend, "cards"):
-                raise ValueError(
-                    f"{self.checkpoint.path}: experts of one layer have different number formats, "
-                    "which GPUs cannot compute yet: use --device cpu, or quantize with --mix-by "
-                    "layer"
-                )
             blocks = WholeBlocks(self.store)
             # What goes on to a GPU is a blob of the store's layout.
             if choices.device == "cpu" and blocks.pays:

@@ -126,7 +126,8 @@ def place_experts(
             source = MappedBlobs(store) if isinstance(below, MappedExperts) else below.tier
             costs = known_costs(card, name, max(memory.space.blob_bytes))
             if known := [layer for layer in layers if layer in prepared]:
-                measure_rows(card, prepared[known[0]], store.layout(known[0]), costs)
+                layout = store.layouts(known[0]).layout(0)
+                measure_rows(card, prepared[known[0]], layout, costs)
             cpu = Busy(timing.clock)
             link = Channel(costs.observe_link, cpu)
             tier = Tier(
@@ -196,7 +197,7 @@ def _slots_on(card: Any, name: str, share: Share, layers: list[int], store: Expe
     in a memory that has room for all of it, and for the fewest slots that work, at once."""
     config, nbytes = store.checkpoint.config, max(store.blob_bytes)
     per_layer = tuple(nbytes if layer in layers else 0 for layer in range(config.num_layers))
-    layouts = {layer: store.layout(layer) for layer in layers}
+    layouts = {layer: store.layouts(layer) for layer in layers}
     num_experts, least = len(layers) * config.num_experts, config.top_k + 1
     wanted = aligned(num_experts * nbytes + share.kv)
     left = None if share.room is None else share.room - share.fixed

@@ -67,8 +67,10 @@ class PlacedExperts:
         self._cpu, self._link, self._kernels = cpu or Busy(clock), link, kernels
         self._layer, self._began = -1, self._cpu.clock()  # of this pass
         sparse = store.checkpoint.config.sparse_layers
-        self._offsets = {layer: store.layout(layer).offsets for layer in sparse}
-        self._nbytes = {layer: store.layout(layer).nbytes for layer in sparse}
+        self._offsets = store.offsets
+        self._nbytes = {
+            layer: np.array(store.layouts(layer).blob_bytes, np.float64) for layer in sparse
+        }
 
     def fetch(
         self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
@@ -94,11 +96,11 @@ class PlacedExperts:
         self.computed_in_ram += len(there)
         with self.vram.fetch([keys[i] for i in here]) as groups:
             if hits:
-                yield self._places(layer, here, next(groups))
+                yield self._places(keys, here, next(groups))
             if there:
                 yield from self._compute_in_ram(layer, experts, there, starts, copied > 0)
             for group in groups:
-                yield self._places(layer, here, group)
+                yield self._places(keys, here, group)
         self._promote([keys[i] for i in there])
 
     def _count_pass(self, layer: int, admission: Admission) -> None:
@@ -130,13 +132,14 @@ class PlacedExperts:
         """How many of the misses are copied. Sorts `misses`: those with most rows come first."""
         if not misses:
             return 0
-        nbytes = float(self._nbytes[keys[0].layer])
+        nbytes = self._nbytes[keys[0].layer][[key.expert for key in keys]].tolist()
         counts = _num_rows(keys, starts)
         misses.sort(key=lambda i: -counts[i])
         free = [
-            Miss(nbytes, 0.0, self.costs.work(nbytes, counts[i], self.few_rows)) for i in misses
+            Miss(nbytes[i], 0.0, self.costs.work(nbytes[i], counts[i], self.few_rows))
+            for i in misses
         ]
-        wait, there = len(awaited) * self.costs.link(nbytes), nbytes * len(hits)
+        wait, there = sum(self.costs.link(nbytes[i]) for i in awaited), sum(nbytes[i] for i in hits)
         split = self.split if max(counts) <= self.few_rows else self._prompt_split
         chosen = fitting = split.place(there, free, wait)
         if chosen == len(misses):
@@ -152,10 +155,13 @@ class PlacedExperts:
         choices = fitting, len(misses)
         return min(choices, key=lambda n: self.costs.layer_seconds(there, free, n, wait))
 
-    def _places(self, layer: int, here: list[int], group: list[tuple[int, Any]]) -> Group:
-        ready, places = zip(*group, strict=True)
-        addresses = np.array(places, np.int64)[:, None] + self._offsets[layer]
-        return [here[i] for i in ready], addresses
+    def _places(
+        self, keys: Sequence[ExpertKey], here: list[int], group: list[tuple[int, Any]]
+    ) -> Group:
+        places = [place for _, place in group]
+        ready = [here[i] for i, _ in group]
+        within = self._offsets[keys[0].layer][[keys[i].expert for i in ready]]
+        return ready, np.array(places, np.int64)[:, None] + within
 
     def _compute_in_ram(
         self,
@@ -166,15 +172,17 @@ class PlacedExperts:
         copying: bool,
     ) -> Iterator[Group]:
         """The consumer computes a group before it asks for the next: that is what is timed."""
-        nbytes = float(self._nbytes[layer])
-        counts = _num_rows(experts, starts)
+        nbytes, counts = self._nbytes[layer], _num_rows(experts, starts)
         for ready, addresses in self.below.fetch(layer, experts[there]):
             begin, copied = self._cpu.clock(), self._copying()
             with self._cpu.running():
                 yield [there[i] for i in ready], addresses
             seconds = self._cpu.clock() - begin
             overlap = (self._copying() - copied) / seconds if self._link and seconds else copying
-            work = [self.costs.work(nbytes, counts[there[i]], self.few_rows) for i in ready]
+            work = [
+                self.costs.work(float(nbytes[experts[there[i]]]), counts[there[i]], self.few_rows)
+                for i in ready
+            ]
             self.costs.observe_cpu(sum(work), seconds, min(1.0, overlap))
 
     def _copying(self) -> float:

@@ -19,7 +19,8 @@ from tiered.tier import Source
 class DeviceMemory(Protocol):
     """What an upload needs of the memory that it fills: see gpu_backend.slots.GpuSlots."""
 
-    space: Space
+    def blob_bytes(self, key: ExpertKey) -> int:
+        """Of an expert."""
 
     def staging(self) -> AbstractContextManager[Any]:
         """A pair of buffers; `host` is uint8, in RAM."""
@@ -63,7 +64,7 @@ class Uploads:
                 raise OSError(f"the copy to the GPU failed: {error}") from error
 
     def _request(self, key: ExpertKey) -> AbstractContextManager[None]:
-        return self.link.request(self.memory.space.nbytes(key)) if self.link else nullcontext()
+        return self.link.request(self.memory.blob_bytes(key)) if self.link else nullcontext()
 
 
 class TimedReads:
@@ -89,7 +90,7 @@ class MappedBlobs:
 
     @contextmanager
     def lent(self, key: ExpertKey, buffer: np.ndarray) -> Iterator[np.ndarray]:
-        layout = self._store.layout(key.layer)
+        layout = self._store.layouts(key.layer).layout(key.expert)
         for address, tensor in zip(self._store.addresses(key), layout, strict=True):
             target = buffer[tensor.offset : tensor.offset + tensor.nbytes]
             ctypes.memmove(target.ctypes.data, int(address), tensor.nbytes)

@@ -75,7 +75,7 @@ def share_out(
     return Layout(
         dense=sizes.dense,
         kv=kv,
-        vram_experts=min(experts, max(0, room)),
+        vram_experts=min(experts, sizes.in_slots(max(0, room))),
         ram_experts=min(experts, left),
         all_experts=experts,
         on_gpu=room >= 0,

@@ -57,16 +57,12 @@ class ModelSizes:
     attention_width: int  # of all query heads together
     context_length: int
     approximate: bool = False
-    largest: int = 0  # of all experts' blobs, if experts of one layer differ
+    # Of all experts' blobs, if experts of one layer differ; `experts` then has their averages.
+    largest: int = 0
 
     @property
     def num_layers(self) -> int:
         return len(self.experts)
-
-    @property
-    def is_mix(self) -> bool:
-        """Whether a layer's experts differ; `experts` then has their average."""
-        return self.largest > 0
 
     @property
     def dense(self) -> int:
@@ -90,6 +86,10 @@ class ModelSizes:
     def floor(self) -> int:
         """Bytes of the experts that one layer needs at once: less memory cannot work."""
         return self.top_k * max(self.largest, *self.experts)
+
+    def in_slots(self, nbytes: int) -> int:
+        """What experts fill of so many bytes of a card, whose slots are as large as the largest."""
+        return nbytes * max(self.experts) // max(self.largest, *self.experts) if self.floor else 0
 
     def kv(self, context: int) -> int:
         """Bytes that are kept of a text of `context` tokens."""

@@ -306,12 +306,12 @@ class Backend(Protocol):
         """End the threads."""
 
 
-def open_cpu(choices: EngineConfig) -> Backend:
+def open_cpu(choices: EngineConfig, beside_gpu: bool = False) -> Backend:
     """The CPU's backend, with the threads and kernels that the user chose."""
     from cpu_kernels.backend import CpuBackend
 
     backend: Backend = CpuBackend(
-        choices.threads or default_threads(), choices.isa, exact=choices.quantize == "none"
+        choices.threads or default_threads(), choices.isa, choices.quantize == "none", beside_gpu
     )
     return backend
 
@@ -335,7 +335,7 @@ def open_gpu(choices: EngineConfig) -> Backend:
         from gpu_backend.torch_cards import TorchCards
         from gpu_backend.tuning import load_tuning
     names = numbered(names)
-    exact, host = choices.quantize == "none", open_cpu(choices)
+    exact, host = choices.quantize == "none", open_cpu(choices, beside_gpu=True)
     cards: list[Any] = []
     try:
         for name in names:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,7 +147,10 @@ class CudaRecorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 outputs = work()
-            finally:
-                graph.capture_end()
+            except BaseException:  # what it says is worth more than that no graph came of it
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         here.wait_stream(self._stream)
         return outputs, graph.replay

@@ -40,6 +40,7 @@ class Machine(Protocol):
     """Seconds that things take: see tiered.simulated.machine and tiered.planning.machine."""
 
     rates: Any
+    staged: float  # share of the bytes copied now that passes a buffer in RAM
     link_free: float  # when the last copy so far has arrived
 
     def copy(self, nbytes: int, start: float) -> float:
@@ -153,6 +154,7 @@ class SimulatedGpu:
                 raise RuntimeError("the copy was aborted")
             after = self.marked if self.synchronizes else 0.0
             begin = max(self.clock.now, after, self.machine.link_free)
+            self.machine.staged = float(is_staged)
             end = self.machine.copy(nbytes, begin)
             slot = then.keywords["slot"]
             if self.readers.get(slot, 0.0) > begin:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
-from math import exp, log
+from math import exp, inf, log
 from random import Random
 
 import pytest
@@ -59,9 +59,14 @@ def random_hardware(random):
     return hardware.Hardware("random", "random", host, disk, gpu)
 
 
+def rates_of(machine):
+    """Of a machine where all memory is page-locked."""
+    return replace(Rates.of(machine), staging=inf, cpu_staging=inf)
+
+
 def seconds(model, machine, budgets, tokens, strategy, dynamic=False):
     """What `TIMED` tokens take on a simulated machine. The dynamic choice knows nothing of it."""
-    clock = Machine(Rates.of(machine))
+    clock = Machine(rates_of(machine))
     chooser = None
     if dynamic:
         costs = Costs.unknown(max(model.experts))
@@ -217,7 +222,7 @@ def test_a_mistaken_model_is_found_out():
             self.link_free += 1e-3
             return self.link_free
 
-    clock = Stalling(Rates.of(machine))
+    clock = Stalling(rates_of(machine))
     budgets = Budgets(model.all_experts // 4, model.all_experts)
     chooser = Chooser(
         Costs.unknown(max(model.experts)), model, budgets, policy=POLICY, clock=lambda: clock.now

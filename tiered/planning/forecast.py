@@ -142,6 +142,7 @@ def forecast(
         simulation = Simulation(
             sizes, machine, layout.budgets, plan,
             policy=policy, look_ahead=look_ahead, accuracy=accuracy, mapped=mapped,
+            lockable=hardware.host.lockable,
         )  # fmt: skip
         fill_ram = is_synthetic or bool(warm)
         simulation.warm([*warm, *([prompt] if prompt else [])], fill_ram=fill_ram)

@@ -91,6 +91,12 @@ class ModelSizes:
         """What experts fill of so many bytes of a card, whose slots are as large as the largest."""
         return nbytes * max(self.experts) // max(self.largest, *self.experts) if self.floor else 0
 
+    def staged(self, ram: int, lockable: int) -> float:
+        """Share of copies to a GPU that pass a buffer, from so many bytes of slots in RAM, of which
+        so many can be page-locked: none are, where experts differ in size."""
+        is_locked = not self.largest and len({*self.experts} - {0}) == 1
+        return 1 - min(1.0, lockable / max(1, ram)) if is_locked else 1.0
+
     def kv(self, context: int) -> int:
         """Bytes that are kept of a text of `context` tokens."""
         return self.kv_per_token * context + self.state

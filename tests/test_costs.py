@@ -14,7 +14,7 @@ from tiered.planning import hardware, sizes
 from tiered.planning.admission import Admission
 from tiered.planning.chooser import Chooser
 from tiered.planning.costs import Costs, Line, Miss
-from tiered.planning.gpu_tier import GpuTier
+from tiered.planning.gpu_tier import GpuTier, make_way
 from tiered.planning.machine import Machine, Rates
 from tiered.planning.shapes import Shape
 from tiered.planning.simulation import Simulation
@@ -204,6 +204,28 @@ def test_what_is_in_no_other_memory_stays_on_the_gpu_if_another_can_make_room():
         keys[0],
         keys[2],
     }  # not the fourth for the first
+
+
+def test_nothing_leaves_for_a_copy_that_would_have_to_be_read_again():
+    tier = Residency(Space.of_slots(3, 2), policies.create("lru", Space.of_slots(3, 2)))
+    here, wanted = [ExpertKey(0, n) for n in range(3)], [ExpertKey(1, n) for n in range(3)]
+    below, asked = {here[1], *wanted}, []
+
+    def find_spares():
+        asked.append(len(tier))
+        return tier.resident() & below
+
+    assert make_way(tier, wanted, wanted, below, find_spares) == 3  # all is free
+    tier.demand(here)
+    assert make_way(tier, wanted[:2], wanted, below, find_spares) == 1
+    assert tier.keys == [here[0], here[2]] and asked == [3, 2]
+    tier.demand(wanted[:1])
+    below.add(here[0])  # the next to go is a spare: nobody has to look for one
+    assert make_way(tier, wanted[1:2], [*wanted, here[1]], below, find_spares) == 1
+    assert tier.keys == [here[2], wanted[0]] and asked == [3, 2]
+    tier.demand(wanted[1:2])
+    assert make_way(tier, wanted[2:], wanted, below, find_spares) == 0
+    assert len(tier) == 3
 
 
 def test_a_mistaken_model_is_found_out():

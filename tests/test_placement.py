@@ -163,6 +163,23 @@ def test_what_would_have_to_be_read_again_stays_on_the_gpu(model):
         assert {first, others[0], others[2]} <= set(there)
 
 
+def test_a_copy_on_demand_takes_the_place_of_what_is_in_ram_too(model, expected):
+    with GpuEngine(model, fake_gpu(), 5, Fixed(1), promote=False, ram=0.6) as gpu:
+        tokens, left = gpu.engine.generate_tokens(PROMPT, NUM_TOKENS), []
+        got = [next(tokens)]  # a prompt has it all streamed
+        ram, residency = gpu.engine.source.tier, gpu.tier.residency
+        leave, before = residency._leave, residency.stats.evictions
+
+        def watched(key):
+            left.append(key in ram)
+            leave(key)
+
+        residency._leave = watched
+        got += tokens
+        assert got == expected and left and all(left)
+        assert residency.stats.evictions - before == len(left)
+
+
 def test_the_table_names_what_is_in_the_slots(model):
     with GpuEngine(model, fake_gpu(), 5, Fixed(1)) as gpu:
         gpu.generate()

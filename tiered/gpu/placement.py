@@ -9,7 +9,7 @@ control asks where an expert runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from tiered.gpu.splits import Split
 from tiered.model import ExpertSource
 from tiered.planning.admission import Admission
 from tiered.planning.costs import Costs, Miss
-from tiered.planning.gpu_tier import would_evict
+from tiered.planning.gpu_tier import make_way, would_evict
 from tiered.store import ExpertStore
 from tiered.tier import Tier
 
@@ -66,6 +66,7 @@ class PlacedExperts:
         self.hits = self.copies = self.computed_in_ram = 0  # experts, each once per layer
         self._cpu, self._link, self._kernels = cpu or Busy(clock), link, kernels
         self._layer, self._began = -1, self._cpu.clock()  # of this pass
+        self._spares: Set[ExpertKey] | None = None
         sparse = store.checkpoint.config.sparse_layers
         self._offsets = store.offsets
         self._nbytes = {
@@ -83,8 +84,8 @@ class PlacedExperts:
         keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
         for nbytes, seconds in self._kernels():
             self.costs.gpu.observe(nbytes, seconds)
+        self._count_pass(layer)
         if self.admission is not None:
-            self._count_pass(layer, self.admission)
             self.admission.touch(keys)
         hits, awaited, misses = self._look_up(keys)
         copied = self._num_copied(keys, hits, awaited, misses, starts)
@@ -103,11 +104,13 @@ class PlacedExperts:
                 yield self._places(keys, here, group)
         self._promote([keys[i] for i in there])
 
-    def _count_pass(self, layer: int, admission: Admission) -> None:
+    def _count_pass(self, layer: int) -> None:
         """Layers come one after the other: one that does not come later begins the next pass."""
         if layer <= self._layer:
+            self._spares = None
             now = self._cpu.clock()
-            admission.token_done(now - self._began)
+            if self.admission is not None:
+                self.admission.token_done(now - self._began)
             self._began = now
         self._layer = layer
 
@@ -140,8 +143,11 @@ class PlacedExperts:
             for i in misses
         ]
         wait, there = sum(self.costs.link(nbytes[i]) for i in awaited), sum(nbytes[i] for i in hits)
-        split = self.split if max(counts) <= self.few_rows else self._prompt_split
-        chosen = fitting = split.place(there, free, wait)
+        if max(counts) <= self.few_rows:
+            chosen = self._make_way(keys, misses[: self.split.place(there, free, wait)])
+        else:
+            chosen = self._prompt_split.place(there, free, wait)
+        fitting = chosen
         if chosen == len(misses):
             return chosen
         while fitting and not self.vram.residency.fits(
@@ -154,6 +160,27 @@ class PlacedExperts:
         # wait for the CPU.
         choices = fitting, len(misses)
         return min(choices, key=lambda n: self.costs.layer_seconds(there, free, n, wait))
+
+    def _make_way(self, keys: Sequence[ExpertKey], wanted: list[int]) -> int:
+        """How many of these may be copied, so that nothing has to be read again for it."""
+        ram: Tier | None = getattr(self.below, "tier", None)
+        if ram is None or not wanted:
+            return len(wanted)
+        with self.vram.lock:
+            staying = {*keys, *self.vram.pinned_keys()}
+            count = make_way(
+                self.vram.residency, [keys[i] for i in wanted], staying, ram.residency.resident(),
+                self._find_spares,
+            )  # fmt: skip
+            self.vram.settle()
+        return count
+
+    def _find_spares(self) -> Set[ExpertKey]:
+        """What is in RAM, too: of large models not to be asked for each layer."""
+        if self._spares is None:
+            ram: Any = self.below
+            self._spares = self.vram.residency.resident() & ram.tier.residency.resident()
+        return self._spares
 
     def _places(
         self, keys: Sequence[ExpertKey], here: list[int], group: list[tuple[int, Any]]

@@ -171,6 +171,7 @@ class Simulation:
         wait = max(0.0, m.link_free - flag)
         misses = [Miss(nbytes, ready[key] - flag) for key in missed]
         num_copied = self._place(nbytes * len(hits), misses, wait)
+        num_copied = self.gpu.most_copied(keys, missed[:num_copied], self.ram)
         copied, rest = missed[:num_copied], missed[num_copied:]
         gpu = start + m.gpu_seconds(nbytes * len(hits))
         busy = gpu - start

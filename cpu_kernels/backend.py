@@ -38,6 +38,7 @@ from cpu_kernels.workspace import Workspace
 class CpuBackend:
     """`threads`: how many compute. `isa`: which instructions, "auto" for the best there are.
     `exact`: quantized weights are multiplied with float32 activations, not with int8 ones.
+    `beside_gpu`: experts get the bits that a GPU gives them, whatever instructions there are.
 
     One forward pass at a time; arrays that a method returns stay until its next call.
     """
@@ -46,10 +47,12 @@ class CpuBackend:
     finds_experts = True
     few_rows = FEW_ROWS
 
-    def __init__(self, threads: int, isa: str = "auto", exact: bool = False) -> None:
+    def __init__(
+        self, threads: int, isa: str = "auto", exact: bool = False, beside_gpu: bool = False
+    ) -> None:
         self._isa = choose(isa)
         self.isa = self._isa.name
-        self.exact = exact
+        self.exact, self._beside_gpu = exact, beside_gpu
         self.num_threads = threads
         self._workspace = Workspace()
         self._scratch = Scratch()
@@ -115,8 +118,9 @@ class CpuBackend:
         kinds: np.ndarray | None = None,
     ) -> ExpertLayer:
         layer = ExpertLayer(
-            layout, config, self._isa, self.exact, self._workspace, biases, others, kinds
-        )
+            layout, config, self._isa, self.exact, self._workspace, biases, others, kinds,
+            self._beside_gpu,
+        )  # fmt: skip
         layer.chosen = ChosenExperts(layer)
         self._hidden_size = layer.hidden_size  # of all layers
         return layer

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cpu_kernels.groups import LAYOUTS
+from cpu_kernels.isa import ISAS, Isa
 from cpu_kernels.simd import Emitter, Value, i16, i32, i64
 
 # Instructions that multiply unsigned weights with signed activations, adding to 32-bit lanes.
@@ -18,6 +20,13 @@ _INTEGERS = {32: i32, 64: i64}
 def wants_unsigned(isa: str) -> bool:
     """Signed weights must get 128 added before they are multiplied."""
     return isa in _DPBUSD
+
+
+def as_on_a_gpu(isa: Isa, format: str) -> Isa:
+    """Of the instruction sets that a processor with `isa` has, the one whose sums are those of a
+    GPU: where signed weights get 128 added before, that is taken off again in float32."""
+    is_signed = format in LAYOUTS and LAYOUTS[format].signed
+    return ISAS["avx2"] if is_signed and wants_unsigned(isa.name) else isa
 
 
 def multiply_bytes(

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from cpu_kernels.activations import prepare_activations
+from cpu_kernels.dot import as_on_a_gpu
 from cpu_kernels.gating import ACTIVATIONS, activate
 from cpu_kernels.isa import Isa
 from cpu_kernels.lanes import by_lanes
@@ -257,6 +258,7 @@ class ExpertLayer:
         biases: Any = None,
         others: Sequence[Any] = (),
         kinds: np.ndarray | None = None,
+        beside_gpu: bool = False,
     ) -> None:
         self.expert_size, self.hidden_size = layout.gate.shape
         for each in (layout, *others):
@@ -268,10 +270,10 @@ class ExpertLayer:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, not {config.activation!r}"
             )
+        formats = [t.format for each in (layout, *others) for t in (each.gate, each.up, each.down)]
         kernels = [
-            products_of(isa, tensor.format, exact)
-            for each in (layout, *others)
-            for tensor in (each.gate, each.up, each.down)
+            products_of(as_on_a_gpu(isa, format) if beside_gpu else isa, format, exact)
+            for format in formats
         ]
         self.facts: dict[str, Any] = {  # of a record, whatever it computes
             "hidden_size": self.hidden_size,

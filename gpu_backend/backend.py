@@ -6,6 +6,7 @@ so that everything here runs, and is tested, on machines without a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -160,8 +161,15 @@ class GpuBackend:
     def join_layer(self, weights: Any, config: Any) -> JoinLayer:
         return JoinLayer(weights, config, self._torch)
 
-    def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> ExpertLayer:
-        layer = ExpertLayer(layout, config, biases, self._torch, self.host)
+    def expert_layer(
+        self,
+        layout: Any,
+        config: Any,
+        biases: Any = None,
+        others: Sequence[Any] = (),
+        kinds: np.ndarray | None = None,
+    ) -> ExpertLayer:
+        layer = ExpertLayer(layout, config, biases, self._torch, self.host, others, kinds)
         self._hidden_size = layer.hidden_size  # of all layers
         return layer
 
@@ -221,15 +229,20 @@ class GpuBackend:
             self._run_on_host(h, layer.on_host, addresses, jobs, out)
             return
         assert self._slots is not None
-        begins = addresses[:, 0] - ON_DEVICE - layer.weights.layout.gate.offset
-        owners = np.asarray(jobs.experts, np.int32)
-        arrays = Jobs(begins, owners, jobs.starts, jobs.pairs, len(out) // len(h))
+        launches = []
+        for weights, at in layer.alike(np.asarray(jobs.experts)):
+            begins, own = addresses[at, 0] - ON_DEVICE - weights.layout.gate.offset, jobs.take(at)
+            owners = np.asarray(own.experts, np.int32)
+            launches.append(
+                (weights, Jobs(begins, owners, own.starts, own.pairs, len(out) // len(h)))
+            )
         quantized = self._rows_of(h).quantized()
         # Rows of a prompt take longer: they say nothing about reading weights.
-        nbytes = len(begins) * layer.weights.layout.nbytes
+        nbytes = sum(len(own.owners) * weights.layout.nbytes for weights, own in launches)
         few = len(h) <= self.few_rows
         with self.device.timed(nbytes) if few else nullcontext():
-            self.arithmetic.experts(self._slots.slab, layer.weights, arrays, quantized, out)
+            for weights, own in launches:
+                self.arithmetic.experts(self._slots.slab, weights, own, quantized, out)
         self.device.mark()
 
     def _run_on_host(
@@ -293,6 +306,10 @@ class GpuBackend:
     def head(self, x: torch.Tensor, rows: np.ndarray, layer: OutputLayer) -> np.ndarray:
         last = x[torch.from_numpy(np.asarray(rows, np.int64)).to(self._torch)]
         return np.asarray(layer.run(last, self.arithmetic).cpu().numpy(), np.float32)
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the card only while it runs, for people."""
+        return {"cuda_graphs": self.graphs.state}
 
     def close(self) -> None:
         """Wait for what was launched, and end the host's threads."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from gpu_backend.cuda_pinner import CudaPinner
 from gpu_backend.kernel_times import KernelTimes
 
 
@@ -78,6 +79,7 @@ def allocating(what: str, where: Any) -> Iterator[None]:
 
 class TorchDevice:
     machine = None  # it is real: see gpu_backend.simulated
+    lockable_bytes = None  # of RAM: only trying tells
 
     def __init__(self, name: str) -> None:
         self.torch_device = torch.device(name)
@@ -102,6 +104,9 @@ class TorchDevice:
             self._copies = torch.cuda.Stream(self.torch_device)
             self._downloads = torch.cuda.Stream(self.torch_device)
             self._last_use = torch.cuda.Event()
+        self._pinner: CudaPinner | None = None
+        if self.is_cuda:
+            self._pinner = CudaPinner(self.index, lambda: self.table(1))
         self.kernel_times = KernelTimes()
         self._lock = threading.Lock()  # marks come from the main thread, uploads from loaders
 
@@ -181,21 +186,40 @@ class TorchDevice:
             with self._lock:
                 self._last_use.record(torch.cuda.current_stream(self.torch_device))
 
-    def upload(self, staging: Staging, nbytes: int, then: Callable[[torch.Tensor], None]) -> Any:
-        """Copy `nbytes` of staging.host, then do `then(staging.device)`, on the copy stream.
+    def pin(self, address: int, nbytes: int) -> bool:
+        """Let copies of this card, and of all others, read that memory where it is."""
+        return self._pinner is None or self._pinner.pin(address, nbytes)
 
-        Returns what `wait` waits for; staging must not be used before.
+    def unpin(self, address: int) -> None:
+        if self._pinner is not None:
+            self._pinner.unpin(address)
+
+    def upload(
+        self,
+        blob: np.ndarray,
+        staging: Staging,
+        nbytes: int,
+        then: Callable[[torch.Tensor], None],
+    ) -> Any:
+        """Copy `nbytes` of a blob, then do `then(staging.device)`, on the copy stream.
+
+        Returns what `wait` waits for; blob and staging must stay as they are until then.
         """
         # Whoever waits for it sleeps: the processor's cores have experts to compute meanwhile.
         ticket = torch.cuda.Event(blocking=True) if self.is_cuda else None
-        host = torch.from_numpy(staging.host)[:nbytes]
+        host = torch.from_numpy(blob)[:nbytes]
         stream = torch.cuda.stream(self._copies) if self.is_cuda else nullcontext()
         with stream:
             if self.is_cuda:
                 with self._lock:
                     self._copies.wait_event(self._last_use)
             staging.device[:nbytes].copy_(host, non_blocking=True)
-            then(staging.device)
+            try:
+                then(staging.device)
+            except Exception:
+                if self.is_cuda:  # nobody will wait for the copy, which reads the blob
+                    self._copies.synchronize()
+                raise
             return self._copies.record_event(ticket) if self.is_cuda else None
 
     def wait(self, ticket: Any) -> None:

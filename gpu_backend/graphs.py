@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,13 @@ class Graphs:
 
     def __len__(self) -> int:
         return len(self._known)
+
+    @property
+    def state(self) -> str:
+        """For people: whether calls are replayed."""
+        if self.record is None:
+            return f"not used: {self.problem}" if self.problem else "not used"
+        return f"{len(self)} calls recorded"
 
     def run(self, key: Hashable, work: Work, *inputs: torch.Tensor) -> Tensors:
         """work(*inputs), which may change the first of them. What it returns is valid until the
@@ -139,7 +147,10 @@ class CudaRecorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 outputs = work()
-            finally:
-                graph.capture_end()
+            except BaseException:  # what it says is worth more than that no graph came of it
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         here.wait_stream(self._stream)
         return outputs, graph.replay

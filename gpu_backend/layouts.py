@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +37,20 @@ class Layout(Protocol):
     def nbytes(self) -> int: ...
 
 
+class Layouts(Protocol):
+    """Of a layer's experts: tiered's LayerLayouts, or anything like it."""
+
+    @property
+    def distinct(self) -> tuple[Any, ...]:
+        """Each layout once."""
+
+    def layout(self, expert: int) -> Any:
+        """A Layout."""
+
+
 class ExpertWeights(NamedTuple):
-    """What a layer's experts are computed with, beside the bytes in their slots."""
+    """What experts of a layer that have one layout are computed with, beside the bytes in their
+    slots."""
 
     layout: Layout
     activation: str  # of gpu_backend.gating

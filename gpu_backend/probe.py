@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from triton import TritonError
 from cpu_kernels.formats import FORMATS
 from gpu_backend.arrays import Quantized
 from gpu_backend.calibrate import calibrate, save
+from gpu_backend.cuda_pinner import CudaPinner
 from gpu_backend.device import TorchDevice, card_name
 from gpu_backend.launch import Launcher
 from gpu_backend.pinning import Arena, probe_limit
@@ -40,25 +41,6 @@ def calibrate_card(device: str, file: Path, tuning_file: Path) -> dict[str, Any]
     tuning = find_tuning(probe.decode, probe.prefill, load_tuning(tuning_file, name))
     save_tuning(tuning_file, name, tuning)
     return asdict(measured)
-
-
-class CudaPinner:
-    """Registers ranges of memory with CUDA."""
-
-    def __init__(self, forget_error: Callable[[], object]) -> None:
-        """`forget_error` launches anything: what torch launches next reports an error that the
-        runtime remembers, and thereby ends it."""
-        self._runtime, self._forget_error = torch.cuda.cudart(), forget_error
-
-    def pin(self, address: int, nbytes: int) -> bool:
-        refused: bool = int(self._runtime.cudaHostRegister(address, nbytes, 0)) != 0
-        if refused:
-            with suppress(RuntimeError):
-                self._forget_error()
-        return not refused
-
-    def unpin(self, address: int) -> None:
-        self._runtime.cudaHostUnregister(address)
 
 
 class CudaProbe:
@@ -105,7 +87,7 @@ class CudaProbe:
         """Tries at most half of the RAM that is free: locking memory makes it real."""
         size = min(LARGEST_PIN, psutil.virtual_memory().available // 2)
         arena = np.empty(size, np.uint8)
-        pinner = CudaPinner(lambda: self._small.add_(1))
+        pinner = CudaPinner(self._device.index or 0, lambda: self._small.add_(1))
         return probe_limit(pinner, Arena(int(arena.ctypes.data), size))
 
     def decode(self, tuning: Tuning) -> float:

@@ -40,6 +40,7 @@ class Machine(Protocol):
     """Seconds that things take: see tiered.simulated.machine and tiered.planning.machine."""
 
     rates: Any
+    staged: float  # share of the bytes copied now that passes a buffer in RAM
     link_free: float  # when the last copy so far has arrived
 
     def copy(self, nbytes: int, start: float) -> float:
@@ -71,7 +72,9 @@ class SimulatedGpu:
     """The device: what gpu_backend.device.TorchDevice is to CUDA. Thread-safe.
 
     `memory` in bytes; None: as much as is wanted. `kernels`: of cards that follow each other, one
-    stream. `fail_copies`: numbers of the copies, counted from 0, that are aborted.
+    stream; `locked`: of cards of one host, what is page-locked: bytes by address, of which
+    `lockable_bytes` are allowed. `fail_copies` and `fail_pins`: numbers of the copies, and of the
+    ranges to be locked, that fail, counted from 0.
     """
 
     def __init__(
@@ -81,13 +84,19 @@ class SimulatedGpu:
         memory: int | None = None,
         kernels: Stream | None = None,
         fail_copies: Collection[int] = (),
+        lockable_bytes: int | None = None,
+        locked: dict[int, int] | None = None,
+        fail_pins: Collection[int] = (),
     ) -> None:
         self.machine, self.clock, self.free_bytes = machine, clock, memory
         self.kernels = kernels or Stream()
         self.kernel_times = KernelTimes()
         self.lock = threading.RLock()
         self.fail_copies = set(fail_copies)
-        self.num_copies = 0
+        self.num_copies = self.num_pins = 0
+        self.lockable_bytes = lockable_bytes
+        self.locked = {} if locked is None else locked
+        self.fail_pins = fail_pins
         self.marked = 0.0
         self.synchronizes = True  # False: forgets to let copies wait for kernels (a bug to find)
         self.in_flight: dict[int, float] = {}  # slot -> when its bytes arrive
@@ -124,28 +133,46 @@ class SimulatedGpu:
         with self.lock:
             self.marked = self.kernels.end
 
-    def upload(self, staging: Staging, nbytes: int, then: Any) -> float:
+    def pin(self, address: int, nbytes: int) -> bool:
+        number, self.num_pins = self.num_pins, self.num_pins + 1
+        if number in self.fail_pins:
+            return False
+        self.locked[address] = nbytes
+        return True
+
+    def unpin(self, address: int) -> None:
+        del self.locked[address]
+
+    def upload(self, blob: np.ndarray, staging: Staging, nbytes: int, then: Any) -> float:
         """`then` is a partial function that knows its `slot`."""
+        is_staged = blob is staging.host
+        if not is_staged and not self._is_locked(blob.ctypes.data, nbytes):
+            raise RuntimeError("a copy from memory that is not page-locked, or not in one piece")
         with self.lock:
             number, self.num_copies = self.num_copies, self.num_copies + 1
             if number in self.fail_copies:
                 raise RuntimeError("the copy was aborted")
             after = self.marked if self.synchronizes else 0.0
             begin = max(self.clock.now, after, self.machine.link_free)
+            self.machine.staged = float(is_staged)
             end = self.machine.copy(nbytes, begin)
             slot = then.keywords["slot"]
             if self.readers.get(slot, 0.0) > begin:
                 raise RuntimeError(f"race: slot {slot} is overwritten while a kernel reads it")
             self.in_flight[slot] = end
-            blob = staging.host[:nbytes].copy()
+            sent = blob[:nbytes].copy()
 
             def arrive() -> None:
-                staging.device[:nbytes] = blob
+                staging.device[:nbytes] = sent
                 then(staging.device)
                 del self.in_flight[slot]
 
             self.clock.at(end, arrive)
             return end
+
+    def _is_locked(self, address: int, nbytes: int) -> bool:
+        ends = address, address + nbytes
+        return any(at <= ends[0] and ends[1] <= at + size for at, size in self.locked.items())
 
     def wait(self, ticket: float) -> None:
         with self.lock:
@@ -194,6 +221,14 @@ class Weighed(NamedTuple):
     values: int  # weights: each is multiplied with each row of activations
     width: int = 0  # of an attention layer's queries, all heads together
     kept: KVShape | None = None  # what it keeps of each token
+
+
+class WeighedExperts(NamedTuple):
+    """The same of a layer's experts: `nbytes` of each, and `values` of one."""
+
+    of_host: Any
+    nbytes: np.ndarray  # int64 [num_experts]
+    values: int
 
 
 def weighed(of_host: Any, *weights: Any, **more: Any) -> Weighed:
@@ -259,9 +294,19 @@ class SimulatedCard:
     def router_layer(self, weights: Any, config: Any) -> Weighed:
         return weighed(self.host.router_layer(weights, config), weights)
 
-    def expert_layer(self, layout: Any, config: Any, biases: Any = None) -> Weighed:
+    def expert_layer(
+        self,
+        layout: Any,
+        config: Any,
+        biases: Any = None,
+        others: Sequence[Any] = (),
+        kinds: np.ndarray | None = None,
+    ) -> WeighedExperts:
         values = sum(matrix.shape[0] * matrix.shape[1] for matrix in layout)
-        return Weighed(self.host.expert_layer(layout, config, biases), layout.nbytes, values)
+        mix = (others, kinds) if others else ()
+        each = np.array([one.nbytes for one in (layout, *others)])
+        nbytes = each[np.zeros(config.num_experts, int) if kinds is None else kinds]
+        return WeighedExperts(self.host.expert_layer(layout, config, biases, *mix), nbytes, values)
 
     def feed_forward_layer(self, weights: Any, config: Any, norm: Any = None) -> Weighed:
         return weighed(self.host.feed_forward_layer(weights, config, norm), weights)
@@ -294,7 +339,9 @@ class SimulatedCard:
     def guess(self, x: Any, h: Any, layer: Weighed) -> Any:
         return self.host.guess(x, h, layer.of_host)
 
-    def experts(self, h: Any, layer: Weighed, addresses: np.ndarray, jobs: Any, out: Any) -> None:
+    def experts(
+        self, h: Any, layer: WeighedExperts, addresses: np.ndarray, jobs: Any, out: Any
+    ) -> None:
         here = addresses[:, 0] >= ON_DEVICE
         if here.any() and not here.all():
             raise ValueError("experts in slots and experts in RAM need a call each")
@@ -302,7 +349,7 @@ class SimulatedCard:
         self.computed["gpu" if here.any() else "cpu"] += len(addresses)
         if here.any():
             slots = ((addresses[:, 0] - ON_DEVICE) // self._slots.stride).tolist()
-            nbytes = len(slots) * layer.nbytes
+            nbytes = int(layer.nbytes[jobs.experts].sum())
             begin, end = self.device.kernel(nbytes, operations, EXPERT_LAUNCHES, slots)
             if len(h) <= self.host.few_rows:  # as gpu_backend.backend has it
                 clock = self.device.clock
@@ -315,12 +362,12 @@ class SimulatedCard:
         if here.any():
             self.device.mark()
         else:
-            self.device.host_works(len(pieces) * layer.nbytes, operations)
+            self.device.host_works(int(layer.nbytes[jobs.experts].sum()), operations)
 
-    def host_seconds(self, layer: Weighed, layout: Any, num_rows: int) -> float:
+    def host_seconds(self, layer: WeighedExperts, layout: Any, num_rows: int) -> float:
         """What an expert with so many rows takes on the described host."""
         machine = self.device.machine
-        return machine.host_end(layer.nbytes, 2 * num_rows * layer.values, 0.0)
+        return machine.host_end(layout.nbytes, 2 * num_rows * layer.values, 0.0)
 
     def combine(self, x: Any, out: Any, weights: np.ndarray) -> None:
         self.host.combine(x, out, weights)
@@ -339,6 +386,10 @@ class SimulatedCard:
         self.device.kernel(layer.nbytes, 2 * len(rows) * layer.values)
         self.device.synchronize()
         return logits
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the card only while it runs, for people."""
+        return {"copies": self.device.num_copies}
 
     def close(self) -> None:
         self.device.close()

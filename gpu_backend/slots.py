@@ -1,9 +1,10 @@
 """Slots for experts in GPU memory: one slab, and a table that says who is where.
 
 The memory of a tier (see tiered.slots). A slot is found by the byte where it begins in the slab.
-What a loader thread is given to fill is the slot's number; the bytes pass a staging buffer, are
-rearranged on the GPU (see gpu_backend.formats), and then, in the same stream, the table is written:
-kernels that look experts up there never see one that has not arrived. Knows nothing of torch.
+What a loader thread is given to fill is the slot's number; the bytes come to a staging buffer on
+the GPU, are rearranged from there (see gpu_backend.formats), and then, in the same stream, the
+table is written: kernels that look experts up there never see one that has not arrived. Knows
+nothing of torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from cpu_kernels.formats import FORMATS
-from gpu_backend.layouts import Layout
+from gpu_backend.layouts import Layout, Layouts
 
 # Added to the place of a slot, so that an address tells on which side a blob lies.
 ON_DEVICE = 1 << 62
@@ -32,7 +33,7 @@ class Device(Protocol):
 
     def staging(self, nbytes: int) -> Any: ...
 
-    def upload(self, staging: Any, nbytes: int, then: Callable[[Any], None]) -> Any: ...
+    def upload(self, blob: Any, staging: Any, nbytes: int, then: Callable[[Any], None]) -> Any: ...
 
     def wait(self, ticket: Any) -> None: ...
 
@@ -45,7 +46,7 @@ class Slot(NamedTuple):
 
 
 class GpuSlots:
-    """`space.num_slots` slots of the same size; `layouts` are those of the sparse layers.
+    """`space.num_slots` slots of the same size; `layouts` are those of the sparse layers' experts.
 
     They lie at the beginning of `slab`, which has `nbytes` at least. Its end may serve another
     purpose while the tier uses fewer slots: see Tier.use_slots.
@@ -57,7 +58,7 @@ class GpuSlots:
         self,
         device: Device,
         space: Any,
-        layouts: dict[int, Layout],
+        layouts: dict[int, Layouts],
         rearrange: Rearrange,
         num_experts: int = 0,
         nbytes: int = 0,
@@ -65,7 +66,8 @@ class GpuSlots:
     ) -> None:
         self.space = space
         self.layouts = layouts
-        self.stride = max(layout.nbytes for layout in layouts.values())
+        self._distinct = dict.fromkeys(each for of in layouts.values() for each in of.distinct)
+        self.stride = max(layout.nbytes for layout in self._distinct)
         self._device, self._rearrange = device, rearrange
         self._free = [device.staging(self.stride) for _ in range(num_staging)]
         self._returned = threading.Condition()
@@ -95,7 +97,7 @@ class GpuSlots:
         """Fill the first slot with anything, once for each layout: what this needs is compiled now,
         and not by several loaders at a time. Before anybody is there."""
         with self.staging() as pair:
-            for layout in dict.fromkeys(self.layouts.values()):
+            for layout in self._distinct:
                 self._fill(0, pair.device, layout)
 
     @contextmanager
@@ -112,12 +114,18 @@ class GpuSlots:
                 self._free.append(pair)
                 self._returned.notify()
 
-    def upload(self, key: tuple[int, int], slot: int, staging: Any) -> None:
-        """Bring the blob in `staging` into a slot; returns when it is there."""
-        layout = self.layouts[key[0]]
+    def blob_bytes(self, key: tuple[int, int]) -> int:
+        """Of an expert, whose slot may have room for more."""
+        return int(self._layout(key).nbytes)
+
+    def _layout(self, key: tuple[int, int]) -> Any:
+        return self.layouts[key[0]].layout(key[1])
+
+    def upload(self, key: tuple[int, int], slot: int, blob: Any, staging: Any) -> None:
+        """Bring a blob, in `staging.host` or page-locked, into a slot; returns when it is there."""
         with self._writing:
             arrange = partial(self._arrange, key=key, slot=slot)
-            ticket = self._device.upload(staging, layout.nbytes, arrange)
+            ticket = self._device.upload(blob, staging, self.blob_bytes(key), arrange)
         self._device.wait(ticket)
 
     def _arrange(self, blob: Any, key: tuple[int, int], slot: int) -> None:
@@ -125,7 +133,7 @@ class GpuSlots:
         before = self._owners.pop(slot, None)
         if before is not None and before != key:
             self.table[before] = -1
-        self._fill(slot, blob, self.layouts[key[0]])
+        self._fill(slot, blob, self._layout(key))
         self._owners[slot] = key
         self.table[key] = slot
 

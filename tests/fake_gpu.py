@@ -25,3 +25,23 @@ class FakeCard(SimulatedCard):
     def close(self):
         super().close()
         self.host.close()
+
+
+class FakePinner:
+    """A system that locks `limit` bytes, and remembers what is locked."""
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.pinned = {}
+        self.refusals = 0
+
+    def pin(self, address, nbytes):
+        if sum(self.pinned.values()) + nbytes > self.limit:
+            self.refusals += 1
+            return False
+        assert address not in self.pinned
+        self.pinned[address] = nbytes
+        return True
+
+    def unpin(self, address):
+        del self.pinned[address]

@@ -1,6 +1,6 @@
 """What copies and the processor take is measured while they run, alone and while both do."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +9,6 @@ from tiered.experts import ExpertKey
 from tiered.gpu.busy import Busy, Channel
 from tiered.gpu.uploads import Uploads
 from tiered.planning.costs import Costs, Line, Miss
-from tiered.policies import Space
 
 
 class Clock:
@@ -104,16 +103,19 @@ def test_a_copy_takes_as_long_as_its_way_through_ram(is_there, expected):
         def __contains__(self, key):
             return is_there
 
-        def read_into(self, key, buffer):
+        @contextmanager
+        def lent(self, key, buffer):
             now[0] += 2.0
+            yield buffer
 
     class Memory:
-        space = Space.of_slots(4, 2)
+        def blob_bytes(self, key):
+            return 1
 
         def staging(self):
             return nullcontext(SimpleNamespace(host=None))
 
-        def upload(self, key, slot, staging):
+        def upload(self, key, slot, blob, staging):
             now[0] += 1.0
 
     rival = Busy(lambda: now[0])

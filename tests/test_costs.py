@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
-from math import exp, log
+from math import exp, inf, log
 from random import Random
 
 import pytest
@@ -14,7 +14,7 @@ from tiered.planning import hardware, sizes
 from tiered.planning.admission import Admission
 from tiered.planning.chooser import Chooser
 from tiered.planning.costs import Costs, Line, Miss
-from tiered.planning.gpu_tier import GpuTier
+from tiered.planning.gpu_tier import GpuTier, make_way
 from tiered.planning.machine import Machine, Rates
 from tiered.planning.shapes import Shape
 from tiered.planning.simulation import Simulation
@@ -59,9 +59,14 @@ def random_hardware(random):
     return hardware.Hardware("random", "random", host, disk, gpu)
 
 
+def rates_of(machine):
+    """Of a machine where all memory is page-locked."""
+    return replace(Rates.of(machine), staging=inf, cpu_staging=inf)
+
+
 def seconds(model, machine, budgets, tokens, strategy, dynamic=False):
     """What `TIMED` tokens take on a simulated machine. The dynamic choice knows nothing of it."""
-    clock = Machine(Rates.of(machine))
+    clock = Machine(rates_of(machine))
     chooser = None
     if dynamic:
         costs = Costs.unknown(max(model.experts))
@@ -201,6 +206,28 @@ def test_what_is_in_no_other_memory_stays_on_the_gpu_if_another_can_make_room():
     }  # not the fourth for the first
 
 
+def test_nothing_leaves_for_a_copy_that_would_have_to_be_read_again():
+    tier = Residency(Space.of_slots(3, 2), policies.create("lru", Space.of_slots(3, 2)))
+    here, wanted = [ExpertKey(0, n) for n in range(3)], [ExpertKey(1, n) for n in range(3)]
+    below, asked = {here[1], *wanted}, []
+
+    def find_spares():
+        asked.append(len(tier))
+        return tier.resident() & below
+
+    assert make_way(tier, wanted, wanted, below, find_spares) == 3  # all is free
+    tier.demand(here)
+    assert make_way(tier, wanted[:2], wanted, below, find_spares) == 1
+    assert tier.keys == [here[0], here[2]] and asked == [3, 2]
+    tier.demand(wanted[:1])
+    below.add(here[0])  # the next to go is a spare: nobody has to look for one
+    assert make_way(tier, wanted[1:2], [*wanted, here[1]], below, find_spares) == 1
+    assert tier.keys == [here[2], wanted[0]] and asked == [3, 2]
+    tier.demand(wanted[1:2])
+    assert make_way(tier, wanted[2:], wanted, below, find_spares) == 0
+    assert len(tier) == 3
+
+
 def test_a_mistaken_model_is_found_out():
     """Copies that take much longer than was measured: a plan that waits for them is given up."""
     model = model_of(16, 2, 1024, 1024, 3)
@@ -217,7 +244,7 @@ def test_a_mistaken_model_is_found_out():
             self.link_free += 1e-3
             return self.link_free
 
-    clock = Stalling(Rates.of(machine))
+    clock = Stalling(rates_of(machine))
     budgets = Budgets(model.all_experts // 4, model.all_experts)
     chooser = Chooser(
         Costs.unknown(max(model.experts)), model, budgets, policy=POLICY, clock=lambda: clock.now

@@ -40,7 +40,25 @@ def run(name, machine, **options):
     ],
 )
 def test_ceilings_of_an_independent_model(name, vram, strategy, expected):
-    assert run(name, card(vram), strategy=strategy).tok_s == pytest.approx(expected, rel=0.1)
+    """Which copies from page-locked memory."""
+    got = run(name, card(vram), strategy=strategy, mapped=False)
+    assert got.tok_s == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b"])
+def test_what_passes_a_buffer_takes_longer(name):
+    machine, speeds = card(12_000_000_000), []
+    model = sizes.of_shape(shapes.find(name))
+    assert model.staged(model.all_experts, 1 << 62) == 0
+    assert model.staged(4 << 30, 1 << 30) == 0.75
+    assert replace(model, largest=max(model.experts) + 1).staged(4 << 30, 1 << 62) == 1
+    for options in ({"mapped": False}, {}):
+        for strategy in ("copy", "half", "tiered", "cpu"):
+            speeds.append(run(name, machine, strategy=strategy, **options).tok_s)
+    locked, staged = speeds[:4], speeds[4:]
+    assert locked[0] > 1.02 * staged[0] and locked[1] > 1.02 * staged[1]
+    assert locked[2] >= staged[2]  # who may choose copies less then
+    assert locked[3] == pytest.approx(staged[3], rel=0.01)  # it copies nothing
 
 
 STATIC = [name for name in STRATEGIES if name != "tiered"]

@@ -13,7 +13,7 @@ from tiered import Engine, policies
 from tiered.backend import AttentionWeights, Batch
 from tiered.config import ModelConfig, RopeConfig
 from tiered.demo import random_tiny_model
-from tiered.experts import ExpertKey, expert_layout
+from tiered.experts import ExpertKey, LayerLayouts, expert_layout
 from tiered.gpu.placement import PlacedExperts
 from tiered.gpu.splits import Fixed
 from tiered.gpu.uploads import MappedBlobs, Uploads
@@ -47,7 +47,7 @@ class GpuEngine:
         store, config = self.engine.store, self.engine.config
         nbytes = max(store.blob_bytes)
         space = Space(num_slots * nbytes, tuple(nbytes for _ in store.blob_bytes))
-        layouts = {layer: store.layout(layer) for layer in config.sparse_layers}
+        layouts = {layer: store.layouts(layer) for layer in config.sparse_layers}
         memory = self.backend.slots(space, layouts, config.num_experts)
         below = self.engine.source
         blobs = MappedBlobs(store) if self.engine.plan.mapped else below.tier
@@ -211,15 +211,17 @@ def test_rope_needs_an_even_dimension():
 def test_slots_hold_planes_and_the_table_says_where():
     layout = expert_layout(64, 32, "q4_0", "q8_0", "q4_1")
     backend = GpuBackend("cpu")
-    memory = backend.slots(Space(3 * layout.nbytes, (0, layout.nbytes)), {1: layout}, 4)
+    memory = backend.slots(
+        Space(3 * layout.nbytes, (0, layout.nbytes)), {1: LayerLayouts.of([layout] * 4)}, 4
+    )
     memory.try_out()
     assert (memory.table == -1).all()
     blob = np.random.default_rng(0).integers(0, 256, layout.nbytes, np.uint8)
     with memory.staging() as staging:
         staging.host[:] = blob
-        memory.upload(ExpertKey(1, 2), 0, staging)
-        memory.upload(ExpertKey(1, 3), 2, staging)
-        memory.upload(ExpertKey(1, 0), 0, staging)
+        memory.upload(ExpertKey(1, 2), 0, staging.host, staging)
+        memory.upload(ExpertKey(1, 3), 2, staging.host, staging)
+        memory.upload(ExpertKey(1, 0), 0, staging.host, staging)
     assert memory.table[1].tolist() == [0, -1, -1, 2]
     gate = memory.slab[: layout.gate.nbytes].numpy()
     source = blob[: layout.gate.nbytes].reshape(-1, 18)

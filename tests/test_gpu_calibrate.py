@@ -1,41 +1,15 @@
 """Calibration, pinning and tuning on devices whose limits and speeds are known. Needs no torch."""
 
-import logging
 from dataclasses import replace
 
 import pytest
+from fake_gpu import FakePinner
 
 from gpu_backend.calibrate import calibrate, fit_line, load, save
-from gpu_backend.pinning import (
-    Arena,
-    PinnedArena,
-    probe_limit,
-    usable_limit,
-    with_backoff,
-)
+from gpu_backend.pinning import Arena, probe_limit
 from gpu_backend.tuning import Tuning, find_tuning, load_tuning, save_tuning
 
 MIB = 1 << 20
-
-
-class FakePinner:
-    """A system that locks `limit` bytes, and remembers what is locked."""
-
-    def __init__(self, limit):
-        self.limit = limit
-        self.pinned = {}
-        self.refusals = 0
-
-    def pin(self, address, nbytes):
-        if sum(self.pinned.values()) + nbytes > self.limit:
-            self.refusals += 1
-            return False
-        assert address not in self.pinned
-        self.pinned[address] = nbytes
-        return True
-
-    def unpin(self, address):
-        del self.pinned[address]
 
 
 class FakeProbe:
@@ -124,35 +98,6 @@ def test_a_probe_that_raises_unlocks_what_it_locked():
     assert not pinner.pinned
 
 
-def test_a_part_of_the_limit_is_used():
-    assert usable_limit(1000) == 800
-    assert usable_limit(1000, configured=500) == 500
-    assert usable_limit(1000, configured=5000) == 800
-
-
-def test_an_arena_is_locked_as_far_as_possible(caplog):
-    pinner, arena = FakePinner(700 * MIB), Arena(4096, 1 << 30)
-    with caplog.at_level(logging.WARNING, "tiered"), PinnedArena(pinner, arena, 1 << 30) as pinned:
-        assert pinned.nbytes == 512 * MIB
-        assert 4096 in pinned and 4096 + 512 * MIB not in pinned
-    assert "only 512 MiB of the 1024 MiB" in caplog.text
-    assert not pinner.pinned
-    pinned.close()
-
-
-def test_allocation_backs_off_to_what_fits():
-    def allocate(num):
-        if num > 37:
-            raise MemoryError(f"{num} are too many")
-        return "slots"
-
-    assert with_backoff(allocate, 30, 2) == ("slots", 30)
-    kind, num = with_backoff(allocate, 100, 2)
-    assert kind == "slots" and 30 < num <= 37
-    with pytest.raises(MemoryError, match="not even 40 would fit: 40 are too many"):
-        with_backoff(allocate, 100, 40)
-
-
 def test_tuning_is_stored_by_card(tmp_path):
     file, tuned = tmp_path / "tuning.json", Tuning(rows=8, warps=2)
     assert load_tuning(file, "card") == Tuning()
@@ -193,7 +138,7 @@ def test_a_refused_pin_leaves_no_error_behind(probe, monkeypatch):
             raise RuntimeError(remembered.pop())
 
     monkeypatch.setattr(probe.torch.cuda, "cudart", Runtime)
-    pinner = probe.CudaPinner(launch)
+    pinner = probe.CudaPinner(-1, launch)
     assert pinner.pin(0, 100) and not pinner.pin(0, 101)
     launch()
 

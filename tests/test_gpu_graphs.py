@@ -72,6 +72,8 @@ def test_each_layer_is_recorded_once_per_number_of_rows(model):
         assert len(graphs) == 6 * layers
         list(engine.generate_tokens(PROMPT, NUM_TOKENS))
         assert len(graphs) == 6 * layers
+        (facts,) = engine.gpu_facts()["cards"].values()
+        assert facts == {"layers": [0, layers - 1], "cuda_graphs": f"{6 * layers} calls recorded"}
     assert len(graphs) == 0
 
 
@@ -113,6 +115,7 @@ def test_what_comes_to_the_host_cannot_be_recorded():
     graphs = Graphs(Buffers(torch.device("cpu")), record)
     (got,) = graphs.run("key", lambda x: (x * x.sum().item(),), torch.ones(1, 3))
     assert torch.equal(got, torch.full((1, 3), 3.0)) and "capturing" in graphs.problem
+    assert graphs.state == f"not used: {graphs.problem}"
 
 
 def test_buffers_stay_where_they_are():

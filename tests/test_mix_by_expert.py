@@ -11,7 +11,7 @@ from other_weights import logits_with
 from cpu_kernels.formats import FORMATS
 from tiered import Engine, policies
 from tiered.cache.residency import Residency
-from tiered.experts import ExpertKey
+from tiered.experts import ExpertKey, expert_layout
 from tiered.formats import CheckpointError, open_checkpoint
 from tiered.planning.sizes import of_checkpoint
 from tiered.policies import Space
@@ -292,9 +292,9 @@ def test_sizes_are_told(mixed, expected, tiered):
         assert sum(store.layer_bytes) == experts
     with pytest.raises(MemoryError, match="--expert-ram at least"):
         Engine(mixed, expert_ram=floor - 1)
+        assert sizes.in_slots(floor) == pytest.approx(2 * sizes.all_experts / 16, rel=0.01)
     status, out, err = tiered("plan", mixed, "--gpu", "rtx4060-laptop", "--context", 64, "--json")
-    assert status == 0 and json.loads(out)["hardware"]["gpu"] is None
-    assert "GPUs cannot compute a mix by expert yet" in err
+    assert status == 0 and json.loads(out)["verdict"] == "fits on the GPU", err
 
 
 def test_commands_that_compute(mixed, source, expected, tmp_path, tiered):
@@ -320,8 +320,41 @@ def test_what_cannot_be_is_refused(source, mixed, tmp_path, tiered):
         assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-def test_gpus_refuse_it_by_name(mixed):
+# --- on a GPU ---
+
+CARD, TWO = "sim:rtx4060ti-16gb", "sim:rtx4060ti-16gb,sim:t4"
+
+
+def run_on(mixed, device, **choices):
+    """Tokens, logits, the shares of cards, and how many experts ran on cards and beside them."""
+    with Engine(mixed, device=device, threads=2, prefill_chunk=7, **choices) as engine:
+        tokens = list(engine.generate_tokens(IDS[:30], NUM_TOKENS))
+        source = engine.decoder.source
+        counts = source.hits + source.copies, source.computed_in_ram
+        return tokens, engine.logits(IDS[:30]), engine.shares, counts
+
+
+@pytest.mark.parametrize("device", [CARD, TWO])
+def test_cards_say_what_the_cpu_says(mixed, device):
+    with Engine(mixed, threads=2, prefill_chunk=7) as engine:
+        tokens = list(engine.generate_tokens(IDS[:30], NUM_TOKENS))
+        logits, largest = engine.logits(IDS[:30]), max(engine.store.blob_bytes)
+    for budget in ({}, {"expert_ram": 5 * largest}):
+        *_, shares, _ = run_on(mixed, device, **budget)
+        for num_slots in (None, 3):
+            if num_slots is not None:
+                sizes = (share.fixed + share.kv + num_slots * largest for share in shares)
+                budget["vram"] = ",".join(map(str, sizes))
+            got, got_logits, _, counts = run_on(mixed, device, **budget)
+            assert got == tokens and np.array_equal(got_logits, logits)
+            assert all(counts) or num_slots is None
+
+
+def test_budgets_never_change_a_bit_in_torch(mixed):
     pytest.importorskip("torch")
-    with pytest.raises(ValueError, match=r"GPUs cannot compute yet: use --device cpu") as raised:
-        Engine(mixed, device="sim")
-    assert str(mixed) in str(raised.value)
+    largest = expert_layout(64, 64, "q8_0", "q8_0", "q8_0").nbytes
+    tokens, logits, (share,), _ = run_on(mixed, "sim")
+    for num_slots, ram in ((3, 5), (8, 3)):
+        vram = share.fixed + share.kv + num_slots * largest
+        got, got_logits, _, counts = run_on(mixed, "sim", vram=vram, expert_ram=ram * largest)
+        assert got == tokens and np.array_equal(got_logits, logits) and all(counts)

@@ -55,7 +55,7 @@ class GpuEngine:
         store, config = self.engine.store, self.engine.config
         nbytes = max(store.blob_bytes)
         space = Space(num_slots * nbytes, tuple(nbytes for _ in store.blob_bytes))
-        layouts = {layer: store.layout(layer) for layer in config.sparse_layers}
+        layouts = {layer: store.layouts(layer) for layer in config.sparse_layers}
         memory = self.backend.slots(space, layouts, config.num_experts)
         below = self.engine.source
         policy = policies.create("layer_lfu", space)
@@ -163,6 +163,23 @@ def test_what_would_have_to_be_read_again_stays_on_the_gpu(model):
         assert {first, others[0], others[2]} <= set(there)
 
 
+def test_a_copy_on_demand_takes_the_place_of_what_is_in_ram_too(model, expected):
+    with GpuEngine(model, fake_gpu(), 5, Fixed(1), promote=False, ram=0.6) as gpu:
+        tokens, left = gpu.engine.generate_tokens(PROMPT, NUM_TOKENS), []
+        got = [next(tokens)]  # a prompt has it all streamed
+        ram, residency = gpu.engine.source.tier, gpu.tier.residency
+        leave, before = residency._leave, residency.stats.evictions
+
+        def watched(key):
+            left.append(key in ram)
+            leave(key)
+
+        residency._leave = watched
+        got += tokens
+        assert got == expected and left and all(left)
+        assert residency.stats.evictions - before == len(left)
+
+
 def test_the_table_names_what_is_in_the_slots(model):
     with GpuEngine(model, fake_gpu(), 5, Fixed(1)) as gpu:
         gpu.generate()
@@ -199,7 +216,7 @@ def test_reading_a_slot_before_its_copy_has_ended_is_found():
     def then(blob, slot):
         pass
 
-    ticket = device.upload(staging, 64, partial(then, slot=0))
+    ticket = device.upload(staging.host, staging, 64, partial(then, slot=0))
     with pytest.raises(RuntimeError, match="race"):
         device.kernel(64, 0, slots=[0])
     device.wait(ticket)
@@ -214,7 +231,9 @@ def test_bytes_arrive_when_their_time_has_come():
     def then(blob, slot):
         arrived.append((slot, int(blob[0])))
 
-    tickets = [device.upload(staging, 1000, partial(then, slot=slot)) for slot in (0, 1)]
+    tickets = [
+        device.upload(staging.host, staging, 1000, partial(then, slot=slot)) for slot in (0, 1)
+    ]
     assert tickets == pytest.approx([2e-3, 4e-3])  # one after the other
     device.clock.advance_to(1.9e-3)
     assert arrived == []

@@ -18,6 +18,7 @@ from tiered.formats import open_checkpoint
 from tiered.gpu import accelerator
 from tiered.kv_cache import PAGE_SIZE, KVCache, device_bytes, kv_bytes
 from tiered.policies import Space
+from tiered.serve import prefix
 from tiered.serve.prefix import PrefixCache
 from tiered.slots import NullMemory
 from tiered.tier import Tier
@@ -101,6 +102,53 @@ def test_slots_come_back_as_remembered_beginnings_are_forgotten(model):
         assert counts[1:] == sorted(counts[1:])
 
 
+def test_what_nobody_begins_with_for_long_gives_way_to_slots(model, monkeypatch):
+    monkeypatch.setattr(prefix, "PATIENCE", 10)
+    choices = {"device": "sim:t4", "threads": 2, "context": 384}
+    with Engine(model, **choices) as engine:
+        vram = engine.shares[0].needed + 64
+    with Engine(model, **choices, vram=vram) as engine:
+        (memory,), prefixes = engine.kv._room.memories, PrefixCache(engine.kv)
+        at_first, texts = memory.tier.residency.num_slots, [PROMPT * 3, PROMPT[::-1] * 3]
+        for tokens in texts:  # two pages each, those of the second after those of the first
+            text = engine.open_sequence()
+            engine.generation.begin(text, tokens)
+            prefixes.insert(text)
+            engine.kv.close(text)
+        assert engine.kv.last_page == 3 and len(prefixes) == 4
+        for _ in range(9):
+            prefixes.make_way()
+        assert len(prefixes) == 4 and prefixes.match(texts[0]) == [0, 1]
+        running = engine.kv.open(texts[1][:PAGE_SIZE], prefixes.match(texts[1])[:1])
+        for _ in range(10):
+            prefixes.make_way()
+        assert len(prefixes) == 3  # the text that runs holds page 2
+        engine.kv.close(running)
+        prefixes.match(texts[0])
+        prefixes.make_way()
+        assert len(prefixes) == 2 and prefixes.matched_tokens(texts[1]) == 0
+        less = memory.tier.residency.num_slots
+        for _ in range(8):
+            prefixes.make_way()
+        assert memory.tier.residency.num_slots == less < at_first
+        prefixes.make_way()
+        assert len(prefixes) == 0 and memory.tier.residency.num_slots == at_first
+        assert engine.kv.last_page is None
+
+
+def test_where_nobody_wants_the_room_all_is_remembered(model, monkeypatch):
+    monkeypatch.setattr(prefix, "PATIENCE", 1)
+    for choices in ({}, {"device": "sim:t4"}):  # all experts have slots there
+        with Engine(model, threads=2, **choices) as engine:
+            prefixes, text = PrefixCache(engine.kv), engine.open_sequence()
+            engine.generation.begin(text, PROMPT * 3)
+            prefixes.insert(text)
+            engine.kv.close(text)
+            for _ in range(5):
+                prefixes.make_way()
+            assert len(prefixes) == 2 and engine.kv.last_page is None
+
+
 class Pages:
     """A backend that has pages and nothing else."""
 
@@ -109,6 +157,8 @@ class Pages:
 
 
 class Room:
+    is_wanted = False
+
     def __init__(self):
         self.held = []
 

@@ -151,7 +151,12 @@ def test_bench_and_info_know_cards(tiered, model):
     arguments = "bench", model, "--prefill", 4, "--decode", 4, "--device", TWO
     status, out, err = tiered(*arguments, "--json")
     assert status == 0, err
-    assert json.loads(out)["simulated"]["decode_tok_s"] > 0
+    report = json.loads(out)
+    assert report["simulated"]["decode_tok_s"] > 0 and report["page_locked_bytes"] > 0
+    assert [card["layers"] for card in report["cards"].values()] == [[0, 1], [2, 3]]
+    status, out, err = tiered(*arguments)
+    assert status == 0, err
+    assert "sim:rtx4060ti-16gb: layers 0 to 1" in out and "KiB of RAM are page-locked" in out
     status, out, _ = tiered("info", model, "--device", TWO, "--json")
     facts = json.loads(out)
     assert status == 0 and facts["sim:rtx3060-12gb_experts"]["at first"] == "100%"

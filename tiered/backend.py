@@ -206,7 +206,7 @@ class Backend(Protocol):
         kinds: np.ndarray | None = None,
     ) -> Any:
         """Prepare a layer's experts once; the result goes to `experts`. With `others`, expert e has
-        the `kinds[e]`-th (int32 [num_experts]) of `layout` and these; on the CPU only."""
+        the `kinds[e]`-th (int32 [num_experts]) of `layout` and these."""
 
     def feed_forward_layer(
         self, weights: FeedForwardWeights, config: ModelConfig, norm: np.ndarray | None = None
@@ -310,12 +310,12 @@ class Backend(Protocol):
         """End the threads."""
 
 
-def open_cpu(choices: EngineConfig) -> Backend:
+def open_cpu(choices: EngineConfig, beside_gpu: bool = False) -> Backend:
     """The CPU's backend, with the threads and kernels that the user chose."""
     from cpu_kernels.backend import CpuBackend
 
     backend: Backend = CpuBackend(
-        choices.threads or default_threads(), choices.isa, exact=choices.quantize == "none"
+        choices.threads or default_threads(), choices.isa, choices.quantize == "none", beside_gpu
     )
     return backend
 
@@ -339,7 +339,7 @@ def open_gpu(choices: EngineConfig) -> Backend:
         from gpu_backend.torch_cards import TorchCards
         from gpu_backend.tuning import load_tuning
     names = numbered(names)
-    exact, host = choices.quantize == "none", open_cpu(choices)
+    exact, host = choices.quantize == "none", open_cpu(choices, beside_gpu=True)
     cards: list[Any] = []
     try:
         for name in names:
@@ -370,11 +370,14 @@ def open_simulated(choices: EngineConfig, names: list[str], machines: list[Hardw
     from tiered.simulated.timing import simulated
 
     clock, kernels, host = VirtualClock(), Stream(), open_cpu(choices)
-    hosts, cards = machines[0], []
+    hosts, cards, locked = machines[0], list[Any](), dict[int, int]()
     for machine in machines:
         assert machine.gpu is not None
         live = LiveMachine.of(replace(hosts, gpu=machine.gpu))
-        device = SimulatedGpu(live, clock, machine.gpu.room, kernels)
+        device = SimulatedGpu(
+            live, clock, machine.gpu.room, kernels,
+            lockable_bytes=hosts.host.lockable, locked=locked,
+        )  # fmt: skip
         cards.append(SimulatedCard(host, device))
     label = " and ".join(machine.label for machine in machines)
     timing = simulated(clock, cards[0].device.machine, label)

@@ -33,6 +33,7 @@ from tiered.model import Decoder
 from tiered.prefetch import Prefetcher
 from tiered.routing import open_rules
 from tiered.simulated.timing import REAL, Timing
+from tiered.slots import RamMemory
 from tiered.source import MappedExperts, TieredExperts, count, open_source
 from tiered.stats import EngineStats
 from tiered.store import ExpertStore
@@ -89,12 +90,6 @@ class Engine:
         if config.sparse_layers:
             self.store = ExpertStore(self.checkpoint, choices.quantize)
             stack.callback(self.store.close)
-            if self.store.is_mix and self._has_gpu:
-                raise ValueError(
-                    f"{self.checkpoint.path}: experts of one layer have different number formats, "
-                    "which GPUs cannot compute yet: use --device cpu, or quantize with --mix-by "
-                    "layer"
-                )
             blocks = WholeBlocks(self.store)
             # What goes on to a GPU is a blob of the store's layout.
             if choices.device == "cpu" and blocks.pays:
@@ -429,6 +424,21 @@ class Engine:
             stats.computed_weight = copy.weight
             stats.bytes_read += copy.bytes_read
         return stats
+
+    def gpu_facts(self) -> dict[str, Any]:
+        """What is known of GPUs only while they run: bytes of RAM that are page-locked for copies,
+        and what each card has and says of itself; empty without one."""
+        if not self.shares:
+            return {}
+        memory = self.source.tier.memory if isinstance(self.source, TieredExperts) else None
+        cards: Any = self.backend
+        return {
+            "page_locked_bytes": memory.locked.nbytes if isinstance(memory, RamMemory) else 0,
+            "cards": {
+                name: {"layers": [share.layers.start, share.layers.stop - 1], **card.facts()}
+                for name, card, share in zip(cards.names, cards.cards, self.shares, strict=True)
+            },
+        }
 
     def close(self) -> None:
         """End the threads and unmap the files. Closing twice is harmless."""

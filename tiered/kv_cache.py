@@ -72,6 +72,10 @@ class Sequence:
 class Room(Protocol):
     """The memory that pages lie in, where they share it."""
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether who else is there has less than it could use."""
+
     def hold(self, num_pages: int) -> None:
         """Pages 0 ... num_pages - 1 may be in use from now on, and no others."""
 
@@ -108,6 +112,12 @@ class KVCache:
     def free_tokens(self) -> int:
         """Tokens that fit in pages no sequence holds."""
         return len(self._free) * PAGE_SIZE
+
+    @property
+    def last_page(self) -> int | None:
+        """The last page in use, whose room others want; None: nobody does."""
+        wanted = self._extent and self._room is not None and self._room.is_wanted
+        return self._extent - 1 if wanted else None
 
     def open(self, tokens: Items[int] = (), pages: Items[int] = ()) -> Sequence:
         """A new text. With `pages`, it begins with `tokens`, which fill these pages exactly."""

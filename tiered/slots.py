@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tiered.experts import aligned
+from tiered.page_locked import PageLocked, Pinner
 from tiered.policies import Space
 
 PAGE = 4096  # bytes; direct reads want buffers aligned to it
@@ -29,7 +30,11 @@ class Memory(Protocol):
         """The slot holds a blob of `nbytes` from now on; what it held beyond may be given back."""
 
     def give_back(self, slot: int) -> None:
-        """The slot will be empty for long: it should take no memory."""
+        """The slot will be empty for long: it should take no memory. Nobody copies from any slot
+        meanwhile."""
+
+    def is_locked(self, slot: int) -> bool:
+        """Whether a GPU can copy from the slot where it is."""
 
     def close(self) -> None: ...
 
@@ -52,6 +57,9 @@ class NullMemory:
     def give_back(self, slot: int) -> None:
         pass
 
+    def is_locked(self, slot: int) -> bool:
+        return False
+
     def close(self) -> None:
         pass
 
@@ -62,6 +70,7 @@ class RamMemory:
     Layers or experts of a mixed-precision model have blobs of different sizes. Slots are addresses,
     all far enough apart for the largest blob; only the pages under a blob take memory, and pages
     beyond it are given back (`fit`). So any blob goes into any slot and the budget is still exact.
+    What of it is page-locked (`lock`) takes its memory at once, and all of it.
     """
 
     def __init__(self, space: Space, slack: int = 0) -> None:
@@ -74,6 +83,7 @@ class RamMemory:
         self._map = _reserve(max(1, space.num_slots) * self.stride, huge=not self._mixed)
         self._bytes = np.frombuffer(self._map, np.uint8).reshape(-1, self.stride)
         self._address = self._bytes.ctypes.data
+        self.locked = PageLocked()
 
     def slot(self, slot: int) -> np.ndarray:
         buffer: np.ndarray = self._bytes[slot]
@@ -89,12 +99,27 @@ class RamMemory:
         if beyond > 0 and self._mixed:
             self._map.madvise(mmap.MADV_DONTNEED, slot * self.stride + extent, beyond)
 
+    def lock(self, pinner: Pinner, limit: int) -> None:
+        """Page-lock the first slots, at most `limit` bytes; none, where sizes differ: pages that
+        are locked cannot be given back."""
+        if not self._mixed:
+            with contextlib.suppress(AttributeError, OSError):  # a child would get copies of them
+                self._map.madvise(mmap.MADV_DONTFORK)
+            num_slots = min(self.space.num_slots, limit // self.stride)
+            self.locked.lock(pinner, self._address, num_slots, self.stride)
+
+    def is_locked(self, slot: int) -> bool:
+        return self.place(slot) in self.locked
+
     def give_back(self, slot: int) -> None:
         self._extent[slot] = 0
+        if self.is_locked(slot):
+            self.locked.close()
         self._map.madvise(mmap.MADV_DONTNEED, slot * self.stride, self.stride)
 
     def close(self) -> None:
         """Give the memory back as soon as nobody holds a view of it."""
+        self.locked.close()
         self._bytes = np.empty((0, self.stride), np.uint8)
         del self._map
 

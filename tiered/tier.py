@@ -113,12 +113,20 @@ class Tier:
             ((_, place),) = next(groups)
             yield place
 
-    def read_into(self, key: ExpertKey, buffer: Any) -> None:
-        """A tier is a source for the tier above it."""
+    @contextmanager
+    def lent(self, key: ExpertKey, buffer: Any) -> Iterator[Any]:
+        """One expert's blob for the tier above: where it lies, if a GPU can copy it from there,
+        else a copy in `buffer`. It stays as it is until the block ends."""
         nbytes = self.memory.space.nbytes(key)
         with self.fetch([key]) as groups:
             next(groups)
-            np.copyto(buffer[:nbytes], self.memory.slot(self.residency.slot(key))[:nbytes])
+            slot = self.residency.slot(key)
+            blob = self.memory.slot(slot)
+            if not self.memory.is_locked(slot):
+                np.copyto(buffer[:nbytes], blob[:nbytes])
+                groups.close()
+                blob = buffer
+            yield blob
 
     def prefetch(
         self,
@@ -161,11 +169,13 @@ class Tier:
     def resize(self, capacity: int) -> None:
         """Use `capacity` bytes from now on, at most what the tier was made with.
 
-        Between two fetches only. Memory of slots that become empty is given back.
+        Between two fetches only. Memory of slots that become empty is given back, once nobody
+        copies from this memory.
         """
         with self.lock:
-            pinned = self.pinned_keys()
-            self.residency.resize(capacity, lambda key: key not in pinned)
+            while self.active:
+                self.wait()
+            self.residency.resize(capacity, lambda key: True)
             vacated = list(self.residency.vacated)
             self.settle()
             for slot in vacated:

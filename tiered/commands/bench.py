@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tiered.commands import options as opt
 from tiered.commands.loading import open_engine
-from tiered.commands.output import notes, print_json, results, steps_progress
+from tiered.commands.output import gpu_lines, notes, print_json, results, steps_progress
 
 
 @click.command("bench")
@@ -72,6 +72,8 @@ def command(
             f"{simulated['prefill_tok_s']:.1f} tokens/s, decode {simulated['decode_tok_s']:.2f} "
             f"tokens/s, {simulated['on_card']:.0%} of the experts were on the card"
         )
+    for line in gpu_lines(report):
+        results.print(line)
     if report["misses"]:
         results.print(
             f"hit rate {report['hit_rate']:.1%}, {report['bytes_per_token'] / 1e6:.1f} MB read "

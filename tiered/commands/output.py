@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,16 @@ def simulated_line(engine: Engine) -> str:
             f"{source.copies / max(1, asked):.0%} were copied there"
         )
     return " · ".join(parts)
+
+
+def gpu_lines(report: dict[str, Any]) -> Iterator[str]:
+    """What a report has of Engine.gpu_facts."""
+    for name, card in report.get("cards", {}).items():
+        first, last = card["layers"]
+        graphs = f", CUDA graphs: {card['cuda_graphs']}" if "cuda_graphs" in card else ""
+        yield f"{name}: layers {first} to {last}{graphs}"
+    if locked := report.get("page_locked_bytes"):
+        yield f"{format_bytes(locked)} of RAM are page-locked for copies to GPUs"
 
 
 def rules_line(stats: EngineStats) -> str:

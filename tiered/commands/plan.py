@@ -15,7 +15,6 @@ from tiered.config import DEFAULT_POLICY
 from tiered.gpu.shares import parse_vram
 from tiered.memory import default_limit, format_bytes, parse_bytes
 from tiered.planning import hardware, shapes, sizes
-from tiered.planning.forecast import without_gpu
 from tiered.planning.hardware import Hardware
 from tiered.planning.plan import Plan, make_plan
 from tiered.planning.sizes import RECIPES, ModelSizes
@@ -98,9 +97,6 @@ def command(
     machine = together(machines, vram)
     if (size := limit or (parse_bytes(ram) if ram else None)) is not None:
         machine = machine.with_sizes(ram=size)
-    if machine.gpu is not None and described.is_mix:
-        notes.print("GPUs cannot compute a mix by expert yet: the forecast is without one")
-        machine = without_gpu(machine)
     plan = make_plan(described, machine, ram=limit, **choices)
     if as_json:
         print_json(plan.as_dict())

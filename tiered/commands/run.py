@@ -58,6 +58,7 @@ def command(
                 click.echo(piece, nl=False)
         if as_json:
             facts = {"simulated_on": engine.timing.label} if engine.timing.label else {}
+            facts |= engine.gpu_facts()
             print_json({"text": "".join(text), **engine.stats.as_dict(), **facts})
         else:
             click.echo()

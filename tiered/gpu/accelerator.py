@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import psutil
+
 from tiered import policies
 from tiered.budget import workspace_bytes
 from tiered.cache.residency import Above
@@ -20,10 +22,13 @@ from tiered.gpu.shares import LayerBytes, Share, check_shares, parse_vram, share
 from tiered.gpu.splits import Balanced, Governed
 from tiered.gpu.uploads import MappedBlobs, TimedReads, Uploads
 from tiered.kv_cache import device_bytes
+from tiered.measuring.this_machine import known_gpus
 from tiered.memory import format_bytes
+from tiered.page_locked import USABLE
 from tiered.planning.admission import Admission
 from tiered.policies import Space
 from tiered.simulated.timing import Timing
+from tiered.slots import RamMemory
 from tiered.source import MappedExperts, TieredExperts
 from tiered.store import ExpertStore
 from tiered.tier import Tier
@@ -121,7 +126,8 @@ def place_experts(
             source = MappedBlobs(store) if isinstance(below, MappedExperts) else below.tier
             costs = known_costs(card, name, max(memory.space.blob_bytes))
             if known := [layer for layer in layers if layer in prepared]:
-                measure_rows(card, prepared[known[0]], store.layout(known[0]), costs)
+                layout = store.layouts(known[0]).layout(0)
+                measure_rows(card, prepared[known[0]], layout, costs)
             cpu = Busy(timing.clock)
             link = Channel(costs.observe_link, cpu)
             tier = Tier(
@@ -153,7 +159,21 @@ def place_experts(
     placed = ExpertsOfCards(sources)
     if isinstance(below, TieredExperts):
         _beneath(below.tier, placed, timing)
+        assert isinstance(below.tier.memory, RamMemory)
+        below.tier.memory.lock(cards.cards[0].device, lockable_bytes(cards))
     return placed, SharedRoom(shared)
+
+
+def lockable_bytes(cards: Any) -> int:
+    """How much RAM may be page-locked for copies to these cards: a part of what `tiered calibrate`
+    could lock, or what most systems allow."""
+    described = cards.cards[0].device.lockable_bytes
+    if described is not None:
+        return int(described)
+    known = known_gpus()
+    probed = [known[name].get("pin_limit") for name in cards.names if name in known]
+    tried = [nbytes for nbytes in probed if isinstance(nbytes, int)]
+    return int(USABLE * min(tried)) if tried else psutil.virtual_memory().total // 2
 
 
 def _beneath(ram: Tier, placed: ExpertsOfCards, timing: Timing) -> None:
@@ -177,7 +197,7 @@ def _slots_on(card: Any, name: str, share: Share, layers: list[int], store: Expe
     in a memory that has room for all of it, and for the fewest slots that work, at once."""
     config, nbytes = store.checkpoint.config, max(store.blob_bytes)
     per_layer = tuple(nbytes if layer in layers else 0 for layer in range(config.num_layers))
-    layouts = {layer: store.layout(layer) for layer in layers}
+    layouts = {layer: store.layouts(layer) for layer in layers}
     num_experts, least = len(layers) * config.num_experts, config.top_k + 1
     wanted = aligned(num_experts * nbytes + share.kv)
     left = None if share.room is None else share.room - share.fixed

@@ -9,7 +9,7 @@ control asks where an expert runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from tiered.gpu.splits import Split
 from tiered.model import ExpertSource
 from tiered.planning.admission import Admission
 from tiered.planning.costs import Costs, Miss
-from tiered.planning.gpu_tier import would_evict
+from tiered.planning.gpu_tier import make_way, would_evict
 from tiered.store import ExpertStore
 from tiered.tier import Tier
 
@@ -66,9 +66,12 @@ class PlacedExperts:
         self.hits = self.copies = self.computed_in_ram = 0  # experts, each once per layer
         self._cpu, self._link, self._kernels = cpu or Busy(clock), link, kernels
         self._layer, self._began = -1, self._cpu.clock()  # of this pass
+        self._spares: Set[ExpertKey] | None = None
         sparse = store.checkpoint.config.sparse_layers
-        self._offsets = {layer: store.layout(layer).offsets for layer in sparse}
-        self._nbytes = {layer: store.layout(layer).nbytes for layer in sparse}
+        self._offsets = store.offsets
+        self._nbytes = {
+            layer: np.array(store.layouts(layer).blob_bytes, np.float64) for layer in sparse
+        }
 
     def fetch(
         self, layer: int, experts: np.ndarray, starts: np.ndarray | None = None
@@ -81,8 +84,8 @@ class PlacedExperts:
         keys = [ExpertKey(layer, expert) for expert in experts.tolist()]
         for nbytes, seconds in self._kernels():
             self.costs.gpu.observe(nbytes, seconds)
+        self._count_pass(layer)
         if self.admission is not None:
-            self._count_pass(layer, self.admission)
             self.admission.touch(keys)
         hits, awaited, misses = self._look_up(keys)
         copied = self._num_copied(keys, hits, awaited, misses, starts)
@@ -94,18 +97,20 @@ class PlacedExperts:
         self.computed_in_ram += len(there)
         with self.vram.fetch([keys[i] for i in here]) as groups:
             if hits:
-                yield self._places(layer, here, next(groups))
+                yield self._places(keys, here, next(groups))
             if there:
                 yield from self._compute_in_ram(layer, experts, there, starts, copied > 0)
             for group in groups:
-                yield self._places(layer, here, group)
+                yield self._places(keys, here, group)
         self._promote([keys[i] for i in there])
 
-    def _count_pass(self, layer: int, admission: Admission) -> None:
+    def _count_pass(self, layer: int) -> None:
         """Layers come one after the other: one that does not come later begins the next pass."""
         if layer <= self._layer:
+            self._spares = None
             now = self._cpu.clock()
-            admission.token_done(now - self._began)
+            if self.admission is not None:
+                self.admission.token_done(now - self._began)
             self._began = now
         self._layer = layer
 
@@ -130,15 +135,19 @@ class PlacedExperts:
         """How many of the misses are copied. Sorts `misses`: those with most rows come first."""
         if not misses:
             return 0
-        nbytes = float(self._nbytes[keys[0].layer])
+        nbytes = self._nbytes[keys[0].layer][[key.expert for key in keys]].tolist()
         counts = _num_rows(keys, starts)
         misses.sort(key=lambda i: -counts[i])
         free = [
-            Miss(nbytes, 0.0, self.costs.work(nbytes, counts[i], self.few_rows)) for i in misses
+            Miss(nbytes[i], 0.0, self.costs.work(nbytes[i], counts[i], self.few_rows))
+            for i in misses
         ]
-        wait, there = len(awaited) * self.costs.link(nbytes), nbytes * len(hits)
-        split = self.split if max(counts) <= self.few_rows else self._prompt_split
-        chosen = fitting = split.place(there, free, wait)
+        wait, there = sum(self.costs.link(nbytes[i]) for i in awaited), sum(nbytes[i] for i in hits)
+        if max(counts) <= self.few_rows:
+            chosen = self._make_way(keys, misses[: self.split.place(there, free, wait)])
+        else:
+            chosen = self._prompt_split.place(there, free, wait)
+        fitting = chosen
         if chosen == len(misses):
             return chosen
         while fitting and not self.vram.residency.fits(
@@ -152,10 +161,34 @@ class PlacedExperts:
         choices = fitting, len(misses)
         return min(choices, key=lambda n: self.costs.layer_seconds(there, free, n, wait))
 
-    def _places(self, layer: int, here: list[int], group: list[tuple[int, Any]]) -> Group:
-        ready, places = zip(*group, strict=True)
-        addresses = np.array(places, np.int64)[:, None] + self._offsets[layer]
-        return [here[i] for i in ready], addresses
+    def _make_way(self, keys: Sequence[ExpertKey], wanted: list[int]) -> int:
+        """How many of these may be copied, so that nothing has to be read again for it."""
+        ram: Tier | None = getattr(self.below, "tier", None)
+        if ram is None or not wanted:
+            return len(wanted)
+        with self.vram.lock:
+            staying = {*keys, *self.vram.pinned_keys()}
+            count = make_way(
+                self.vram.residency, [keys[i] for i in wanted], staying, ram.residency.resident(),
+                self._find_spares,
+            )  # fmt: skip
+            self.vram.settle()
+        return count
+
+    def _find_spares(self) -> Set[ExpertKey]:
+        """What is in RAM, too: of large models not to be asked for each layer."""
+        if self._spares is None:
+            ram: Any = self.below
+            self._spares = self.vram.residency.resident() & ram.tier.residency.resident()
+        return self._spares
+
+    def _places(
+        self, keys: Sequence[ExpertKey], here: list[int], group: list[tuple[int, Any]]
+    ) -> Group:
+        places = [place for _, place in group]
+        ready = [here[i] for i, _ in group]
+        within = self._offsets[keys[0].layer][[keys[i].expert for i in ready]]
+        return ready, np.array(places, np.int64)[:, None] + within
 
     def _compute_in_ram(
         self,
@@ -166,15 +199,17 @@ class PlacedExperts:
         copying: bool,
     ) -> Iterator[Group]:
         """The consumer computes a group before it asks for the next: that is what is timed."""
-        nbytes = float(self._nbytes[layer])
-        counts = _num_rows(experts, starts)
+        nbytes, counts = self._nbytes[layer], _num_rows(experts, starts)
         for ready, addresses in self.below.fetch(layer, experts[there]):
             begin, copied = self._cpu.clock(), self._copying()
             with self._cpu.running():
                 yield [there[i] for i in ready], addresses
             seconds = self._cpu.clock() - begin
             overlap = (self._copying() - copied) / seconds if self._link and seconds else copying
-            work = [self.costs.work(nbytes, counts[there[i]], self.few_rows) for i in ready]
+            work = [
+                self.costs.work(float(nbytes[experts[there[i]]]), counts[there[i]], self.few_rows)
+                for i in ready
+            ]
             self.costs.observe_cpu(sum(work), seconds, min(1.0, overlap))
 
     def _copying(self) -> float:

@@ -16,6 +16,11 @@ class SharedMemory(NamedTuple):
     nbytes: int
     page_bytes: int
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there are fewer slots than there could be."""
+        return self.tier.residency.num_slots < self.tier.memory.space.num_slots
+
     def hold(self, num_pages: int) -> None:
         space = self.tier.memory.space
         left = self.nbytes - num_pages * self.page_bytes
@@ -23,7 +28,8 @@ class SharedMemory(NamedTuple):
         before = self.tier.residency.num_slots
         if count != before:
             self.tier.use_slots(count)
-        if count > before:  # copies into what comes back wait for kernels that may still read it
+            # Copies into what comes back wait for kernels that may still read it, and their entries
+            # of the table come after those that were taken back.
             self.device.mark()
 
 
@@ -33,6 +39,10 @@ class SharedRoom:
 
     def __init__(self, memories: Sequence[SharedMemory]) -> None:
         self.memories = memories
+
+    @property
+    def is_wanted(self) -> bool:
+        return any(memory.is_wanted for memory in self.memories)
 
     def hold(self, num_pages: int) -> None:
         for memory in self.memories:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,20 +19,25 @@ from tiered.tier import Source
 class DeviceMemory(Protocol):
     """What an upload needs of the memory that it fills: see gpu_backend.slots.GpuSlots."""
 
-    space: Space
+    def blob_bytes(self, key: ExpertKey) -> int:
+        """Of an expert."""
 
     def staging(self) -> AbstractContextManager[Any]:
         """A pair of buffers; `host` is uint8, in RAM."""
 
-    def upload(self, key: ExpertKey, slot: int, staging: Any) -> None:
-        """Bring the blob in `staging.host` into a slot; returns when it is there."""
+    def upload(self, key: ExpertKey, slot: int, blob: Any, staging: Any) -> None:
+        """Bring a blob, which lies in `staging.host` or is page-locked, into a slot by way of
+        `staging.device`; returns when it is there."""
 
 
-class Below(Source, Protocol):
+class Below(Protocol):
     """What a tier in a GPU's memory reads from."""
 
     def __contains__(self, key: ExpertKey) -> bool:
         """Whether it is in RAM."""
+
+    def lent(self, key: ExpertKey, buffer: Any) -> AbstractContextManager[Any]:
+        """See Tier.lent."""
 
 
 class Uploads:
@@ -43,22 +49,22 @@ class Uploads:
     def __init__(self, below: Below, memory: DeviceMemory, link: Channel | None = None) -> None:
         self.below = below
         self.memory = memory
-        self.link = link  # measures copies, with the way from RAM to the staging buffer
+        self.link = link  # measures copies, with the way to the staging buffer, if there is one
 
     def read_into(self, key: ExpertKey, buffer: Any) -> None:
-        with self.memory.staging() as staging, ExitStack() as measured:
+        with self.memory.staging() as staging, ExitStack() as held:
             if is_there := key in self.below:
-                measured.enter_context(self._request(key))
-            self.below.read_into(key, staging.host)
+                held.enter_context(self._request(key))
+            blob = held.enter_context(self.below.lent(key, staging.host))
             if not is_there:  # what the disk took is no cost of copies
-                measured.enter_context(self._request(key))
+                held.enter_context(self._request(key))
             try:
-                self.memory.upload(key, buffer.number, staging)
+                self.memory.upload(key, buffer.number, blob, staging)
             except RuntimeError as error:  # a device that failed; tiers know OSError
                 raise OSError(f"the copy to the GPU failed: {error}") from error
 
     def _request(self, key: ExpertKey) -> AbstractContextManager[None]:
-        return self.link.request(self.memory.space.nbytes(key)) if self.link else nullcontext()
+        return self.link.request(self.memory.blob_bytes(key)) if self.link else nullcontext()
 
 
 class TimedReads:
@@ -73,7 +79,8 @@ class TimedReads:
 
 
 class MappedBlobs:
-    """Blobs of a store whose experts all fit in RAM: copied from the memory map of its files."""
+    """Blobs of a store whose experts all fit in RAM: copied from the memory map of its files, which
+    is read-only, so that drivers may refuse to lock it."""
 
     def __init__(self, store: ExpertStore) -> None:
         self._store = store
@@ -81,8 +88,10 @@ class MappedBlobs:
     def __contains__(self, key: ExpertKey) -> bool:
         return True
 
-    def read_into(self, key: ExpertKey, buffer: np.ndarray) -> None:
-        layout = self._store.layout(key.layer)
+    @contextmanager
+    def lent(self, key: ExpertKey, buffer: np.ndarray) -> Iterator[np.ndarray]:
+        layout = self._store.layouts(key.layer).layout(key.expert)
         for address, tensor in zip(self._store.addresses(key), layout, strict=True):
             target = buffer[tensor.offset : tensor.offset + tensor.nbytes]
             ctypes.memmove(target.ctypes.data, int(address), tensor.nbytes)
+        yield buffer

@@ -101,6 +101,7 @@ def bench_model(engine: Engine, prefill: int, decode: int, runs: int = 1) -> dic
         "seconds": stats.parts,
         "expert_slots_bytes": engine.plan.slots,
         "mapped": engine.plan.mapped,
+        **engine.gpu_facts(),
         **({"simulated": simulated_speed(engine, stats, runs)} if engine.timing.label else {}),
     }
 

@@ -75,7 +75,7 @@ def share_out(
     return Layout(
         dense=sizes.dense,
         kv=kv,
-        vram_experts=min(experts, max(0, room)),
+        vram_experts=min(experts, sizes.in_slots(max(0, room))),
         ram_experts=min(experts, left),
         all_experts=experts,
         on_gpu=room >= 0,
@@ -142,6 +142,7 @@ def forecast(
         simulation = Simulation(
             sizes, machine, layout.budgets, plan,
             policy=policy, look_ahead=look_ahead, accuracy=accuracy, mapped=mapped,
+            lockable=hardware.host.lockable,
         )  # fmt: skip
         fill_ram = is_synthetic or bool(warm)
         simulation.warm([*warm, *([prompt] if prompt else [])], fill_ram=fill_ram)

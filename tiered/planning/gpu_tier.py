@@ -6,7 +6,7 @@ a copy has to be worth it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 
 from tiered.cache.residency import Residency, TierStats
 from tiered.experts import ExpertKey
@@ -49,6 +49,20 @@ class GpuTier:
                     awaited[key] = arrival
         return hits, awaited
 
+    def most_copied(
+        self,
+        layer: Sequence[ExpertKey],
+        copied: Sequence[ExpertKey],
+        below: Residency | None,
+    ) -> int:
+        """How many of these may be copied: the first ones, if all that is copied stays."""
+        tier = self.residency
+        if tier is None or below is None or self.strategy.keep != "always":
+            return len(copied)
+        return make_way(
+            tier, copied, layer, below.resident(), lambda: tier.resident() & below.resident()
+        )
+
     def keep(
         self,
         layer: Sequence[ExpertKey],
@@ -67,7 +81,7 @@ class GpuTier:
         if tier is None:
             return
         batch = [key for key in layer if key in tier]
-        for key in copied if keep != "never" else ():
+        for key in copied if keep != "never" else ():  # "always": `make_way` was asked before
             if self._make_room(tier, key, batch, below, is_there=True):
                 batch.append(key)
         if batch:
@@ -116,6 +130,46 @@ class GpuTier:
         if worth and below is not None:
             tier.drop(victim)
         return worth
+
+
+def make_way(
+    tier: Residency,
+    wanted: Sequence[ExpertKey],
+    staying: Collection[ExpertKey],
+    below: Collection[ExpertKey],
+    find_spares: Callable[[], Set[ExpertKey]],
+) -> int:
+    """How many of `wanted` may come at once, the first ones. What leaves for them is dropped: never
+    `staying`, nor what is in no memory `below` and would have to be read again.
+
+    `find_spares` tells what was lately in both memories.
+    """
+    left = tier.space.capacity - tier.used
+    for count, key in enumerate(wanted):
+        left -= tier.space.nbytes(key)
+        while left < 0:
+            victim = _spare_victim(tier, key, staying, below, find_spares)
+            if victim is None:
+                return count
+            tier.drop(victim)
+            tier.stats.evictions += 1
+            left += tier.space.nbytes(victim)
+    return len(wanted)
+
+
+def _spare_victim(
+    tier: Residency,
+    key: ExpertKey,
+    staying: Collection[ExpertKey],
+    below: Collection[ExpertKey],
+    find_spares: Callable[[], Set[ExpertKey]],
+) -> ExpertKey | None:
+    victim = would_evict(tier, key, lambda other: other not in staying)
+    if victim is None or victim in below or not (spares := find_spares()):
+        return victim if victim in below else None
+    return would_evict(
+        tier, key, lambda other: other in spares and other in below and other not in staying
+    )
 
 
 def would_evict(tier: Residency, key: ExpertKey, evictable: Evictable) -> ExpertKey | None:

@@ -5,6 +5,7 @@ Times are seconds of virtual time. Nothing here is measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,10 @@ class Rates:
     copy_latency: float = 0.0
     launch: float = 0.0
     sync: float = 0.0
+    # Of copies from memory that is not page-locked: to the buffer that they pass, and experts on
+    # the processor meanwhile.
+    staging: float = math.inf
+    cpu_staging: float = math.inf
 
     @property
     def has_gpu(self) -> bool:
@@ -62,12 +67,16 @@ class Rates:
             dense, head = host.attention_efficiency, host.head_efficiency
             bandwidth = host.bandwidth * GB
             return cls(dense=bandwidth * dense, head=bandwidth * head, cpu_copying=cpu, **shared)
-        left = max(host.bandwidth - gpu.link, 0.25 * host.bandwidth) * GB
+        # What passes a buffer is read and written once more.
+        left, left_staging = (
+            max(host.bandwidth - times * gpu.link, 0.25 * host.bandwidth) * GB for times in (1, 3)
+        )
         reached = gpu.bandwidth * gpu.efficiency * GB
         return cls(
             dense=reached, head=reached, gpu=reached, cpu_copying=min(cpu, left),
             link=gpu.link * GB, copy_latency=gpu.copy_latency * MICRO,
-            launch=gpu.launch * MICRO, sync=gpu.sync * MICRO, **shared,
+            launch=gpu.launch * MICRO, sync=gpu.sync * MICRO, staging=host.copy * GB,
+            cpu_staging=min(cpu, left_staging), **shared,
         )  # fmt: skip
 
     @classmethod
@@ -84,15 +93,22 @@ class Rates:
             link=1 / link.per_byte, copy_latency=link.fixed, sync=costs.sync,
         )  # fmt: skip
 
-    def costs(self, nbytes: int) -> Costs:
-        """What a scheduler would learn about such a machine, with experts of `nbytes`."""
+    def cpu_beside(self, staged: float) -> float:
+        """Experts on the processor while copies run, a share of whose bytes passes a buffer."""
+        return self.cpu_copying + staged * (
+            min(self.cpu_copying, self.cpu_staging) - self.cpu_copying
+        )
+
+    def costs(self, nbytes: int, staged: float = 0.0) -> Costs:
+        """What a scheduler would learn about such a machine, with experts of `nbytes`, a share of
+        which passes a buffer on the way to the GPU."""
         cpu = Line(self.wake, 1 / self.cpu, nbytes)
         disk = Line(self.disk_latency, 1 / self.disk, nbytes)
         if not self.has_gpu:
             return Costs(cpu, cpu, cpu, disk)
         gpu = Line(2 * self.launch, 1 / self.gpu, nbytes)
-        link = Line(self.copy_latency, 1 / self.link, nbytes)
-        return Costs(gpu, cpu, link, disk, self.cpu / self.cpu_copying, self.sync)
+        link = Line(self.copy_latency, 1 / self.link + staged / self.staging, nbytes)
+        return Costs(gpu, cpu, link, disk, self.cpu / self.cpu_beside(staged), self.sync)
 
 
 def num_launches(model: ModelSizes) -> int:
@@ -107,6 +123,7 @@ class Machine:
     def __init__(self, rates: Rates) -> None:
         self.rates = rates
         self.now = 0.0
+        self.staged = 0.0  # share of the bytes that are copied now which passes a buffer first
         self.link_free = 0.0  # when the last queued copy ends
         self.disk_free = 0.0
         self.copied = 0  # bytes over the link
@@ -123,12 +140,21 @@ class Machine:
         return nbytes / self.rates.gpu + 2 * self.rates.launch if nbytes else 0.0
 
     def copy(self, nbytes: int, start: float) -> float:
-        """Queue a copy to the GPU; returns when it has arrived."""
-        self.link_free = max(self.link_free, start) + self.copy_seconds(nbytes)
+        """Queue a copy to the GPU; returns when it has arrived. A copy passes its buffer while
+        others are on the link."""
+        begin = start + self._staging_seconds(nbytes)
+        self.link_free = max(self.link_free, begin) + self._link_seconds(nbytes)
         self.copied += nbytes
         return self.link_free
 
     def copy_seconds(self, nbytes: int) -> float:
+        """Of a copy that is the only one."""
+        return self._staging_seconds(nbytes) + self._link_seconds(nbytes)
+
+    def _staging_seconds(self, nbytes: int) -> float:
+        return self.staged * nbytes / self.rates.staging
+
+    def _link_seconds(self, nbytes: int) -> float:
         return self.rates.copy_latency + nbytes / self.rates.link
 
     def read(self, nbytes: int, start: float) -> float:
@@ -143,10 +169,10 @@ class Machine:
 
     def cpu_end(self, nbytes: float, start: float) -> float:
         """When the processor, starting then, is done with experts; slower while copies run."""
-        copying = max(0.0, self.link_free - start)
-        done = copying * self.rates.cpu_copying
+        copying, rate = max(0.0, self.link_free - start), self.rates.cpu_beside(self.staged)
+        done = copying * rate
         if nbytes <= done:
-            return start + nbytes / self.rates.cpu_copying
+            return start + nbytes / rate
         return start + copying + (nbytes - done) / self.rates.cpu
 
     def cpu_run(self, work: Sequence[tuple[float, int]], start: float) -> tuple[float, float]:

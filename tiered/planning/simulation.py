@@ -45,16 +45,19 @@ class Simulation:
         chooser: Chooser | None = None,
         costs: Costs | None = None,
         mapped: bool = True,
+        lockable: int = 1 << 62,
         seed: int = 0,
     ) -> None:
         self.sizes, self.machine, self.strategy, self.chooser = sizes, machine, strategy, chooser
-        if costs is None:
-            costs = chooser.costs if chooser else machine.rates.costs(max(sizes.experts))
-        self.costs = costs
         self._look_ahead, self._accuracy, self._random = look_ahead, accuracy, Random(seed)
         self._has_gpu = machine.rates.has_gpu
         vram = budgets.vram if self._has_gpu and strategy.cached else 0
         all_there = mapped and budgets.ram >= sizes.all_experts
+        machine.staged = 1.0 if all_there else sizes.staged(budgets.ram, lockable)
+        if costs is None:
+            nbytes, staged = max(sizes.experts), machine.staged
+            costs = chooser.costs if chooser else machine.rates.costs(nbytes, staged)
+        self.costs = costs
         self.ram = None if all_there else self._tier(budgets.ram, policy)
         if not all_there and self.ram is None:
             raise MemoryError(f"{budgets.ram} bytes of RAM hold no expert of {sizes.name}")
@@ -168,6 +171,7 @@ class Simulation:
         wait = max(0.0, m.link_free - flag)
         misses = [Miss(nbytes, ready[key] - flag) for key in missed]
         num_copied = self._place(nbytes * len(hits), misses, wait)
+        num_copied = self.gpu.most_copied(keys, missed[:num_copied], self.ram)
         copied, rest = missed[:num_copied], missed[num_copied:]
         gpu = start + m.gpu_seconds(nbytes * len(hits))
         busy = gpu - start

@@ -57,16 +57,12 @@ class ModelSizes:
     attention_width: int  # of all query heads together
     context_length: int
     approximate: bool = False
-    largest: int = 0  # of all experts' blobs, if experts of one layer differ
+    # Of all experts' blobs, if experts of one layer differ; `experts` then has their averages.
+    largest: int = 0
 
     @property
     def num_layers(self) -> int:
         return len(self.experts)
-
-    @property
-    def is_mix(self) -> bool:
-        """Whether a layer's experts differ; `experts` then has their average."""
-        return self.largest > 0
 
     @property
     def dense(self) -> int:
@@ -90,6 +86,16 @@ class ModelSizes:
     def floor(self) -> int:
         """Bytes of the experts that one layer needs at once: less memory cannot work."""
         return self.top_k * max(self.largest, *self.experts)
+
+    def in_slots(self, nbytes: int) -> int:
+        """What experts fill of so many bytes of a card, whose slots are as large as the largest."""
+        return nbytes * max(self.experts) // max(self.largest, *self.experts) if self.floor else 0
+
+    def staged(self, ram: int, lockable: int) -> float:
+        """Share of copies to a GPU that pass a buffer, from so many bytes of slots in RAM, of which
+        so many can be page-locked: none are, where experts differ in size."""
+        is_locked = not self.largest and len({*self.experts} - {0}) == 1
+        return 1 - min(1.0, lockable / max(1, ram)) if is_locked else 1.0
 
     def kv(self, context: int) -> int:
         """Bytes that are kept of a text of `context` tokens."""

@@ -86,6 +86,7 @@ class Batcher:
         firsts = np.cumsum([len(part) for part in rows])[:-1]
         for job, part in zip(jobs, np.split(logits, firsts), strict=True):
             self._check(job, part)
+        self.prefixes.make_way()
         if self.engine.generation.speculates:
             made = self.counts.new_tokens - before
             self.speculation[len(jobs)].add(perf_counter() - start, max(made, 1))

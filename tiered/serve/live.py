@@ -135,6 +135,7 @@ class Live:
                 for governor in engine.governors
             ],
             "ram_bytes": tier.residency.used if tier else 0,
+            **engine.gpu_facts(),
             "process_bytes": psutil.Process().memory_info().rss,
             "kv_used": engine.kv.num_pages * PAGE_SIZE - engine.kv.free_tokens,
             "kv_tokens": engine.kv.num_pages * PAGE_SIZE,

@@ -8,17 +8,19 @@ from collections.abc import Sequence as Items
 from tiered.kv_cache import PAGE_SIZE, KVCache, Sequence
 
 Key = tuple[int, ...]  # the tokens of one page
+PATIENCE = 1000  # steps
 
 
 class Node:
     """A full page, after the pages of its ancestors."""
 
-    __slots__ = ("children", "key", "page", "parent")
+    __slots__ = ("children", "key", "page", "parent", "used")
 
     def __init__(self, parent: Node | None, key: Key, page: int) -> None:
         self.parent = parent
         self.key = key
         self.page = page
+        self.used = 0  # the step when it was last used
         self.children: dict[Key, Node] = {}
 
 
@@ -34,6 +36,8 @@ class PrefixCache:
         self._root = Node(None, (), -1)
         # Oldest use first. Using a page uses its ancestors after it, so the first is a leaf.
         self._by_use: OrderedDict[Node, None] = OrderedDict()
+        self._by_page: dict[int, Node] = {}
+        self._steps = 0
 
     def __len__(self) -> int:
         return len(self._by_use)
@@ -62,7 +66,7 @@ class PrefixCache:
             child = node.children.get(key)
             if child is None:
                 self.kv.hold(page)
-                child = node.children[key] = Node(node, key, page)
+                child = node.children[key] = self._by_page[page] = Node(node, key, page)
             elif child.page != page:
                 self.kv.hold(child.page)
                 sequence.pages[index] = child.page
@@ -90,6 +94,16 @@ class PrefixCache:
                 freed += 1
         return freed
 
+    def make_way(self) -> None:
+        """A step is over. Where a GPU's experts want the room of the last page, and no text has
+        used it for many steps, let go of it, and of what it is the beginning of."""
+        self._steps += 1
+        while (page := self.kv.last_page) is not None:
+            node = self._by_page.get(page)
+            if node is None or self.kv.is_shared(page) or node.used + PATIENCE > self._steps:
+                return
+            self._remove_all(node)
+
     def clear(self) -> None:
         """Let go of everything."""
         for node in list(self._by_use):
@@ -109,11 +123,18 @@ class PrefixCache:
         for node in reversed(path):
             self._by_use[node] = None
             self._by_use.move_to_end(node)
+            node.used = self._steps
+
+    def _remove_all(self, node: Node) -> None:
+        """A node and what goes on from it: pages that were last used no later."""
+        for child in list(node.children.values()):
+            self._remove_all(child)
+        self._remove(node)
 
     def _remove(self, node: Node) -> None:
         assert not node.children and node.parent is not None
         del node.parent.children[node.key]
-        del self._by_use[node]
+        del self._by_use[node], self._by_page[node.page]
         self.kv.release(node.page)
 
 

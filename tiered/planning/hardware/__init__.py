@@ -86,6 +86,12 @@ class Host:
     resume: float = 0.0  # µs more than that for experts which had to be waited for
     overhead: float = 60.0  # µs of control for each layer
     lookup: float = 0.0  # µs until a layer's experts are found, if not all are in RAM for good
+    copy: float = 10.0  # GB/s at which one thread copies memory
+
+    @property
+    def lockable(self) -> int:
+        """Bytes that can be page-locked for copies to a GPU: what most systems allow."""
+        return self.ram // 2
 
 
 @dataclass(frozen=True)

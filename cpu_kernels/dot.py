@@ -10,6 +10,7 @@ from cpu_kernels.simd import Emitter, Value, i16, i32, i64
 
 # Instructions that multiply unsigned weights with signed activations, adding to 32-bit lanes.
 _DPBUSD = {
+    "amx_int8": "llvm.x86.avx512.vpdpbusd.512",
     "avx512_vnni": "llvm.x86.avx512.vpdpbusd.512",
     "avx_vnni": "llvm.x86.avx512.vpdpbusd.256",
 }

@@ -15,6 +15,7 @@ from cpu_kernels.isa import ISAS
 from cpu_kernels.lanes import by_lanes
 from cpu_kernels.pack import STEPS, float_panel_bytes, group_bytes, num_scales, panel_bytes
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32, i64
+from cpu_kernels.tiles import tile_product
 
 
 def panel_product(
@@ -24,14 +25,16 @@ def panel_product(
     panels: Value,
     num_chunks: Value,
     sources: Value,
-    position: Value,
     tile: Value,
 ) -> None:
     """See multiply_panels."""
+    if ISAS[isa].has_tiles:
+        _store_tile(k, tile, tile_product(k, isa, format, panels, num_chunks, sources))
+        return
     rows, tokens, width = ISAS[isa].panel_rows, ISAS[isa].panel_tokens, ISAS[isa].panels
     size, scales = group_bytes(isa, format), num_scales(format)
     is_signed = LAYOUTS[format].signed and not wants_unsigned(isa)
-    xs = [k.load(sources + 8 * t, i64(1)) + position for t in range(tokens)]
+    xs = [k.load(sources + 8 * t, i64(1)) for t in range(tokens)]
     zero = k.constant(f32(rows), 0.0)
     totals = [[k.variable(zero) for _ in range(width)] for _ in range(tokens)]
     with k.loop(num_chunks) as chunk, k.loop(k.integer(GROUPS)) as group:
@@ -64,24 +67,22 @@ def panel_product(
                         offset = k.load(start + 4 * rows * (STEPS + scales + part), f32(rows))
                         value = k.multiply_add(offset, x_sum, value)
                     total.set(value)
-    _store_tile(k, tile, totals)
+    _store_tile(k, tile, [[total.get() for total in row] for row in totals])
 
 
-@emitted("void", "i64 i64 i64 i64 i64")
-def multiply_panels(k, isa, format, panels, num_chunks, sources, position, tile):
-    """tile [panel_tokens, panels * panel_rows] = panels of whole chunks times prepared rows.
-
-    `sources`: addresses of the prepared rows; `position`: the byte in them to start at.
-    """
-    panel_product(k, isa, format, panels, num_chunks, sources, position, tile)
+@emitted("void", "i64 i64 i64 i64")
+def multiply_panels(k, isa, format, panels, num_chunks, sources, tile):
+    """tile [panel_tokens, panels * panel_rows] = panels of whole chunks times prepared rows, from
+    the addresses at `sources` on."""
+    panel_product(k, isa, format, panels, num_chunks, sources, tile)
 
 
-@emitted("void", "i64 i64 i64 i64 i64")
-def multiply_float_panels(k, isa, panels, count, sources, position, tile):
+@emitted("void", "i64 i64 i64 i64")
+def multiply_float_panels(k, isa, panels, count, sources, tile):
     """tile [float_tokens, panels * panel_rows] = panels of `count` float32 weights per row times
-    float32 rows, whose addresses are at `sources`, from byte `position` on."""
+    float32 rows, from the addresses at `sources` on."""
     rows, tokens, width = ISAS[isa].panel_rows, ISAS[isa].float_tokens, ISAS[isa].panels
-    xs = [k.load(sources + 8 * t, i64(1)) + position for t in range(tokens)]
+    xs = [k.load(sources + 8 * t, i64(1)) for t in range(tokens)]
     zero = k.constant(f32(rows), 0.0)
     totals = [[k.variable(zero) for _ in range(width)] for _ in range(tokens)]
     with k.loop(count) as i:
@@ -91,12 +92,11 @@ def multiply_float_panels(k, isa, panels, count, sources, position, tile):
             value = k.splat(k.load(x + i * 4, f32(1)), rows)
             for weight, total in zip(weights, row, strict=True):
                 total.set(k.multiply_add(weight, value, total.get()))
-    _store_tile(k, tile, totals)
+    _store_tile(k, tile, [[total.get() for total in row] for row in totals])
 
 
-def _store_tile(k: Emitter, tile: Value, totals: list) -> None:
-    values = [total.get() for row in totals for total in row]
-    for index, value in enumerate(values):
+def _store_tile(k: Emitter, tile: Value, sums: list[list[Value]]) -> None:
+    for index, value in enumerate(value for row in sums for value in row):
         k.store(tile + 4 * value.lanes * index, value)
 
 

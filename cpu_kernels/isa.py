@@ -6,8 +6,11 @@ therefore chosen here, before anything is compiled.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Mapping
+from functools import cache
 from typing import NamedTuple
 
 VARIABLE = "TIERED_ISA"
@@ -20,6 +23,8 @@ class Isa(NamedTuple):
     register of `16 * groups` bytes. `panel_rows` rows of weights are interleaved for a GEMM, one
     in each 32-bit lane, and `panels` such panels are multiplied with `panel_tokens` tokens at a
     time, or with `float_tokens` if they are of float32: their sums and weights fill the registers.
+    `rows_at_once` rows of weights are decoded for a GEMM before activations pass: their panels stay
+    in the L2 cache. `has_tiles`: AMX multiplies the panels (see tiles.py).
     """
 
     name: str
@@ -29,13 +34,18 @@ class Isa(NamedTuple):
     panels: int
     panel_tokens: int
     float_tokens: int
+    rows_at_once: int = 32
+    has_tiles: bool = False
 
+
+_VNNI = "avx512f", "avx512bw", "avx512vl", "avx512vnni"
 
 # Best first. The last one needs nothing: plain vector code, lowered to whatever is there.
 ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("avx512_vnni", ("avx512f", "avx512bw", "avx512vl", "avx512vnni"), 4, 16, 1, 12, 12),
+        Isa("amx_int8", (*_VNNI, "amx-tile", "amx-int8"), 4, 16, 1, 16, 12, 64, has_tiles=True),
+        Isa("avx512_vnni", _VNNI, 4, 16, 1, 12, 12),
         Isa("avx_vnni", ("avx2", "fma", "f16c", "avxvnni"), 2, 8, 1, 6, 6),
         Isa("avx2", ("avx2", "fma", "f16c"), 2, 8, 2, 3, 6),
         Isa("neon_dotprod", ("neon", "dotprod"), 1, 4, 1, 8, 8),
@@ -44,11 +54,48 @@ ISAS: dict[str, Isa] = {
 }
 
 
-def host_features() -> dict[str, bool]:
+_ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # for ARCH_REQ_XCOMP_PERM
+
+
+@cache
+def amx_refusal() -> str:
+    """Why the system does not let this process use AMX; "": all its threads may.
+
+    Linux wants to be asked, as it must then find room for 8 KiB of tiles for each thread
+    (https://docs.kernel.org/arch/x86/xstate.html).
+    """
+    if sys.platform != "linux":
+        return f"{sys.platform} is not asked for it"
+    system = ctypes.CDLL(None, use_errno=True)
+    arguments = [ctypes.c_long(n) for n in (_ARCH_PRCTL, _ASK_PERMISSION, _TILE_DATA)]
+    return "" if system.syscall(*arguments) == 0 else os.strerror(ctypes.get_errno())
+
+
+def processor_features() -> dict[str, bool]:
     """The processor's features under LLVM's names."""
     from llvmlite import binding
 
     return dict(binding.get_host_cpu_features())
+
+
+def host_features() -> dict[str, bool]:
+    """Those that may be used: AMX's tiles only if the system permits it."""
+    features = processor_features()
+    if features.get("amx-tile", False) and amx_refusal():
+        features["amx-tile"] = False
+    return features
+
+
+def amx_use(isa: Isa) -> str:
+    """Whether AMX multiplies prompts where these instructions were chosen, and why not."""
+    features = processor_features()
+    if isa.has_tiles:
+        return "used for prompts"
+    if not (features.get("amx-tile", False) and features.get("amx-int8", False)):
+        return "not used: the processor has none for integers"
+    if amx_refusal():
+        return f"not used: the system refuses it ({amx_refusal()})"
+    return f"not used: {isa.name} was asked for"
 
 
 def usable(features: Mapping[str, bool]) -> list[str]:

@@ -28,8 +28,7 @@ from cpu_kernels.pack import (
     panel_bytes,
 )
 from cpu_kernels.products import source_row, target_row
-
-ROWS_AT_ONCE = 32  # of weights: their panels stay in the L2 cache while all activations pass
+from cpu_kernels.tiles import begin_tiles, copies_bytes, copy_sources, end_tiles
 
 
 @njit(inline="always")
@@ -48,7 +47,7 @@ def _add_tile(tile, width, y, y_rows, ldy, bias, token, num_tokens, first_row, n
 
 @njit(inline="always")
 def _find_sources(sources, x, x_bytes, x_rows, divisor, first, num_tokens, n):
-    """Addresses of the next rows of activations; the last one again after the end."""
+    """Addresses of the next rows of activations at `x`; the last one again after the end."""
     for t in range(num_tokens):
         row = source_row(x_rows, divisor, min(first + t, n - 1))
         store_word(sources, t, x + x_bytes * row)
@@ -59,8 +58,9 @@ def make_gemm(isa: str, format: str) -> Callable:
     block, block_bytes = FORMATS[format].block_size, FORMATS[format].block_bytes
     panel_rows, tokens = ISAS[isa].panel_rows, ISAS[isa].panel_tokens
     width = ISAS[isa].panels * panel_rows  # of a tile
+    at_once = ISAS[isa].rows_at_once
     nbytes = panel_bytes(isa, format)
-    room = str(nbytes * ROWS_AT_ONCE // panel_rows)
+    room, copies_room = str(nbytes * at_once // panel_rows), str(copies_bytes(isa))
 
     def gemm(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         row_bytes = k // block * block_bytes
@@ -71,10 +71,12 @@ def make_gemm(isa: str, format: str) -> Callable:
         panels = stack(room)
         tile = stack("1024")
         sources = stack("128")
-        for row in range(first, last, ROWS_AT_ONCE):
-            num_tiles = (min(ROWS_AT_ONCE, last - row) + width - 1) // width
-            ahead = weights + (row + ROWS_AT_ONCE) * row_bytes
-            size = row_bytes * max(min(ROWS_AT_ONCE, last - row - ROWS_AT_ONCE), 0)
+        copies = stack(copies_room)
+        begin_tiles(isa, format)
+        for row in range(first, last, at_once):
+            num_tiles = (min(at_once, last - row) + width - 1) // width
+            ahead = weights + (row + at_once) * row_bytes
+            size = row_bytes * max(min(at_once, last - row - at_once), 0)
             for start in range(0, num_chunks, CHUNKS_AT_ONCE):
                 chunks = min(CHUNKS_AT_ONCE, num_chunks - start)
                 for r in range(0, num_tiles * width, panel_rows):
@@ -82,19 +84,21 @@ def make_gemm(isa: str, format: str) -> Callable:
                     panel = panels + r // panel_rows * nbytes
                     pack_panel(isa, format, at, row_bytes, end, num_groups, start, chunks, panel)
                 for token in range(0, n, tokens):
-                    _find_sources(sources, x, x_bytes, x_rows, divisor, token, tokens, n)
+                    at = x + start * CHUNK_BYTES
+                    _find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
+                    copy_sources(isa, sources, chunks, copies)
                     if start == 0:  # the rows that are packed next, little by little
                         prefetch_lines(
                             ahead + size * token // n, ahead + size * min(token + tokens, n) // n
                         )
                     for i in range(num_tiles):
                         panel = panels + i * (width // panel_rows) * nbytes
-                        position = start * CHUNK_BYTES
-                        multiply_panels(isa, format, panel, chunks, sources, position, tile)
+                        multiply_panels(isa, format, panel, chunks, sources, tile)
                         _add_tile(
                             tile, width, y, y_rows, ldy, bias, token, min(tokens, n - token),
                             row + i * width, min(width, last - row - i * width), start == 0,
                         )  # fmt: skip
+        end_tiles(isa)
 
     return gemm
 
@@ -105,8 +109,9 @@ def make_float_gemm(isa: str, format: str) -> Callable:
     is_float = FORMATS[format].is_float
     panel_rows, tokens = ISAS[isa].panel_rows, ISAS[isa].float_tokens
     width = ISAS[isa].panels * panel_rows
+    at_once = ISAS[isa].rows_at_once
     nbytes = float_panel_bytes(isa)
-    room = str(nbytes * ROWS_AT_ONCE // panel_rows)
+    room = str(nbytes * at_once // panel_rows)
     values_room = str(4 * FLOATS_AT_ONCE * LANE)
 
     def float_gemm(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
@@ -117,8 +122,8 @@ def make_float_gemm(isa: str, format: str) -> Callable:
         values = stack(values_room)
         tile = stack("1024")
         sources = stack("128")
-        for row in range(first, last, ROWS_AT_ONCE):
-            num_tiles = (min(ROWS_AT_ONCE, last - row) + width - 1) // width
+        for row in range(first, last, at_once):
+            num_tiles = (min(at_once, last - row) + width - 1) // width
             for start in range(0, k, FLOATS_AT_ONCE):
                 count = min(FLOATS_AT_ONCE, k - start)
                 for r in range(num_tiles * width):
@@ -132,10 +137,11 @@ def make_float_gemm(isa: str, format: str) -> Callable:
                         panel = panels + r // panel_rows * nbytes
                         pack_floats(isa, values, count, panel, (r - 3) % panel_rows)
                 for token in range(0, n, tokens):
-                    _find_sources(sources, x, x_bytes, x_rows, divisor, token, tokens, n)
+                    at = x + 4 * start
+                    _find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
                     for i in range(num_tiles):
                         panel = panels + i * (width // panel_rows) * nbytes
-                        multiply_float_panels(isa, panel, count, sources, 4 * start, tile)
+                        multiply_float_panels(isa, panel, count, sources, tile)
                         _add_tile(
                             tile, width, y, y_rows, ldy, bias, token, min(tokens, n - token),
                             row + i * width, min(width, last - row - i * width), start == 0,

@@ -10,6 +10,7 @@ from cpu_kernels.isa import ISAS, choose
 from cpu_kernels.memory import address_of, record, store_word, word
 from cpu_kernels.simd import emitted, i8, i32, i64
 from cpu_kernels.team import Op, Team, op
+from cpu_kernels.tiles import WHOLE_PRODUCTS, multiply_whole_tiles
 
 PAIRS = 8  # of registers multiplied in a step: so many sums of 4-bit weights fit in 16 bits
 COLUMNS = 2  # of such registers, with the same activations, as in a tile
@@ -19,8 +20,10 @@ REPEATS = 5
 
 @emitted("i64", "i64 i64")
 def _multiply(k, isa, steps, seed):
-    """`steps` times PAIRS x COLUMNS registers of weights by one of activations: the sum of all
-    products."""
+    """`steps` times PAIRS x COLUMNS registers of weights by one of activations, or what tiles hold:
+    the sum of all products."""
+    if ISAS[isa].has_tiles:
+        return multiply_whole_tiles(k, steps, seed)
     lanes = ISAS[isa].panel_rows
     bytes_ = k.splat(seed.cast("trunc", i8), 4 * lanes)
     columns = range(COLUMNS)
@@ -34,6 +37,12 @@ def _multiply(k, isa, steps, seed):
         for dot in dots:
             total.set(total.get() + dot)
     return k.sum(total.get()).cast("sext", i64)
+
+
+def products_per_step(isa: str) -> int:
+    if ISAS[isa].has_tiles:
+        return WHOLE_PRODUCTS
+    return PAIRS * COLUMNS * 4 * ISAS[isa].panel_rows
 
 
 @cache
@@ -57,4 +66,4 @@ def integer_peak(num_threads: int, isa: str = "auto") -> float:
             start = time.perf_counter()
             team.run(address, address_of(words))
             best = min(best, time.perf_counter() - start)
-    return 2.0 * STEPS * PAIRS * COLUMNS * 4 * ISAS[name].panel_rows * num_threads / best
+    return 2.0 * STEPS * products_per_step(name) * num_threads / best

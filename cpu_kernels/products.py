@@ -171,12 +171,12 @@ def make_dequantize(isa: str, format: str) -> Callable:
     return dequantize
 
 
-_SIGNATURE = types.void(*[types.int64] * NUM_KERNEL_ARGUMENTS)
+SIGNATURE = types.void(*[types.int64] * NUM_KERNEL_ARGUMENTS)
 
 
 @cache
 def kernel(make: Callable[[str, str], Callable], isa: str, format: str) -> tuple[int, object]:
     """Address of the machine code that `make` describes, and what keeps it alive."""
     with compiling():
-        code = cfunc(_SIGNATURE, cache=True, error_model="numpy")(make(isa, format))
+        code = cfunc(SIGNATURE, cache=True, error_model="numpy")(make(isa, format))
     return code.address, code

@@ -153,6 +153,10 @@ class Emitter:
     def _pointer(self, address: Value, type: Type) -> ir.Value:
         return self.builder.inttoptr(address.ir, type.as_pointer())
 
+    def pointer(self, address: Value) -> Value:
+        """An address as LLVM's instructions want it."""
+        return Value(self, self._pointer(address, ir.IntType(8)))
+
     def load(self, address: Value, type: Type, align: int = 1) -> Value:
         return Value(self, self.builder.load(self._pointer(address, type), align=align))
 

@@ -2,9 +2,10 @@
 
 import pytest
 from numba import njit
+from plain_instructions import plain_instructions
 
 from cpu_kernels import isa
-from cpu_kernels.peak import COLUMNS, PAIRS, _multiply, integer_peak
+from cpu_kernels.peak import COLUMNS, PAIRS, _multiply, integer_peak, products_per_step
 from tiered.measuring import layer_rates
 from tiered.measuring.plot import plot_kernels
 
@@ -15,11 +16,27 @@ def test_the_peak_is_of_products_that_were_made(name):
     def multiply(steps, seed):
         return _multiply(name, steps, seed)
 
+    assert multiply(100, 3) == sum_of_products(name)
+
+
+def test_the_peak_of_tiles():
+    with plain_instructions():
+
+        @njit
+        def multiply(steps, seed):
+            return _multiply("amx_int8", steps, seed)
+
+        assert multiply(100, 3) == sum_of_products("amx_int8")
+
+
+def sum_of_products(name):
+    if isa.ISAS[name].has_tiles:
+        return 100 * products_per_step(name) * 3 * 3
     lanes = 4 * isa.ISAS[name].panel_rows
     weights = sum(
         (3 + pair + COLUMNS * column) & 15 for pair in range(PAIRS) for column in range(COLUMNS)
     )
-    assert multiply(100, 3) == lanes * weights * sum(step & 63 for step in range(100))
+    return lanes * weights * sum(step & 63 for step in range(100))
 
 
 def test_the_peak_is_a_rate():

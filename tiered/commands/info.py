@@ -104,6 +104,7 @@ def describe_machine() -> dict[str, Any]:
         "threads": default_threads(),
         "kernels": isa.choose().name,
         "kernels_available": isa.available(),
+        "amx": isa.amx_use(isa.choose()),
         "memory_bytes": psutil.virtual_memory().total,
         "free_for_us_bytes": available_bytes(),
     }

@@ -1,0 +1,84 @@
+"""Kernels for processors that this one is not, run here with plain code for their instructions: all
+but the instructions themselves is tested by it, which test_other_processors.py looks for."""
+
+import numpy as np
+import pytest
+from naive_formats import random_matrix
+from numba import cfunc
+from plain_instructions import plain_instructions
+from test_linear import assert_close, run_product
+
+from cpu_kernels.formats import FORMATS
+from cpu_kernels.isa import ISAS, available
+from cpu_kernels.linear import FEW, FEW_ROWS, MANY, Matrix
+from cpu_kernels.panels import make_gemm
+from cpu_kernels.products import SIGNATURE, make_gemv
+from cpu_kernels.team import Team
+
+# One scale for a group, and two; the others have tables, signs and single bits.
+QUICK, OTHERS = ("q4_0", "q6_k"), ("q8_0", "iq4_xs", "q5_0", "q2_k")
+formats = pytest.mark.parametrize(
+    "format", [*QUICK, *[pytest.param(format, marks=pytest.mark.slow) for format in OTHERS]]
+)
+# Panels that are not full, a chunk that is not whole, and more chunks than are packed at once.
+SHAPES = (75, 256), (43, 2304)
+SHORT_SHAPES = (33, 96), (43, 2336)
+
+
+def shapes_of(format):
+    return SHORT_SHAPES if FORMATS[format].block_size == 32 else SHAPES
+
+
+def compiled(make, isa, format):
+    with plain_instructions():
+        return cfunc(SIGNATURE, error_model="numpy")(make(isa, format))
+
+
+def random_product(rng, format, shape, n):
+    data = random_matrix(rng, format, shape)
+    bias = rng.standard_normal(shape[0]).astype(np.float32)
+    matrix = Matrix(data.reshape(-1), format, shape, ISAS[available()[0]], bias)
+    return matrix, (data, format, shape, rng.standard_normal((n, shape[1])).astype(np.float32))
+
+
+@formats
+def test_many_rows(format):
+    """AMX's tiles give the bits of VNNI's vectors."""
+    rng = np.random.default_rng(1)
+    kernels = {isa: compiled(make_gemm, isa, format) for isa in ("avx512_vnni", "amx_int8")}
+    with Team(2) as team:
+        for shape in shapes_of(format):
+            matrix, problem = random_product(rng, format, shape, 37)
+            results = []
+            for kernel in kernels.values():
+                matrix.record[MANY] = kernel.address
+                results.append(run_product(team, matrix, problem[-1]))
+                assert_close(results[-1], *problem, matrix.bias)
+            np.testing.assert_array_equal(*results)
+
+
+@formats
+@pytest.mark.parametrize("isa", ["avx512_vnni", "avx_vnni"])
+def test_few_rows(format, isa):
+    rng = np.random.default_rng(2)
+    kernel = compiled(make_gemv, isa, format)
+    with Team(2) as team:
+        for shape in shapes_of(format):
+            matrix, problem = random_product(rng, format, shape, FEW_ROWS)
+            matrix.record[FEW] = kernel.address
+            x = problem[-1]
+            got = run_product(team, matrix, x)
+            assert_close(got, *problem, matrix.bias)
+            single = [run_product(team, matrix, x[i : i + 1]) for i in range(FEW_ROWS)]
+            np.testing.assert_array_equal(got, np.concatenate(single))
+
+
+@formats
+def test_many_rows_with_short_registers(format):
+    rng = np.random.default_rng(3)
+    kernel = compiled(make_gemm, "avx_vnni", format)
+    with Team(2) as team:
+        for shape in shapes_of(format):
+            matrix, problem = random_product(rng, format, shape, 37)
+            matrix.record[MANY] = kernel.address
+            assert_close(run_product(team, matrix, problem[-1]), *problem, matrix.bias)

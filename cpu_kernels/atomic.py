@@ -10,6 +10,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from cpu_kernels.isa import is_arm
+
 _WORD = ir.IntType(64)
 
 
@@ -70,7 +72,7 @@ def pause(typingctx):
             kind = ir.FunctionType(ir.VoidType(), [])
             hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause")
             builder.call(hint, [])
-        elif triple.startswith(("aarch64", "arm64")):
+        elif is_arm(triple):
             kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
             hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.aarch64.hint")
             builder.call(hint, [ir.Constant(ir.IntType(32), 1)])  # 1: yield

@@ -2,7 +2,8 @@
 
 Importing this module points Numba's cache at a folder of our own, whose name is a hash of the
 kernels' sources, the processor's features and Numba's version: Numba itself does not notice that
-a helper in another file changed. Import it before anything that is decorated with `cache=True`.
+a helper in another file changed. It also tells Numba the features that LLVM does not find out by
+itself. Import it before anything that is decorated with `cache=True`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import llvmlite
 import numba
 
-from cpu_kernels.isa import host_features
+from cpu_kernels.isa import features_for_llvm, host_features
 
 VARIABLE = "TIERED_CACHE_DIR"
 
@@ -46,9 +47,11 @@ def cache_folder() -> Path:
 
 
 FOLDER = cache_folder()
-# The variable as well, because Numba reads it again when the environment has changed.
+# The variables as well, because Numba reads them again when the environment has changed.
 os.environ["NUMBA_CACHE_DIR"] = str(FOLDER)
 numba.config.CACHE_DIR = str(FOLDER)
+if numba.config.CPU_FEATURES is None and (FEATURES := features_for_llvm()):
+    os.environ["NUMBA_CPU_FEATURES"] = numba.config.CPU_FEATURES = FEATURES
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from functools import cache
 from typing import NamedTuple
 
 VARIABLE = "TIERED_ISA"
+_AT_HWCAP, _HWCAP_ASIMDDP = 16, 1 << 20  # of Linux: elf.h, asm/hwcap.h
 
 
 class Isa(NamedTuple):
@@ -75,7 +76,43 @@ def processor_features() -> dict[str, bool]:
     """The processor's features under LLVM's names."""
     from llvmlite import binding
 
-    return dict(binding.get_host_cpu_features())
+    features = dict(binding.get_host_cpu_features())
+    if is_arm(binding.get_process_triple()):  # LLVM has some of Linux's there, none of macOS's
+        features |= {"neon": True, "dotprod": _has_dot_products()}
+    return features
+
+
+def features_for_llvm() -> str:
+    """What a compiler must be told of the processor: "+dotprod,-sve", or "" if LLVM knows it all.
+
+    Without, a processor whose name LLVM does not know would have no dot products for it, and an
+    instruction that it cannot place ends the process, too.
+    """
+    from llvmlite import binding
+
+    features = host_features()
+    if features == dict(binding.get_host_cpu_features()):
+        return ""
+    return ",".join(f"{'+' if features[name] else '-'}{name}" for name in sorted(features))
+
+
+def is_arm(triple: str) -> bool:
+    """Whether LLVM's name of a machine is one of 64-bit ARM."""
+    return triple.startswith(("aarch64", "arm64"))
+
+
+def _has_dot_products() -> bool:
+    """Whether this ARM processor has FEAT_DotProd, as far as the system tells."""
+    if sys.platform == "darwin":
+        value, size = ctypes.c_int32(0), ctypes.c_size_t(4)
+        name, places = b"hw.optional.arm.FEAT_DotProd", (ctypes.byref(value), ctypes.byref(size))
+        failed = ctypes.CDLL(None).sysctlbyname(name, *places, None, ctypes.c_size_t(0))
+        return not failed and value.value == 1
+    if sys.platform == "linux":
+        read = ctypes.CDLL(None).getauxval
+        read.argtypes, read.restype = (ctypes.c_ulong,), ctypes.c_ulong
+        return bool(read(_AT_HWCAP) & _HWCAP_ASIMDDP)
+    return False
 
 
 def host_features() -> dict[str, bool]:

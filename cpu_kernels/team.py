@@ -33,7 +33,7 @@ from cpu_kernels.atomic import (
     yield_processor,
 )
 from cpu_kernels.cache import compiling
-from cpu_kernels.memory import store_word, word
+from cpu_kernels.memory import address_of, aligned_bytes, store_word, word
 
 NUM_COUNTERS = 8
 PARTS = 8  # of an op's work, for each thread
@@ -44,19 +44,21 @@ TIMED = ("attention", "router", "experts", "head")  # that the time of chains is
 OF_ATTENTION, OF_ROUTER, OF_EXPERTS, OF_HEAD = range(4)
 NUM_TIMED = len(TIMED)
 
+_LINE = 128  # bytes of a cache line: Apple's, others' are smaller
+
 # Byte offsets in a team's memory. What different threads write lies on different cache lines.
 _SEQUENCE = 0  # counts the ops started; the caller writes it last, workers watch it
 _FUNCTION = 8
 _RECORD = 16
 _STOP = 24
 _RUNNING = 32
-_NUM_THREADS = 64
-_PATIENCE = 72  # pauses before a waiting thread lets others have its core
-_DONE = 128  # workers that finished the op
-_ARRIVED = 192  # threads that reached the barrier
-_GENERATION = 256  # counts the barriers passed
-_COUNTERS = 320
-_ASLEEP = 384  # one word per thread: 1 if it sleeps, or is about to, and has not been woken
+_NUM_THREADS = _LINE
+_PATIENCE = _LINE + 8  # pauses before a waiting thread lets others have its core
+_DONE = 2 * _LINE  # workers that finished the op
+_ARRIVED = 3 * _LINE  # threads that reached the barrier
+_GENERATION = 4 * _LINE  # counts the barriers passed
+_COUNTERS = 5 * _LINE
+_ASLEEP = 6 * _LINE  # one word per thread: 1 if it sleeps, or is about to, and has not been woken
 
 
 class Op:
@@ -271,8 +273,8 @@ class Team:
         if spin_microseconds < 0:
             raise ValueError(f"spin_microseconds must not be negative, is {spin_microseconds}")
         self.num_threads = num_threads
-        self._memory = np.zeros(_ASLEEP + 8 * num_threads + 64, np.uint8)
-        self._address = -(-self._memory.ctypes.data // 64) * 64
+        self._memory = aligned_bytes(_ASLEEP + 8 * num_threads, _LINE)
+        self._address = address_of(self._memory)
         pauses_per_microsecond = _pauses_per_microsecond() if num_threads > 1 else 0.0
         self._set(_NUM_THREADS, num_threads)
         self._set(_PATIENCE, int(50 * pauses_per_microsecond))
@@ -432,8 +434,7 @@ class Team:
                 self._semaphores[thread].release()
 
     def _set(self, offset: int, value: int) -> None:
-        start = self._address - self._memory.ctypes.data + offset
-        self._memory[start : start + 8].view(np.int64)[0] = value
+        self._memory[offset : offset + 8].view(np.int64)[0] = value
 
     def __enter__(self) -> Team:
         return self

@@ -1,9 +1,13 @@
 """Instruction sets are chosen from features, and only those that are there."""
 
+import ctypes
+import sys
+
 import pytest
+from llvmlite import binding
 
 from cpu_kernels import isa
-from cpu_kernels.isa import ISAS, VARIABLE, amx_use, available, choose
+from cpu_kernels.isa import ISAS, VARIABLE, amx_use, available, choose, features_for_llvm
 
 HASWELL = dict.fromkeys(("avx2", "fma", "f16c"), True)
 ICE_LAKE = HASWELL | dict.fromkeys(("avx512f", "avx512bw", "avx512vl", "avx512vnni"), True)
@@ -81,3 +85,50 @@ def test_the_system_refuses_what_the_processor_lacks():
 def test_this_machine_can_run_something():
     assert available()[-1] == "portable"
     assert set(available()) <= set(ISAS)
+
+
+class Library:
+    """The C library of an ARM machine that has dot products, or not."""
+
+    def __init__(self, has_dot_products):
+        self.has_dot_products = has_dot_products
+
+    def getauxval(self, kind):
+        others = 0x0018_7FFF  # asimd and what a processor of ARMv8.2 may have beside it
+        return (others & ~(1 << 20) | self.has_dot_products << 20) if kind == 16 else 0
+
+    def sysctlbyname(self, name, value, size, new, new_size):
+        if name != b"hw.optional.arm.FEAT_DotProd" or size._obj.value != 4:
+            return -1
+        value._obj.value = self.has_dot_products
+        return 0
+
+
+@pytest.mark.parametrize("has_dot_products", [True, False])
+@pytest.mark.parametrize(
+    ("platform", "triple", "known"),
+    [
+        ("linux", "aarch64-unknown-linux-gnu", {"neon": True, "lse": True, "sve": False}),
+        ("linux", "aarch64-unknown-linux-gnu", {}),
+        ("darwin", "arm64-apple-darwin24.1.0", {}),
+    ],
+)
+def test_arm_systems_are_asked_for_dot_products(
+    platform, triple, known, has_dot_products, monkeypatch
+):
+    """LLVM lists them nowhere, on macOS not even neon."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(binding, "get_process_triple", lambda: triple)
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: known)
+    library = Library(has_dot_products)
+    library.getauxval = lambda kind: Library.getauxval(library, kind)  # it gets argtypes
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert available() == ["neon_dotprod", "portable"][not has_dot_products :]
+    told = features_for_llvm().split(",")
+    assert ("+dotprod" if has_dot_products else "-dotprod") in told and "+neon" in told
+    assert all(("+" if present else "-") + name in told for name, present in known.items())
+
+
+def test_elsewhere_llvm_knows_all():
+    if not binding.get_process_triple().startswith(("aarch64", "arm64")):
+        assert features_for_llvm() == ""

@@ -3,8 +3,10 @@
 import llvmlite.binding as llvm
 import pytest
 from llvmlite import ir
+from numba import njit, types
 
 from cpu_kernels import few_rows, gemm, gemv
+from cpu_kernels.atomic import atomic_add, atomic_exchange, atomic_load, atomic_store
 from cpu_kernels.groups import LAYOUTS
 from cpu_kernels.isa import ISAS
 from cpu_kernels.simd import Emitter, Value
@@ -20,6 +22,18 @@ PROCESSORS = {
 }
 
 
+def compiled_for(code, triple, cpu):
+    """Assembly of LLVM's `code` for that processor."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
+    compiled = llvm.parse_assembly(code)
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(compiled, builder)
+    return machine.emit_assembly(compiled)
+
+
 def assembly(write, num_values, triple, cpu):
     """Assembly of a function of int64 arguments whose body is written by write(k, *values)."""
     module = ir.Module()
@@ -29,14 +43,7 @@ def assembly(write, num_values, triple, cpu):
     emitter = Emitter(builder)
     write(emitter, *[Value(emitter, argument) for argument in function.args])
     builder.ret_void()
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
-    compiled = llvm.parse_assembly(str(module))
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
-    builder = llvm.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(compiled, builder)
-    return machine.emit_assembly(compiled)
+    return compiled_for(str(module), triple, cpu)
 
 
 @pytest.mark.parametrize("isa", PROCESSORS)
@@ -64,3 +71,32 @@ def test_kernels_use_the_instruction_they_are_for(isa, format):
         assert lines and all(register[0] in line for line in lines)
         if register.endswith("mm"):
             assert any(register in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "instructions"),
+    [
+        ("neoverse-n1", ("ldar", "stlr", "ldaddal", "swpal")),
+        ("cortex-a72", ("ldar", "stlr", "ldaxr", "stlxr")),
+    ],
+)
+def test_words_of_a_team_are_acquired_and_released(cpu, instructions):
+    """ARM may change the order of other reads and writes, which x86 keeps: tests that run here
+    would not notice."""
+
+    def use(address):
+        old = atomic_exchange(address + 16, atomic_load(address + 24))
+        atomic_store(address, atomic_add(address + 8, old))
+
+    code = njit(use)
+    code.compile((types.int64,))
+    triple, lines = PROCESSORS["neon_dotprod"][0], []
+    for line in code.inspect_llvm(code.signatures[0]).splitlines():
+        lines.append(f'target triple = "{triple}"' if line.startswith("target triple") else line)
+    try:
+        text = compiled_for("\n".join(lines), triple, cpu)
+    except RuntimeError as error:  # this LLVM was built without that target
+        pytest.skip(str(error))
+    words = text.split()
+    assert all(instruction in words for instruction in instructions)
+    assert not {"ldadd", "ldadda", "ldaddl", "swp", "swpa", "swpl", "ldxr", "stxr"} & set(words)

@@ -1,3 +1,4 @@
+import mmap
 import random
 import threading
 
@@ -340,6 +341,31 @@ def test_places_are_page_aligned():
         assert memory.slot(slot).ctypes.data == memory.place(slot)
     memory.slot(0)[:] = 7
     assert np.all(memory.slot(0) == 7)
+    memory.close()
+
+
+@pytest.mark.parametrize("page", [4096, 16384, 65536])
+def test_pages_of_other_systems(page, monkeypatch):
+    """16 KiB on Apple's processors, 64 KiB on some servers: advice must begin at one."""
+    advised = []
+
+    class Map(mmap.mmap):
+        def madvise(self, advice, start=0, length=0):
+            assert start % page == 0
+            advised.append(start)
+
+    monkeypatch.setattr(mmap, "PAGESIZE", page)
+    monkeypatch.setattr(mmap, "mmap", Map)
+    space = Space(500_000, (5000, 100_000))
+    memory = RamMemory(space)
+    for slot in range(space.num_slots):
+        memory.fit(slot, 100_000)
+    advised.clear()
+    for slot in range(space.num_slots):
+        memory.fit(slot, 5000)
+        memory.give_back(slot)
+        assert memory.place(slot) % 4096 == 0
+    assert len(advised) == 2 * space.num_slots
     memory.close()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from mmap import mmap
+from mmap import PAGESIZE, mmap
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +86,8 @@ class FileReader:
                 raise _ends_early(position)
             position += num_read
         if hasattr(os, "posix_fadvise"):
-            start = offset // BLOCK * BLOCK  # pages that are only half in the range are kept
-            size = -(-end // BLOCK) * BLOCK - start
+            start = offset // PAGESIZE * PAGESIZE  # pages that are only half in the range are kept
+            size = -(-end // PAGESIZE) * PAGESIZE - start
             os.posix_fadvise(self._buffered, start, size, os.POSIX_FADV_DONTNEED)
 
     def _pread(self, buffer: memoryview, offset: int) -> int:

@@ -11,8 +11,7 @@ import numpy as np
 from tiered.experts import aligned
 from tiered.page_locked import PageLocked, Pinner
 from tiered.policies import Space
-
-PAGE = 4096  # bytes; direct reads want buffers aligned to it
+from tiered.reader import BLOCK
 
 
 class Memory(Protocol):
@@ -75,7 +74,8 @@ class RamMemory:
 
     def __init__(self, space: Space, slack: int = 0) -> None:
         self.space = space
-        self.stride = aligned(max(space.blob_bytes) + slack, PAGE)
+        self._page = max(BLOCK, mmap.PAGESIZE)  # the system's is 16 or 64 KiB on some ARM machines
+        self.stride = aligned(max(space.blob_bytes) + slack, self._page)
         sizes = set(filter(None, space.blob_bytes)).union(*space.mixes.values())
         self._mixed = len(sizes) > 1
         self._slack = slack
@@ -93,7 +93,7 @@ class RamMemory:
         return int(self._address + slot * self.stride)
 
     def fit(self, slot: int, nbytes: int) -> None:
-        extent = aligned(nbytes + self._slack, PAGE) if nbytes else 0
+        extent = aligned(nbytes + self._slack, self._page) if nbytes else 0
         beyond = self._extent[slot] - extent
         self._extent[slot] = extent
         if beyond > 0 and self._mixed:

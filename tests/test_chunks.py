@@ -61,6 +61,15 @@ def test_with_little_memory_too(model, choices):
         check_same(engine)
 
 
+@pytest.mark.parametrize("vram", ["1500k", None])
+def test_beside_a_gpu_too(model, vram):
+    """A described one, which copies and computes at once with the processor."""
+    card = dict(device="sim:rtx4060ti-16gb", vram=vram, context=256)
+    with Engine(model, prefill_chunk=CHUNK, expert_ram="200k", **card) as engine:
+        assert (engine.plan.pass_tokens > CHUNK) == (vram is None)
+        check_same(engine)
+
+
 def test_a_pass_reads_each_expert_once(model):
     with Engine(model, prefill_chunk=CHUNK, expert_ram="200k", look_ahead=0) as engine:
         layers, experts = len(engine.config.sparse_layers), engine.config.num_experts

@@ -49,6 +49,13 @@ def pass_bytes(config: ModelConfig) -> int:
     return 4 * config.hidden_size * rows
 
 
+def pass_tokens(chunk: int, longest: int, nbytes: int, per_token: int) -> int:
+    """Tokens of a pass: as many chunks as there are `nbytes` for, besides the first, and at most
+    `longest` tokens (but for one chunk)."""
+    more = min(longest - chunk, nbytes // per_token)
+    return chunk + max(0, more) // chunk * chunk
+
+
 def plan_memory(
     *,
     limit: int,
@@ -88,10 +95,10 @@ def plan_memory(
     mapped = mappable and slots >= experts
     spare = max(0, limit - fixed - slots)
     given = 0 if mapped else min(int(slots * PASS_SHARE), slots - floor)
-    more = min(longest_pass - chunk, (spare + given) // pass_bytes) if experts else 0
-    more = max(0, more) // chunk * chunk
-    slots -= max(0, more * pass_bytes - spare)
-    workspace += more * pass_bytes
+    longest_pass = longest_pass if experts else chunk  # nothing to share
+    tokens = pass_tokens(chunk, longest_pass, spare + given, pass_bytes)
+    longer = (tokens - chunk) * pass_bytes
     return MemoryPlan(
-        limit, process, dense, kv, workspace, experts, slots, mapped, pass_tokens=chunk + more
-    )
+        limit, process, dense, kv, workspace + longer, experts, slots - max(0, longer - spare),
+        mapped, tokens,
+    )  # fmt: skip

@@ -24,7 +24,7 @@ from tiered.experts import ExpertKey
 from tiered.formats import open_checkpoint
 from tiered.generation import Generation, texts
 from tiered.governor import Governor, Governors, depths
-from tiered.gpu.accelerator import model_bytes, place_experts, spread
+from tiered.gpu.accelerator import longest_pass, model_bytes, place_experts, spread
 from tiered.gpu.shared_room import SharedRoom
 from tiered.gpu.shares import Share
 from tiered.gpu.splits import Governed, govern
@@ -123,8 +123,9 @@ class Engine:
         self.shares: list[Share] = []  # of GPUs
         if self._has_gpu:
             model = model_bytes(
-                self.checkpoint, self.store, choices, self.kv_tokens, self._num_states
-            )
+                self.checkpoint, self.store, choices, self.kv_tokens, self._num_states,
+                self.plan.pass_tokens,
+            )  # fmt: skip
             self.shares = spread(self.backend, model, choices)
         loader = WeightLoader(self.checkpoint, self.backend, choices.quantize)
         loaders = [loader.for_layer(index) for index in range(config.num_layers)]
@@ -213,7 +214,9 @@ class Engine:
             floor=max(below.blob_bytes) * config.top_k if below else 0,
             mappable=self.store is not None and self.store.mappable,
             chunk=choices.prefill_chunk,
-            longest_pass=choices.prefill_chunk if self._has_gpu else LONGEST_PASS,
+            longest_pass=longest_pass(self.backend, config, choices)
+            if self._has_gpu
+            else LONGEST_PASS,
             pass_bytes=pass_bytes(config),
         )
 

@@ -1,28 +1,28 @@
-"""How long a prompt takes, in closed form, chunk by chunk. Simulated, never measured."""
+"""How long a prompt takes, in closed form, pass by pass. Simulated, never measured."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tiered.budget import LONGEST_PASS
 from tiered.planning.hardware import GB, Hardware
 from tiered.planning.sizes import ModelSizes
 
 if TYPE_CHECKING:
     from tiered.planning.forecast import Layout
 
-CHUNK = 512  # tokens computed at once
-
 
 def prompt_seconds(sizes: ModelSizes, hardware: Hardware, layout: Layout, num_tokens: int) -> float:
     """Seconds until the first token after a prompt.
 
-    Each used expert is needed once per layer and chunk. On a GPU, those that are not there are
-    streamed over the link or computed by the processor, whichever is sooner, while the GPU works.
+    Each used expert is needed once per layer and pass (see tiered.chunks). On a GPU, those that
+    are not there are streamed over the link or computed by the processor, whichever is sooner,
+    while the GPU works.
     """
     done, total = 0, 0.0
     while done < num_tokens:
-        count = min(CHUNK, num_tokens - done)
-        total += _chunk(sizes, hardware, layout, count, done)
+        count = min(LONGEST_PASS, num_tokens - done)
+        total += _pass(sizes, hardware, layout, count, done)
         done += count
     return total
 
@@ -32,9 +32,7 @@ def distinct_experts(sizes: ModelSizes, num_tokens: int) -> float:
     return sizes.num_experts * (1 - (1 - sizes.top_k / sizes.num_experts) ** num_tokens)
 
 
-def _chunk(
-    sizes: ModelSizes, hardware: Hardware, layout: Layout, count: int, context: int
-) -> float:
+def _pass(sizes: ModelSizes, hardware: Hardware, layout: Layout, count: int, context: int) -> float:
     host, gpu, disk = hardware.host, hardware.gpu, hardware.disk
     cpu_flops, cpu_bytes = host.compute * GB, host.bandwidth * host.efficiency * GB
     if gpu:

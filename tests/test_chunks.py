@@ -66,7 +66,7 @@ def test_beside_a_gpu_too(model, vram):
     """A described one, which copies and computes at once with the processor."""
     card = dict(device="sim:rtx4060ti-16gb", vram=vram, context=256)
     with Engine(model, prefill_chunk=CHUNK, expert_ram="200k", **card) as engine:
-        assert (engine.plan.pass_tokens > CHUNK) == (vram is None)
+        assert (engine.generation.pass_tokens > CHUNK) == (vram is None)
         check_same(engine)
 
 

@@ -153,7 +153,7 @@ def test_prompt_scores_are_those_of_the_logits(engine):
 def test_a_prompt_has_longer_passes_while_nobody_else_is_there(engine, monkeypatch):
     """They save reading the same experts again, and would keep others from their next token."""
     monkeypatch.setattr(engine, "choices", replace(engine.choices, prefill_chunk=16))
-    monkeypatch.setattr(engine, "plan", replace(engine.plan, pass_tokens=64))
+    monkeypatch.setattr(engine.generation, "pass_tokens", 64)
     prompts, passes, hidden = make_prompts(2, low=100, high=100), [], engine.decoder.hidden
     expected = [alone(engine, ids, 4) for ids in prompts]
 

@@ -242,8 +242,19 @@ def test_close_while_somebody_waits():
     assert not closing.is_alive()
 
 
+class Lent:
+    """Reads from a tier below, as the tiers of GPUs do."""
+
+    def __init__(self, below):
+        self.below = below
+
+    def read_into(self, key, buffer):
+        with self.below.lent(key, buffer) as blob:
+            assert blob is buffer  # the memory below is not page-locked
+
+
 def test_a_tier_is_a_source_for_the_tier_above():
-    with make(Blobs(), 8) as ram, make(ram, 3) as above:
+    with make(Blobs(), 8) as ram, make(Lent(ram), 3) as above:
         rng = random.Random(2)
         for _ in range(100):
             fetch(above, rng.sample(KEYS[0], 3))

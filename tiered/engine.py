@@ -24,7 +24,7 @@ from tiered.experts import ExpertKey
 from tiered.formats import open_checkpoint
 from tiered.generation import Generation, texts
 from tiered.governor import Governor, Governors, depths
-from tiered.gpu.accelerator import longest_pass, model_bytes, place_experts, spread
+from tiered.gpu.accelerator import model_bytes, pass_on_cards, place_experts, spread
 from tiered.gpu.shared_room import SharedRoom
 from tiered.gpu.shares import Share
 from tiered.gpu.splits import Governed, govern
@@ -120,13 +120,14 @@ class Engine:
             read_depth = Governor(depths(choices.readers), "read depth", patience=4)
             tier.loaders.depth = read_depth
             governors.append(read_depth)
+        at_once = self.plan.pass_tokens
         self.shares: list[Share] = []  # of GPUs
         if self._has_gpu:
             model = model_bytes(
-                self.checkpoint, self.store, choices, self.kv_tokens, self._num_states,
-                self.plan.pass_tokens,
-            )  # fmt: skip
-            self.shares = spread(self.backend, model, choices)
+                self.checkpoint, self.store, choices, self.kv_tokens, self._num_states
+            )
+            shares = spread(self.backend, model, choices)
+            self.shares, at_once = pass_on_cards(shares, at_once, config, choices)
         loader = WeightLoader(self.checkpoint, self.backend, choices.quantize)
         loaders = [loader.for_layer(index) for index in range(config.num_layers)]
         last = loader.for_layer(-1)
@@ -170,7 +171,7 @@ class Engine:
         )
         self.governors = Governors(governors, self.timing.clock)
         self.generation = Generation(
-            self.decoder, self.kv, self.governors, choices, self.plan.pass_tokens,
+            self.decoder, self.kv, self.governors, choices, at_once,
             partial(find_damage, self.checkpoint), self.timing.clock,
         )  # fmt: skip
         self.generation.draft_layer = draft_layer
@@ -214,9 +215,7 @@ class Engine:
             floor=max(below.blob_bytes) * config.top_k if below else 0,
             mappable=self.store is not None and self.store.mappable,
             chunk=choices.prefill_chunk,
-            longest_pass=longest_pass(self.backend, config, choices)
-            if self._has_gpu
-            else LONGEST_PASS,
+            longest_pass=LONGEST_PASS,
             pass_bytes=pass_bytes(config),
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from tiered import policies
-from tiered.budget import LONGEST_PASS, PASS_SHARE, pass_bytes, pass_tokens, workspace_bytes
+from tiered.budget import PASS_SHARE, pass_bytes, pass_tokens, workspace_bytes
 from tiered.cache.residency import Above
 from tiered.checkpoints.checkpoint import Checkpoint
 from tiered.config import EngineConfig, ModelConfig
@@ -45,10 +45,8 @@ def model_bytes(
     choices: EngineConfig,
     num_tokens: int,
     num_texts: int,
-    pass_tokens: int = 0,
 ) -> LayerBytes:
-    """What a model, with a KV cache of `num_tokens` tokens of `num_texts` texts, takes on GPUs, if
-    prompts are computed `pass_tokens` at once (0: a chunk).
+    """What a model, with a KV cache of `num_tokens` tokens of `num_texts` texts, takes on GPUs.
 
     All slots of a card are as large as the largest expert. Embeddings are not there: their rows are
     looked up in RAM.
@@ -58,14 +56,13 @@ def model_bytes(
     layers, largest = range(config.num_layers), max(store.blob_bytes) if store else 0
     states = [num_texts * 4 * config.state_values * (n in config.recurrent_layers) for n in layers]
     blobs = store.blob_bytes if store else [0] * config.num_layers
-    longer = max(0, pass_tokens - choices.prefill_chunk) * pass_bytes(config)
     return LayerBytes(
         [sum(pair) for pair in zip(dense, states, strict=True)],
         [device_bytes(config, layer, num_tokens, choices.kv_dtype) for layer in layers],
         [nbytes * config.num_experts for nbytes in blobs],
         output,
         largest * (config.top_k + 1),
-        device_workspace(config, choices, num_tokens) + longer + NUM_STAGING * largest,
+        device_workspace(config, choices, num_tokens) + NUM_STAGING * largest,
     )
 
 
@@ -84,7 +81,9 @@ def spread(cards: Any, model: LayerBytes, choices: EngineConfig) -> list[Share]:
 
     Raises MemoryError with the numbers that would work.
     """
-    rooms = _rooms(cards, choices)
+    limits = parse_vram(choices.vram, len(cards.cards))
+    free = [card.device.usable_bytes for card in cards.cards]
+    rooms = [_least(*pair) for pair in zip(free, limits, strict=True)]
     known = [room for room in rooms if room is not None]
     if len(known) < len(rooms):  # torch's CPU device has what is wanted
         shares = share_out(model, [1] * len(rooms))
@@ -95,18 +94,19 @@ def spread(cards: Any, model: LayerBytes, choices: EngineConfig) -> list[Share]:
     return [share._replace(room=room) for share, room in zip(shares, rooms, strict=True)]
 
 
-def longest_pass(cards: Any, config: ModelConfig, choices: EngineConfig) -> int:
-    """Tokens of a prompt (see tiered.chunks) for which there is memory on each card."""
-    rooms = [room or 0 for room in _rooms(cards, choices)]
-    room = int(min(rooms) * PASS_SHARE)
-    return pass_tokens(choices.prefill_chunk, LONGEST_PASS, room, pass_bytes(config))
-
-
-def _rooms(cards: Any, choices: EngineConfig) -> list[int | None]:
-    """Bytes that may be used of each card, where that is known."""
-    limits = parse_vram(choices.vram, len(cards.cards))
-    free = [card.device.usable_bytes for card in cards.cards]
-    return [_least(*pair) for pair in zip(free, limits, strict=True)]
+def pass_on_cards(
+    shares: list[Share], longest: int, config: ModelConfig, choices: EngineConfig
+) -> tuple[list[Share], int]:
+    """Tokens of a prompt to compute at once (see tiered.chunks), up to `longest`, and the shares
+    without the memory for it: a small part of what a card has left for experts."""
+    left = [0 if share.room is None else share.room - share.needed for share in shares]
+    nbytes, chunk = pass_bytes(config), choices.prefill_chunk
+    tokens = pass_tokens(chunk, longest, int(min(left) * PASS_SHARE), nbytes)
+    longer = (tokens - chunk) * nbytes
+    return [
+        share if share.room is None else share._replace(room=share.room - longer)
+        for share in shares
+    ], tokens
 
 
 def _least(*sizes: int | None) -> int | None:

@@ -92,7 +92,8 @@ class Calibration:
             )  # fmt: skip
             decoder.clock = clock
             generation = Generation(
-                decoder, engine.kv, Governors([]), engine.choices, engine.plan.pass_tokens,
+                decoder, engine.kv, Governors([]), engine.choices,
+                engine.generation.pass_tokens,
                 partial(find_damage, engine.checkpoint),
             )  # fmt: skip
             text = engine.kv.open()

@@ -150,11 +150,13 @@ class Batcher:
 
     @property
     def _at_once(self) -> int:
-        """Tokens of a prompt to compute at once. More than a chunk where that saves reading the
+        """Tokens of a prompt to compute at once. More than a chunk where that saves bringing the
         same experts again, and nobody waits for the next token meanwhile."""
-        plan = self.engine.plan
-        one = plan.mapped or len(self.running) > 1
-        return self.engine.choices.prefill_chunk if one else plan.pass_tokens
+        engine = self.engine
+        at_hand = engine.plan.mapped and not engine.shares
+        if at_hand or len(self.running) > 1:
+            return engine.choices.prefill_chunk
+        return engine.generation.pass_tokens
 
     def _open(self, job: Job) -> None:
         """Start from what earlier texts have computed, as late as possible: it may be more."""

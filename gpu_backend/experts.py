@@ -43,11 +43,13 @@ class ExpertLayer:
         mix = (others, kinds) if others else ()
         self.on_host = host and host.expert_layer(layout, config, biases, *mix)
 
-    def alike(self, experts: np.ndarray) -> Iterator[tuple[ExpertWeights, np.ndarray]]:
+    def alike(
+        self, experts: np.ndarray
+    ) -> Iterator[tuple[ExpertWeights, Sequence[int] | np.ndarray]]:
         """What experts of one layout are computed with, and their places in `experts`: mostly all
         of them."""
         if self._kinds is None:
-            yield self._weights[0], np.arange(len(experts))
+            yield self._weights[0], range(len(experts))  # of which jobs know that it is all
             return
         kinds = self._kinds[experts]
         for kind in np.unique(kinds):

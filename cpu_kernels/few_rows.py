@@ -1,4 +1,4 @@
-"""A few rows of activations times quantized weights, straight from the file's bytes.
+"""Some rows of activations times quantized weights, straight from the file's bytes.
 
 Rows of weights are multiplied `panel_rows` at a time, one in each 32-bit lane of a register: four
 consecutive weights of every row, then the next four. The bytes of a group get this order while they
@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 from cpu_kernels.activations import CHUNK_BYTES, POSITION, SCALES, SUMS, byte_offset
 from cpu_kernels.dot import multiply_bytes, wants_unsigned
-from cpu_kernels.gemv import LINE, PREFETCH_BYTES
+from cpu_kernels.gemv import FEW_ROWS, LINE, PREFETCH_BYTES
 from cpu_kernels.groups import GROUPS, LAYOUTS, chunk_bytes, look_up
 from cpu_kernels.isa import ISAS
 from cpu_kernels.scales import block_of_a_group, scales_and_offsets
 from cpu_kernels.simd import Emitter, Value, emitted, f16, f32, i8, i16, i32, i64
 
-FEW_ROWS = 16  # of activations, at most: their sums stay in the first-level cache
 LANE = 4  # words of 32 bits in 128 bits, inside which shuffles are cheap
 
 
@@ -190,13 +189,17 @@ def _total(k: Emitter, sums: Value, rows: int, offset_factor: float) -> Value:
     return totals[0]
 
 
-def _prefetch(k: Emitter, rows: list[Value], start: Value, nbytes: int, row_bytes: Value) -> None:
-    """A chunk's bytes of every row further on, or of the next panel's where a row ends before."""
-    ahead = start + k.minimum(k.integer(PREFETCH_BYTES // len(rows)), row_bytes)
-    beyond = k.select(ahead.compare("<", row_bytes), k.integer(0), row_bytes * (len(rows) - 1))
-    for row in rows:
-        for line in range(-(-nbytes // LINE)):
-            k.prefetch(row + (ahead + beyond) + line * LINE, keep=False)
+def _further_on(k: Emitter, start: Value, nbytes: int, row_bytes: Value, num_rows: int) -> Value:
+    """Where in each of a panel's rows lies what is wanted soon: a chunk further on, or the next
+    panel's, where a row ends before."""
+    ahead = start + k.minimum(k.integer(PREFETCH_BYTES // num_rows), row_bytes)
+    is_within = (ahead + nbytes).compare("<=", row_bytes)
+    return ahead + k.select(is_within, k.integer(0), row_bytes * (num_rows - 1))
+
+
+def _prefetch(k: Emitter, start: Value, nbytes: int) -> None:
+    for line in range(-(-nbytes // LINE)):
+        k.prefetch(start + line * LINE, keep=False)
 
 
 def panel_times_rows(
@@ -221,13 +224,17 @@ def panel_times_rows(
     starts = [weights + row_bytes * row for row in range(rows)]
     with k.loop((num_groups + (GROUPS - 1)) >> 3) as i:
         at = k.minimum(i * nbytes, row_bytes - nbytes)  # see groups.Row
-        _prefetch(k, starts, at, nbytes, row_bytes)
+        further = _further_on(k, at, nbytes, row_bytes, rows)
         panel = Panel(k, isa, format, [start + at for start in starts])
         first = k.maximum((i + 1) * GROUPS - num_groups, k.integer(0))  # that is not zeros
         begins = i.compare("==", 0)
         before = k.select(begins, zeros, sums)
         before_bytes = k.select(begins, k.integer(0), k.integer(row_sums))
         for number in range(GROUPS):
+            # A few lines at a time: a core that asks for more than some twenty has to wait.
+            for row, start in enumerate(starts):
+                if row * GROUPS // rows == number:
+                    _prefetch(k, start + further, nbytes)
             with k.when(first.compare("<=", number)):
                 group = panel.group(number)
                 with k.loop(num_rows) as row:

@@ -1,11 +1,11 @@
-"""A row of weights times a row of activations, straight from the file's bytes.
+"""A row of weights times one row of activations, or a few, straight from the file's bytes.
 
 The trick: weights of two groups (four with 512-bit registers, one with 128) share a register, one
 half of each group at a time. Products are summed in integers until each of eight lanes has the dot
 product of one of the chunk's eight groups; then one conversion and one multiply-add with the eight
 scales take them to float32. What is added to the integers (a minimum, or -8) is a second, much
-smaller product: that of the groups' offsets with the activations' group sums. few_rows.py does the
-same additions in the same order for several rows of activations.
+smaller product: that of the groups' offsets with the activations' group sums. A chunk is decoded
+once for all rows of activations. few_rows.py does the same additions in the same order for more.
 """
 
 from __future__ import annotations
@@ -15,60 +15,112 @@ from cpu_kernels.dot import group_dots, wants_unsigned
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.groups import GROUPS, LAYOUTS, Chunk, row_of_chunks
 from cpu_kernels.isa import ISAS
-from cpu_kernels.simd import Emitter, Value, Variable, emitted, f16, f32, i16, i32, i64
+from cpu_kernels.simd import Emitter, Value, emitted, f16, f32, i16, i32, i64
 
 # Ahead of what is being multiplied. Weights are read once per token: what they would push out of
 # the caches is the interpreter, whose turn comes between two layers.
 PREFETCH_BYTES = 4096
 LINE = 64
+FEW_ROWS = 16  # of activations, at most: their sums stay in the first-level cache
 
 
-class _Sums:
-    """Running sums over the chunks of a row."""
+class _Decoded:
+    """A chunk of weights in registers, to be multiplied with rows of activations."""
 
-    def __init__(self, k: Emitter) -> None:
-        self.k = k
-        self.products = k.variable(k.constant(f32(GROUPS), 0.0))
-        self.offsets = k.variable(k.constant(f32(GROUPS), 0.0))
+    def __init__(self, k: Emitter, isa: str, format: str, weights: Value) -> None:
+        self.k, self.isa, self.format, self.groups = k, isa, format, ISAS[isa].groups
+        self.chunk = Chunk(k, format, weights, self.groups, wants_unsigned(isa), isa)
+        self.steps = [
+            [self.chunk.integers(step, half) for half in (0, 1)]
+            for step in range(GROUPS // self.groups)
+        ]
 
-    def add(self, to: Variable, a: Value, b: Value) -> None:
-        to.set(self.k.multiply_add(a, b, to.get()))
+    def multiply(self, x: Value, products: Value, offsets: Value) -> tuple[Value, Value]:
+        """float32 [8] and [8], with what the prepared chunk at `x` adds to them."""
+        k, scales = self.k, self.chunk.scales
+        for offset, kind in self.chunk.offsets:
+            offsets = k.multiply_add(offset, k.load(x + kind, f32(GROUPS)), offsets)
+        x_scales = k.load(x + SCALES, f32(GROUPS))
+        for part, scale in enumerate(scales):
+            halves = (0, 1) if len(scales) == 1 else (part,)
+            pairs = [
+                [(own[half], self._x(x, step, half, own[half])) for half in halves]
+                for step, own in enumerate(self.steps)
+            ]
+            largest = LAYOUTS[self.format].largest
+            dots = group_dots(k, self.isa, pairs, largest, self.chunk.is_signed)
+            products = k.multiply_add(dots.cast("sitofp", f32), scale * x_scales, products)
+        return products, offsets
 
-    def total(self, offset_factor: float) -> Value:
-        offsets = self.offsets.get()
-        factor = self.k.constant(offsets.type, offset_factor)
-        return self.k.sum(self.k.multiply_add(offsets, factor, self.products.get()))
+    def _x(self, x: Value, step: int, half: int, like: Value) -> Value:
+        return self.k.load(x + byte_offset(step * self.groups, half), like.type)
 
 
-def _multiply_chunk(
-    k: Emitter, isa: str, format: str, weights: Value, x: Value, sums: _Sums
-) -> None:
-    groups = ISAS[isa].groups
-    chunk = Chunk(k, format, weights, groups, wants_unsigned(isa), isa)
-    for offset, kind in chunk.offsets:
-        sums.add(sums.offsets, offset, k.load(x + kind, f32(GROUPS)))
-    x_scales = k.load(x + SCALES, f32(GROUPS))
-    pairs = []
-    for step in range(GROUPS // groups):
-        halves = [chunk.integers(step, half) for half in (0, 1)]
-        at = [x + byte_offset(step * groups, half) for half in (0, 1)]
-        pairs.append([(w, k.load(a, w.type)) for w, a in zip(halves, at, strict=True)])
-    for part, scale in enumerate(chunk.scales):
-        chosen = pairs if len(chunk.scales) == 1 else [[both[part]] for both in pairs]
-        dots = group_dots(k, isa, chosen, LAYOUTS[format].largest, chunk.is_signed)
-        sums.add(sums.products, dots.cast("sitofp", f32), scale * x_scales)
+def _total(k: Emitter, products: Value, offsets: Value, offset_factor: float) -> Value:
+    return k.sum(k.multiply_add(offsets, k.constant(offsets.type, offset_factor), products))
+
+
+def _prefetch(k: Emitter, at: Value, nbytes: int) -> None:
+    for line in range(-(-nbytes // LINE)):
+        k.prefetch(at + (PREFETCH_BYTES + line * LINE), keep=False)
 
 
 def dot(k: Emitter, isa: str, format: str, weights: Value, num_groups: Value, x: Value) -> Value:
     """The row at `weights` times the prepared row at `x`: float32."""
-    sums = _Sums(k)
+    products, offsets = [k.variable(k.constant(f32(GROUPS), 0.0)) for _ in range(2)]
     row = row_of_chunks(k, format, weights, num_groups)
     with k.loop(row.num_chunks) as i:
         at = row.chunk(i)
-        for line in range(-(-row.nbytes // LINE)):
-            k.prefetch(at + (PREFETCH_BYTES + line * LINE), keep=False)
-        _multiply_chunk(k, isa, format, at, x + i * CHUNK_BYTES, sums)
-    return sums.total(LAYOUTS[format].offset_factor)
+        _prefetch(k, at, row.nbytes)
+        decoded = _Decoded(k, isa, format, at)
+        new = decoded.multiply(x + i * CHUNK_BYTES, products.get(), offsets.get())
+        for variable, value in zip((products, offsets), new, strict=True):
+            variable.set(value)
+    return _total(k, products.get(), offsets.get(), LAYOUTS[format].offset_factor)
+
+
+def dot_few(
+    k: Emitter,
+    isa: str,
+    format: str,
+    weights: Value,
+    num_groups: Value,
+    sources: Value,
+    num_rows: Value,
+    added: Value,
+    targets: Value,
+    offset: Value,
+) -> None:
+    """See dot_few_quantized."""
+    vector = 4 * GROUPS
+    sums = k.stack(FEW_ROWS * 2 * vector)
+    row = row_of_chunks(k, format, weights, num_groups)
+    with k.loop(num_rows * 2) as i:
+        k.store(sums + i * vector, k.constant(f32(GROUPS), 0.0))
+    with k.loop(row.num_chunks) as i:
+        at = row.chunk(i)
+        _prefetch(k, at, row.nbytes)
+        decoded = _Decoded(k, isa, format, at)
+        with k.loop(num_rows) as r:
+            x = k.load(sources + r * 8, i64(1)) + i * CHUNK_BYTES
+            places = [sums + (r * 2 + kind) * vector for kind in (0, 1)]
+            new = decoded.multiply(x, *[k.load(place, f32(GROUPS)) for place in places])
+            for place, value in zip(places, new, strict=True):
+                k.store(place, value)
+    with k.loop(num_rows) as r:
+        pair = [k.load(sums + (r * 2 + kind) * vector, f32(GROUPS)) for kind in (0, 1)]
+        total = _total(k, *pair, LAYOUTS[format].offset_factor)
+        k.store(k.load(targets + r * 8, i64(1)) + offset, total + added)
+
+
+@emitted("void", "i64 i64 i64 i64 f32 i64 i64")
+def dot_few_quantized(
+    k, isa, format, weights, num_groups, sources, num_rows, added, targets, offset
+):
+    """The row at `weights`, of `num_groups` groups of 32, times up to FEW_ROWS prepared rows, whose
+    addresses are at `sources`. Each result, with `added`, goes `offset` bytes after its address at
+    `targets`."""
+    dot_few(k, isa, format, weights, num_groups, sources, num_rows, added, targets, offset)
 
 
 @emitted("f32", "i64 i64 i64")

@@ -14,8 +14,8 @@ import numpy as np
 from numba import njit
 
 from cpu_kernels.activations import prepare_activations, prepared_bytes
-from cpu_kernels.few_rows import FEW_ROWS
 from cpu_kernels.formats import FORMATS
+from cpu_kernels.gemv import FEW_ROWS
 from cpu_kernels.isa import Isa
 from cpu_kernels.memory import address_of, call_kernel, load_i32, word
 from cpu_kernels.panels import make_float_gemm, make_gemm

@@ -29,7 +29,7 @@ from cpu_kernels.cache import compiling
 from cpu_kernels.dequantize import dequantize_floats, floats_to_float32
 from cpu_kernels.few_rows import multiply_few
 from cpu_kernels.formats import FORMATS
-from cpu_kernels.gemv import dot_few_floats, dot_floats, dot_quantized
+from cpu_kernels.gemv import dot_few_floats, dot_few_quantized, dot_floats, dot_quantized
 from cpu_kernels.groups import GROUPS
 from cpu_kernels.isa import ISAS
 from cpu_kernels.memory import (
@@ -42,6 +42,7 @@ from cpu_kernels.memory import (
     word,
 )
 
+PANELS_FROM = 9  # rows of activations for which weights are worth being put into panels
 FLOATS_BLOCK = 8  # rows of float weights that are multiplied with all activations, then the next
 
 
@@ -66,8 +67,9 @@ def make_gemv(isa: str, format: str) -> Callable:
         num_groups = k // GROUP
         x_bytes = word(prepared, 4)
         x = prepared + HEADER_BYTES
-        # One row is quicker by itself, and panels have no rows of less than a chunk.
-        in_panels = (last - first) // width * width if n > 1 and num_groups >= GROUPS else 0
+        in_panels = 0
+        if n >= PANELS_FROM and num_groups >= GROUPS:  # they have no rows of less than a chunk
+            in_panels = (last - first) // width * width
         sources, targets, zeros = stack("128"), stack("128"), stack("64")
         for i in range(n):
             store_word(sources, i, x + x_bytes * source_row(x_rows, divisor, i))
@@ -83,9 +85,11 @@ def make_gemv(isa: str, format: str) -> Callable:
         for row in range(first + in_panels, last):
             at = weights + row * row_bytes
             added = load_f32(bias, row) if bias != 0 else np.float32(0.0)
-            for i in range(n):
-                total = dot_quantized(isa, format, at, num_groups, word(sources, i))
-                store_f32(word(targets, i), row, total + added)
+            if n == 1:
+                total = dot_quantized(isa, format, at, num_groups, word(sources, 0))
+                store_f32(word(targets, 0), row, total + added)
+            else:
+                dot_few_quantized(isa, format, at, num_groups, sources, n, added, targets, 4 * row)
 
     return gemv
 

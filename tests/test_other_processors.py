@@ -9,7 +9,7 @@ from cpu_kernels import few_rows, gemm, gemv
 from cpu_kernels.atomic import atomic_add, atomic_exchange, atomic_load, atomic_store
 from cpu_kernels.groups import LAYOUTS
 from cpu_kernels.isa import ISAS
-from cpu_kernels.simd import Emitter, Value
+from cpu_kernels.simd import Emitter, Value, f32
 
 I64 = ir.IntType(64)
 TILES = "tdpbsud", "tmm"  # instruction and registers of panels, where there are tiles
@@ -51,16 +51,21 @@ def assembly(write, num_values, triple, cpu):
 def test_kernels_use_the_instruction_they_are_for(isa, format):
     triple, cpu, instruction, register = PROCESSORS[isa]
 
-    def few(k, weights, num_groups, x, y):
+    def one(k, weights, num_groups, x, y):
         k.store(y, gemv.dot(k, isa, format, weights, num_groups, x))
 
     def many(k, panel, num_chunks, sources, tile):
         gemm.panel_product(k, isa, format, panel, num_chunks, sources, tile)
 
+    def few(k, weights, num_groups, sources, num_rows, targets, offset):
+        added = k.constant(f32(1), 0.0)
+        rows = weights, num_groups, sources, num_rows
+        gemv.dot_few(k, isa, format, *rows, added, targets, offset)
+
     def several(k, *values):
         few_rows.panel_times_rows(k, isa, format, *values)
 
-    for write, num_values in ((few, 4), (several, 8), (many, 4)):
+    for write, num_values in ((one, 4), (few, 6), (several, 8), (many, 4)):
         if write is many and ISAS[isa].has_tiles:
             instruction, register = TILES
         try:

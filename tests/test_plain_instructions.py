@@ -12,7 +12,7 @@ from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import ISAS, available
 from cpu_kernels.linear import FEW, FEW_ROWS, MANY, Matrix
 from cpu_kernels.panels import make_gemm
-from cpu_kernels.products import SIGNATURE, make_gemv
+from cpu_kernels.products import PANELS_FROM, SIGNATURE, make_gemv
 from cpu_kernels.team import Team
 
 # One scale for a group, and two; the others have tables, signs and single bits.
@@ -67,10 +67,11 @@ def test_few_rows(format, isa):
             matrix, problem = random_product(rng, format, shape, FEW_ROWS)
             matrix.record[FEW] = kernel.address
             x = problem[-1]
-            got = run_product(team, matrix, x)
-            assert_close(got, *problem, matrix.bias)
             single = [run_product(team, matrix, x[i : i + 1]) for i in range(FEW_ROWS)]
-            np.testing.assert_array_equal(got, np.concatenate(single))
+            assert_close(np.concatenate(single), *problem, matrix.bias)
+            for n in (PANELS_FROM - 1, FEW_ROWS):
+                got = run_product(team, matrix, x[:n])
+                np.testing.assert_array_equal(got, np.concatenate(single[:n]))
 
 
 @formats

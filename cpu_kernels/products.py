@@ -42,7 +42,7 @@ from cpu_kernels.memory import (
     word,
 )
 
-PANELS_FROM = 9  # rows of activations for which weights are worth being put into panels
+PANELS_FROM = 9  # rows of activations, see _panels_from
 FLOATS_BLOCK = 8  # rows of float weights that are multiplied with all activations, then the next
 
 
@@ -57,6 +57,14 @@ def target_row(y, y_rows, ldy, i):
     return y + 4 * row * ldy
 
 
+@njit(inline="always")
+def _panels_from(num_groups):
+    """Rows of activations for which weights are worth being put into panels: two, if a whole last
+    chunk, of which those need only the groups that are left, is a fifth of the work or more."""
+    all_groups = (num_groups + GROUPS - 1) // GROUPS * GROUPS
+    return 2 if 5 * (all_groups - num_groups) >= all_groups else PANELS_FROM
+
+
 def make_gemv(isa: str, format: str) -> Callable:
     """Quantized weights and activations, few rows of activations."""
     block, block_bytes = FORMATS[format].block_size, FORMATS[format].block_bytes
@@ -68,7 +76,7 @@ def make_gemv(isa: str, format: str) -> Callable:
         x_bytes = word(prepared, 4)
         x = prepared + HEADER_BYTES
         in_panels = 0
-        if n >= PANELS_FROM and num_groups >= GROUPS:  # they have no rows of less than a chunk
+        if num_groups >= GROUPS and n >= _panels_from(num_groups):
             in_panels = (last - first) // width * width
         sources, targets, zeros = stack("128"), stack("128"), stack("64")
         for i in range(n):

@@ -10,20 +10,21 @@ import pytest
 from tiered import policies
 from tiered.cache.residency import Residency
 from tiered.experts import ExpertKey
+from tiered.governor import Always, Governors
+from tiered.gpu.splits import Governed, govern
 from tiered.planning import hardware, sizes
-from tiered.planning.admission import Admission
-from tiered.planning.chooser import Chooser
+from tiered.planning.admission import Admission, promotion_governor
 from tiered.planning.costs import Costs, Line, Miss
-from tiered.planning.gpu_tier import GpuTier, make_way
+from tiered.planning.gpu_tier import GpuTier, make_way, staying_for
 from tiered.planning.machine import Machine, Rates
 from tiered.planning.shapes import Shape
 from tiered.planning.simulation import Simulation
-from tiered.planning.strategies import DYNAMIC, STATIC, STRATEGIES, Budgets, Strategy
+from tiered.planning.strategies import STRATEGIES, Budgets
 from tiered.planning.synthetic import locality_of, routing
 from tiered.policies import Space
 
 POLICY = "layer_lfu"
-WARM, TIMED = 120, 200  # tokens
+WARM, LEARNING, TIMED = 120, 360, 240  # tokens
 SHAPES = [  # experts, top_k, hidden_size, expert_size, layers
     (8, 2, 1024, 3584, 6),
     (16, 2, 1024, 1024, 6),
@@ -64,54 +65,71 @@ def rates_of(machine):
     return replace(Rates.of(machine), staging=inf, cpu_staging=inf)
 
 
-def seconds(model, machine, budgets, tokens, strategy, dynamic=False):
-    """What `TIMED` tokens take on a simulated machine. The dynamic choice knows nothing of it."""
-    clock = Machine(rates_of(machine))
-    chooser = None
-    if dynamic:
-        costs = Costs.unknown(max(model.experts))
-        chooser = Chooser(costs, model, budgets, policy=POLICY, clock=lambda: clock.now)
-        chooser.warm(tokens[:WARM])
+def governed(model, machine, budgets):
+    """What an engine does on a machine (see place_experts), of which it knows nothing: a function
+    that makes a token, and the governors."""
+    costs, promotion = Costs.unknown(max(model.experts)), promotion_governor()
+    split = Governed(costs)
+    governors = Governors([promotion, govern([split])], clock=lambda: machine.now)
     simulation = Simulation(
-        model, clock, budgets, strategy, policy=POLICY, chooser=chooser, look_ahead=0
-    )
+        model, machine, budgets, policy=POLICY, look_ahead=0, costs=costs, split=split,
+        promotion=promotion,
+    )  # fmt: skip
+
+    def token(routed, context):
+        governors.begin()
+        seconds = simulation.token(routed, context)
+        governors.end()
+        return seconds
+
+    return simulation, token, governors
+
+
+def seconds(machine, tokens, simulation, token):
+    """What `TIMED` tokens take on a simulated machine."""
     simulation.warm(tokens[:WARM])
-    for token in tokens[WARM:-TIMED]:
-        simulation.token(token, 500)
-    start = clock.now
-    for token in tokens[-TIMED:]:
-        simulation.token(token, 500)
-    return clock.now - start
+    for routed in tokens[WARM:-TIMED]:
+        token(routed, 500)
+    start = machine.now
+    for routed in tokens[-TIMED:]:
+        token(routed, 500)
+    return machine.now - start
 
 
 def regret(seed, holds_all):
-    """How much slower the dynamic choice was than the best static plan."""
+    """How much slower the engine was than the best static plan."""
     random = Random(seed)
     model = model_of(*random.choice(SHAPES))
-    machine = random_hardware(random)
+    rates = rates_of(random_hardware(random))
     vram = int(model.all_experts * random.uniform(0.1, 0.9))
     ram = model.all_experts if holds_all else int(model.all_experts * random.uniform(0.3, 0.9))
     locality = locality_of(model.num_experts, random.choice(["weak", "typical", "strong"]))
-    num_tokens = 2 * WARM + TIMED
+    num_tokens = WARM + LEARNING + TIMED
     tokens = routing(model.num_layers, model.num_experts, model.top_k, num_tokens, locality, seed)
-    budgets = Budgets(vram, ram)
-    plans = [*STATIC, STRATEGIES["on-demand"], STRATEGIES["cpu"]]
-    best = min(seconds(model, machine, budgets, tokens, plan) for plan in plans)
-    return seconds(model, machine, budgets, tokens, DYNAMIC[0], dynamic=True) / best - 1
+    budgets, static = Budgets(vram, ram), []
+    for plan in STRATEGIES.values():
+        if not plan.promote:
+            machine = Machine(rates)
+            simulation = Simulation(model, machine, budgets, plan, policy=POLICY, look_ahead=0)
+            static.append(seconds(machine, tokens, simulation, simulation.token))
+    machine = Machine(rates)
+    simulation, token, _ = governed(model, machine, budgets)
+    return seconds(machine, tokens, simulation, token) / min(static) - 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(20))
 def test_no_regret(seed):
-    """Never more than 3 % slower than the best static plan, on any hardware."""
-    assert regret(seed, holds_all=True) <= 0.03
+    """On no hardware slower by more than 5 % than the best static plan, though costs are unknown
+    when it starts, and now and then a governor tries what is slower."""
+    assert regret(seed, holds_all=True) <= 0.05
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(20))
 def test_no_regret_with_a_disk(seed):
     """The same with experts on disk, where a plan also decides what is in RAM."""
-    assert regret(seed, holds_all=False) <= 0.03
+    assert regret(seed, holds_all=False) <= 0.05
 
 
 def test_a_line_finds_both_of_its_numbers_whatever_it_started_from():
@@ -187,8 +205,8 @@ def test_admission_follows_the_rule_that_hits_more():
         popular.token_done(1.0)
         recent.token_done(1.0)
     assert not popular.recent_wins and recent.recent_wins
-    assert popular.worth(ExpertKey(0, 1), ExpertKey(0, 60), is_there=False)
-    assert not popular.worth(ExpertKey(0, 60), ExpertKey(0, 1), is_there=False)
+    assert popular.worth(ExpertKey(0, 1), ExpertKey(0, 60))
+    assert not popular.worth(ExpertKey(0, 60), ExpertKey(0, 1))
 
 
 def test_what_is_in_no_other_memory_stays_on_the_gpu_if_another_can_make_room():
@@ -197,13 +215,14 @@ def test_what_is_in_no_other_memory_stays_on_the_gpu_if_another_can_make_room():
     keys = [ExpertKey(0, expert) for expert in range(4)]
     tier.lookup(keys[:2])
     ram.lookup([keys[1], keys[2]])
-    gpu = GpuTier(tier, Admission(space, costs), Strategy(None, keep="recent"))
+    admission = Admission(space, costs)
+    assert staying_for(tier, keys[2], (), ram.resident(), admission) == {keys[0]}
+    assert staying_for(tier, keys[2], (), None, admission) == set()  # all of it is in RAM
+    assert staying_for(tier, keys[2], keys[1:2], ram.resident(), admission) is None
+    gpu = GpuTier(tier, admission, STRATEGIES["tiered"], Always())
     machine = Machine(Rates.of(random_hardware(Random(0))))
-    gpu.keep(keys[2:], keys[2:], [], machine, ram)
-    assert set(tier.resident()) == {
-        keys[0],
-        keys[2],
-    }  # not the fourth for the first
+    gpu.keep(keys[2:], [], keys[2:], machine, ram)
+    assert set(tier.resident()) == {keys[0], keys[2]}  # not the fourth for the first
 
 
 def test_nothing_leaves_for_a_copy_that_would_have_to_be_read_again():
@@ -235,7 +254,7 @@ def test_a_mistaken_model_is_found_out():
     machine = replace(
         machine,
         gpu=replace(machine.gpu, link=40.0, copy_latency=5.0),
-        host=replace(machine.host, bandwidth=30.0),
+        host=replace(machine.host, bandwidth=60.0),
     )
 
     class Stalling(Machine):
@@ -244,18 +263,12 @@ def test_a_mistaken_model_is_found_out():
             self.link_free += 1e-3
             return self.link_free
 
-    clock = Stalling(rates_of(machine))
     budgets = Budgets(model.all_experts // 4, model.all_experts)
-    chooser = Chooser(
-        Costs.unknown(max(model.experts)), model, budgets, policy=POLICY, clock=lambda: clock.now
-    )
-    simulation = Simulation(
-        model, clock, budgets, DYNAMIC[0], policy=POLICY, chooser=chooser, look_ahead=0
-    )
-    tokens = routing(3, 16, 2, 400, locality_of(16))
-    times = [simulation.token(token, 500) for token in tokens]
-    assert sum(times[-50:]) / 50 < 0.7 * sum(times[5:20]) / 15
-    assert chooser.num_switches > 0
+    _, token, (_, split) = governed(model, Stalling(rates_of(machine)), budgets)
+    tokens = routing(3, 16, 2, 1200, locality_of(16))
+    times = [token(routed, 500) for routed in tokens]
+    assert split.label(split.chosen) == "all on the processor"
+    assert sum(times[-50:]) < 0.7 * sum(times[10:60])
 
 
 def test_the_clock_of_a_machine_never_runs_backwards():

@@ -162,3 +162,12 @@ def test_the_first_probe_can_wait():
     governor = Governor((1, 2), "read depth", window=2, patience=3)
     used = [(governor.limit(), governor.add(1.0)) for _ in range(8)]
     assert used == [(2, False)] * 6 + [(1, False), (1, True)]
+
+
+def test_what_is_not_worth_a_try_is_passed_over():
+    governor = Governor((0, 1, 2, 3), window=1, start=2, is_worth_trying={0, 2}.__contains__)
+    used = []
+    for _ in range(40):
+        used.append(governor.limit())
+        governor.add((0.5, 9.0, 1.0, 9.0)[governor.limit()])
+    assert set(used) == {0, 2} and governor.chosen == 0

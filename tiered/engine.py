@@ -30,6 +30,7 @@ from tiered.gpu.shares import Share
 from tiered.gpu.splits import Governed, govern
 from tiered.kv_cache import KVCache
 from tiered.model import Decoder
+from tiered.planning.admission import promotion_governor
 from tiered.prefetch import Prefetcher
 from tiered.routing import open_rules
 from tiered.simulated.timing import REAL, Timing
@@ -156,7 +157,7 @@ class Engine:
                 self.backend, self.shares, self.store, self.source, choices, stack, self.timing,
                 num_pages, {n: self.decoder.layers[n].experts for n in config.sparse_layers},
             )  # fmt: skip
-            promotion = Governor((0, 1), "promotion", patience=4)
+            promotion = promotion_governor()
             for placed in self.decoder.source.cards:
                 placed.promotion = promotion
             governors.append(promotion)

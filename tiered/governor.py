@@ -46,7 +46,7 @@ class Governor:
     `limits` rise; it begins with the last, or number `start` of them. 0 is off, unless there are
     `labels` for what the limits mean. One is tried only if `is_worth_trying` says so. `add` each
     step (a token): they are counted in windows of `window`. After `patience` windows with the
-    chosen limit, one window probes the limit below or above it, and is compared with the window
+    chosen limit, one window probes the next one below or above it, and is compared with the window
     before. Hysteresis: the other limit has to be faster by more than `margin` twice in a row; each
     probe that changes nothing doubles the patience, up to `max_patience`. `typical` makes a token's
     time of a window's steps: their seconds, and how many tokens each made.
@@ -120,15 +120,15 @@ class Governor:
         return False
 
     def _probe(self) -> bool:
-        """Begin to use the limit beside the chosen one, if it may be worth it."""
-        if not 0 <= self._chosen + self._direction < len(self.limits):
-            self._direction = -self._direction
-        other = self._chosen + self._direction
-        if not self._is_worth_trying(self.limits[other]):
-            self._direction, self._windows = -self._direction, 0
-            return False
-        self._used = other
-        return True
+        """Begin to use the next limit below or above the chosen one that may be worth it."""
+        for direction in (self._direction, -self._direction):
+            others = range(len(self.limits))[self._chosen :: direction][1:]
+            worth = [other for other in others if self._is_worth_trying(self.limits[other])]
+            if worth:
+                self._direction, self._used = direction, worth[0]
+                return True
+        self._windows = 0
+        return False
 
     def _compare(self, probed: float) -> None:
         other, self._used, self._windows = self._used, self._chosen, 0

@@ -75,7 +75,7 @@ class Tier:
         self.loaders = make_loaders(self._read, self._finished, self.lock, loaders)
         self.loads: dict[int, Load] = {}  # by slot: under way, or failed as a guess
         self.places = [memory.place(slot) for slot in range(memory.space.num_slots)]
-        self._last: Sequence[ExpertKey] = ()  # what the latest fetch asked for
+        self.latest: Sequence[ExpertKey] = ()  # what the latest fetch asked for
 
     @property
     def stats(self) -> TierStats:
@@ -101,7 +101,7 @@ class Tier:
         iterator ends, is closed, or (in pieces) goes on to the next piece. Raises OSError naming
         the expert that could not be read. A thread must end one fetch before it begins another.
         """
-        self._last = keys
+        self.latest = keys
         if self.journal is not None:
             self.journal.fetched(keys, [key in self.residency for key in keys])
         return Fetch(self, keys)
@@ -152,7 +152,7 @@ class Tier:
                 self.residency.cancel(key)
             self.settle()
             limit = len(keys) if limit is None else limit
-            also = {*self._last, *self.pinned_keys(), *staying}
+            also = {*self.latest, *self.pinned_keys(), *staying}
             issued = self.residency.guess(keys, limit, also)
             for key in issued:
                 self.start(key, self.residency.slot(key), demand=False)

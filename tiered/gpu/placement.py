@@ -9,7 +9,7 @@ control asks where an expert runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from tiered.gpu.splits import Split
 from tiered.model import ExpertSource
 from tiered.planning.admission import Admission
 from tiered.planning.costs import Costs, Miss
-from tiered.planning.gpu_tier import make_way, would_evict
+from tiered.planning.gpu_tier import make_way, staying_for
 from tiered.store import ExpertStore
 from tiered.tier import Tier
 
@@ -221,38 +221,15 @@ class PlacedExperts:
         admission, tier = self.admission, self.vram
         if admission is None or not computed or tier.loads or not self.promotion.limit():
             return
+        ram: Tier | None = getattr(self.below, "tier", None)
+        in_ram = None if ram is None else ram.residency.resident()
         for key in admission.popularity.ranked(computed):
             with tier.lock:
-                staying = self._staying(key, admission)
+                used = {*tier.latest, *tier.pinned_keys()}
+                staying = staying_for(tier.residency, key, used, in_ram, admission)
             if staying is not None:
                 tier.prefetch([key], 1, staying)
                 return
-
-    def _staying(self, key: ExpertKey, admission: Admission) -> Collection[ExpertKey] | None:
-        """Who must not leave for `key`, beside what is in use; None: nobody should.
-
-        What is in no other memory leaves only for one that is worth a read; otherwise it stays, and
-        the next that is in RAM, too, may have to go.
-        """
-        residency, evictable = self.vram.residency, self._evictable(key)
-        if residency.used + residency.space.nbytes(key) <= residency.space.capacity:
-            return ()
-        ram: Tier | None = getattr(self.below, "tier", None)
-        victim, staying = would_evict(residency, key, evictable), set[ExpertKey]()
-        if victim is not None and ram is not None and victim not in ram:
-            if admission.worth_a_read(key, victim):
-                return staying
-            spares = residency.resident() & ram.residency.resident()
-            spares = set(filter(evictable, spares))
-            victim = would_evict(residency, key, spares.__contains__) if spares else None
-            staying = residency.resident() - spares
-        worth = victim is not None and admission.worth(key, victim, is_there=False)
-        return staying if worth else None
-
-    def _evictable(self, key: ExpertKey) -> Callable[[ExpertKey], bool]:
-        """What this layer has just used stays."""
-        pinned = self.vram.pinned_keys()
-        return lambda other: other.layer != key.layer and other not in pinned
 
 
 def _num_rows(experts: Sequence[Any] | np.ndarray, starts: np.ndarray | None) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Protocol
 from tiered.governor import Allowance, Governor
 from tiered.planning.costs import Costs, Miss
 
-# Where misses are computed: those that are next to each other are tried in turn.
+# Where misses are computed, in the order in which a governor tries them.
 PLANS = "all on the processor", "half on the GPU", "balanced", "all on the GPU"
 BALANCED = 2
 NEAR = 1.25  # times what the balanced plan takes: more is not worth a try
@@ -16,7 +16,7 @@ MEMORY = 1000  # layers
 
 
 class Split(Protocol):
-    """Decides how many of a layer's misses are copied: a chooser, or one of those below."""
+    """Decides how many of a layer's misses are copied."""
 
     def place(self, hits: float, misses: Sequence[Miss], wait: float = 0.0) -> int:
         """The first so many misses. `hits`: bytes that are resident; `wait`: until the link is

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from math import sqrt
 
 from tiered.experts import ExpertKey
+from tiered.governor import Governor
 from tiered.planning.costs import Costs
 from tiered.policies import Space
 
@@ -129,10 +130,9 @@ class Admission:
         self._popular.fade(keep)
         self._demands *= keep
 
-    def worth(self, key: ExpertKey, victim: ExpertKey, is_there: bool) -> bool:
-        """Whether `key` should take the place of `victim`; `is_there`: it was copied anyway."""
-        recent = self.recent_hits if is_there else self.recent_wins
-        return recent or self.popularity.prefers(key, victim)
+    def worth(self, key: ExpertKey, victim: ExpertKey) -> bool:
+        """Whether `key` should take the place of `victim`."""
+        return self.recent_wins or self.popularity.prefers(key, victim)
 
     def worth_a_read(self, key: ExpertKey, victim: ExpertKey) -> bool:
         """The same if `victim` is in no other memory: to need it again means to read it."""
@@ -175,3 +175,8 @@ class Admission:
 
 def _decide(now: bool, difference: float, lead: float) -> bool:
     return now if abs(difference) <= lead else difference > 0
+
+
+def promotion_governor() -> Governor:
+    """Whether what is worth a copy is copied at all: 0 or 1, whichever makes tokens come faster."""
+    return Governor((0, 1), "promotion", patience=4)

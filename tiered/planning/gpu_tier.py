@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence, Set
 
 from tiered.cache.residency import Residency, TierStats
 from tiered.experts import ExpertKey
+from tiered.governor import Allowance
 from tiered.planning.admission import Admission
 from tiered.planning.machine import Machine
 from tiered.planning.strategies import Strategy
@@ -17,15 +18,20 @@ from tiered.policies import Evictable
 
 
 class GpuTier:
-    """Slots of VRAM on a simulated machine; None of them if `residency` is None."""
+    """Slots of VRAM on a simulated machine; None of them if `residency` is None. `promotion`:
+    whether a strategy that promotes experts may do so now."""
 
     def __init__(
-        self, residency: Residency | None, admission: Admission, strategy: Strategy
+        self,
+        residency: Residency | None,
+        admission: Admission,
+        strategy: Strategy,
+        promotion: Allowance,
     ) -> None:
         self.residency = residency
         self.admission = admission
         self.strategy = strategy
-        self.target: frozenset[ExpertKey] = frozenset()  # what a fixed strategy is to have there
+        self._promotion = promotion
         self._arrival: dict[ExpertKey, float] = {}  # of experts on their way
 
     def __contains__(self, key: ExpertKey) -> bool:
@@ -55,9 +61,9 @@ class GpuTier:
         copied: Sequence[ExpertKey],
         below: Residency | None,
     ) -> int:
-        """How many of these may be copied: the first ones, if all that is copied stays."""
+        """How many of these may be copied: the first ones, if what is copied stays."""
         tier = self.residency
-        if tier is None or below is None or self.strategy.keep != "always":
+        if tier is None or below is None or not self.strategy.keep:
             return len(copied)
         return make_way(
             tier, copied, layer, below.resident(), lambda: tier.resident() & below.resident()
@@ -71,65 +77,65 @@ class GpuTier:
         machine: Machine,
         below: Residency | None,
     ) -> None:
-        """Give slots to experts that were copied; copy what the CPU computed and is worth it.
+        """Give slots to experts that were copied, for which `most_copied` was asked before; copy
+        what the CPU computed and is worth it.
 
         `layer`: what a layer asked for; none of it is evicted. `below` is the RAM tier; None: all
         is there.
         """
         tier = self.residency
-        keep = "never" if self.target else self.strategy.keep
         if tier is None:
             return
-        batch = [key for key in layer if key in tier]
-        for key in copied if keep != "never" else ():  # "always": `make_way` was asked before
-            if self._make_room(tier, key, batch, below, is_there=True):
-                batch.append(key)
-        if batch:
-            tier.lookup(batch)
-        wanted = computed if self.strategy.promote else ()
-        for key in [*copied, *computed] if keep == "never" and self.target else wanted:
+        used = [key for key in layer if key in tier]
+        for key in copied if self.strategy.keep else ():
+            if tier.fits([*used, key]):
+                used.append(key)
+        if used:
+            tier.lookup(used)
+        if self.strategy.promote and self._promotion.limit():
+            self._promote(tier, computed, used, machine, below)
+
+    def _promote(
+        self,
+        tier: Residency,
+        computed: Sequence[ExpertKey],
+        used: Sequence[ExpertKey],
+        machine: Machine,
+        below: Residency | None,
+    ) -> None:
+        in_ram = None if below is None else below.resident()
+        for key in computed:
             if machine.link_free > machine.now:  # the link has better things to do
                 return
-            if keep == "never":
-                stay = {*self.target, *batch}
-                victim = would_evict(tier, key, lambda other, stay=stay: other not in stay)  # type: ignore[misc]
-                worth = key in self.target and key not in tier and victim is not None
-            else:
-                stay = set(batch)
-                worth = self._make_room(tier, key, batch, below, is_there=False)
-            if worth and tier.guess([key], 1, stay):
+            staying = staying_for(tier, key, used, in_ram, self.admission)
+            if staying is not None and tier.guess([key], 1, {*used, *staying}):
                 nbytes = tier.space.blob_bytes[key.layer]
                 self._arrival[key] = machine.copy(nbytes, machine.now)
 
-    def _make_room(
-        self,
-        tier: Residency,
-        key: ExpertKey,
-        batch: Sequence[ExpertKey],
-        below: Residency | None,
-        is_there: bool,
-    ) -> bool:
-        """Whether `key` should be there. What would have to be read again leaves only for one that
-        is worth a read; otherwise the next that is in RAM, too, makes room at once."""
-        if key in tier or not tier.fits([*batch, key]):
-            return False
-        coming = sum(tier.space.nbytes(other) for other in (*batch, key) if other not in tier)
-        has_room = tier.used + coming <= tier.space.capacity
-        if has_room or (is_there and self.strategy.keep == "always"):
-            return True
-        victim = would_evict(tier, key, lambda other: other not in batch)
-        if victim is not None and below is not None and victim not in below:
-            if self.admission.worth_a_read(key, victim):
-                return True
-            spares = tier.resident() & below.resident()
-            spares.difference_update(batch)
-            victim = would_evict(tier, key, spares.__contains__) if spares else None
-        if victim is None:
-            return False
-        worth = self.strategy.keep == "recent" or self.admission.worth(key, victim, is_there)
-        if worth and below is not None:
-            tier.drop(victim)
-        return worth
+
+def staying_for(
+    tier: Residency,
+    key: ExpertKey,
+    used: Collection[ExpertKey],
+    below: Set[ExpertKey] | None,
+    admission: Admission,
+) -> Collection[ExpertKey] | None:
+    """Who must not leave for a copy of `key` that nobody waits for, beside what is `used`; None:
+    nobody should.
+
+    What is in no memory `below` (None: all is there) leaves only for one that is worth a read;
+    otherwise it stays, and the next that is there, too, may have to go.
+    """
+    if tier.used + tier.space.nbytes(key) <= tier.space.capacity:
+        return ()
+    victim, staying = would_evict(tier, key, lambda other: other not in used), set[ExpertKey]()
+    if victim is not None and below is not None and victim not in below:
+        if admission.worth_a_read(key, victim):
+            return staying
+        spares = (tier.resident() & below).difference(used)
+        victim = would_evict(tier, key, spares.__contains__) if spares else None
+        staying = tier.resident() - spares
+    return staying if victim is not None and admission.worth(key, victim) else None
 
 
 def make_way(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from tiered.planning.costs import Costs, Line
 from tiered.planning.hardware import GB, Hardware
-from tiered.planning.sizes import ModelSizes
 
 MICRO = 1e-6
 KERNELS_PER_ATTENTION = 6
@@ -79,20 +78,6 @@ class Rates:
             cpu_staging=min(cpu, left_staging), **shared,
         )  # fmt: skip
 
-    @classmethod
-    def learnt(cls, costs: Costs, dense: float, seconds: float, num_launches: int = 0) -> Rates:
-        """What was measured on a machine with a GPU. `dense` bytes take `seconds` of a token, of
-        which so many launches are a part."""
-        cpu, gpu, link, disk = costs.cpu, costs.gpu, costs.link, costs.disk
-        dense /= max(seconds - num_launches * gpu.fixed / 2, 0.01 * seconds)
-        return cls(
-            dense=dense, head=dense, cpu=1 / cpu.per_byte, wake=cpu.fixed,
-            cpu_copying=1 / cpu.per_byte / costs.slowdown,
-            disk=1 / disk.per_byte, disk_latency=disk.fixed,
-            gpu=1 / gpu.per_byte, launch=gpu.fixed / 2,
-            link=1 / link.per_byte, copy_latency=link.fixed, sync=costs.sync,
-        )  # fmt: skip
-
     def cpu_beside(self, staged: float) -> float:
         """Experts on the processor while copies run, a share of whose bytes passes a buffer."""
         return self.cpu_copying + staged * (
@@ -109,12 +94,6 @@ class Rates:
         gpu = Line(2 * self.launch, 1 / self.gpu, nbytes)
         link = Line(self.copy_latency, 1 / self.link + staged / self.staging, nbytes)
         return Costs(gpu, cpu, link, disk, self.cpu / self.cpu_beside(staged), self.sync)
-
-
-def num_launches(model: ModelSizes) -> int:
-    """Of a token, beside its experts."""
-    parts = model.num_layers + sum(shared > 0 for shared in model.shared)
-    return KERNELS_PER_ATTENTION * parts + model.num_layers + 1
 
 
 class Machine:

@@ -6,14 +6,15 @@ what `Machine` says. All results are simulated, never measured.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
-from typing import TYPE_CHECKING
 
 from tiered import policies
 from tiered.cache.residency import Above, Residency, TierStats
 from tiered.config import DEFAULT_POLICY
 from tiered.experts import ExpertKey
+from tiered.governor import Allowance, Always
+from tiered.gpu.splits import Balanced, Fixed, Split
 from tiered.planning.admission import Admission
 from tiered.planning.costs import Costs, Miss
 from tiered.planning.gpu_tier import GpuTier, fill
@@ -21,16 +22,17 @@ from tiered.planning.machine import Machine
 from tiered.planning.sizes import ModelSizes
 from tiered.planning.strategies import STRATEGIES, Budgets, Strategy
 
-if TYPE_CHECKING:
-    from tiered.planning.chooser import Chooser
-
 TERMS = (
     "attention", "router", "shared", "gpu_experts", "cpu_experts", "link_wait", "disk_wait", "head",
 )  # fmt: skip
 
 
 class Simulation:
-    """Feed it tokens: `warm` for those that are not timed, `token` for those that are."""
+    """Feed it tokens: `warm` for those that are not timed, `token` for those that are.
+
+    `costs` are learnt while it runs, as an engine learns them; None: they are known. `split` says
+    in the strategy's place how many misses are copied, and `promotion` whether any are promoted.
+    """
 
     def __init__(
         self,
@@ -42,27 +44,30 @@ class Simulation:
         policy: str = DEFAULT_POLICY,
         look_ahead: int = 1,
         accuracy: float = 0.85,
-        chooser: Chooser | None = None,
         costs: Costs | None = None,
+        split: Split | None = None,
+        promotion: Allowance | None = None,
         mapped: bool = True,
         lockable: int = 1 << 62,
         seed: int = 0,
     ) -> None:
-        self.sizes, self.machine, self.strategy, self.chooser = sizes, machine, strategy, chooser
+        self.sizes, self.machine, self.strategy = sizes, machine, strategy
         self._look_ahead, self._accuracy, self._random = look_ahead, accuracy, Random(seed)
         self._has_gpu = machine.rates.has_gpu
         vram = budgets.vram if self._has_gpu and strategy.cached else 0
         all_there = mapped and budgets.ram >= sizes.all_experts
         machine.staged = 1.0 if all_there else sizes.staged(budgets.ram, lockable)
-        if costs is None:
-            nbytes, staged = max(sizes.experts), machine.staged
-            costs = chooser.costs if chooser else machine.rates.costs(nbytes, staged)
-        self.costs = costs
+        self._learns = costs is not None
+        self.costs = costs or machine.rates.costs(max(sizes.experts), machine.staged)
+        share = strategy.share if self._has_gpu else 0.0
+        self._split = split or (Balanced(self.costs) if share is None else Fixed(share))
         self.ram = None if all_there else self._tier(budgets.ram, policy)
         if not all_there and self.ram is None:
             raise MemoryError(f"{budgets.ram} bytes of RAM hold no expert of {sizes.name}")
         self.admission = Admission(sizes.space(vram), self.costs)
-        self.gpu = GpuTier(self._tier(vram, policy), self.admission, strategy)
+        self.gpu = GpuTier(
+            self._tier(vram, policy), self.admission, strategy, promotion or Always()
+        )
         if self.ram is not None and self.gpu.residency is not None:
             self.ram.above = [Above(self.gpu.residency, self.admission.popularity.count)]
         self._loaded: dict[ExpertKey, float] = {}  # of guesses on their way into RAM
@@ -93,7 +98,7 @@ class Simulation:
                 self.admission.touch([ExpertKey(layer, expert) for expert in experts])
             self.admission.token_done(1.0)
         ranked = self.admission.popularity.ranked(self._keys())
-        if self.chooser:  # filling is the first measurement
+        if self._learns:  # filling is the first measurement
             m, nbytes = self.machine, max(self.sizes.experts)
             for count in (1, 2, 4):
                 self.costs.link.observe(nbytes, m.copy_seconds(nbytes))
@@ -113,14 +118,6 @@ class Simulation:
             for layer, nbytes in enumerate(self.sizes.experts)
             if nbytes
         ]
-
-    def on_gpu(self) -> list[ExpertKey]:
-        return [key for key in self._keys() if key in self.gpu]
-
-    def follow(self, plan: Strategy, target: Collection[ExpertKey] = ()) -> None:
-        """Use another strategy from now on. `target`: what a fixed one should have on the GPU."""
-        self.strategy = self.gpu.strategy = plan
-        self.gpu.target = frozenset(target)
 
     def prefill(self, layers: Sequence[Sequence[int]]) -> None:
         """The distinct experts of a prompt, by layer, as the RAM tier sees them. Not timed."""
@@ -149,9 +146,6 @@ class Simulation:
                 self._guess(layer, routed)
         self._spend("head", m.head_seconds(sizes.head))
         self.admission.token_done(m.now - begin)
-        if self.chooser:
-            self.chooser.token_done(routed)
-            self.follow(self.chooser.plan, self.chooser.target)
         return m.now - begin
 
     def _spend(self, term: str, seconds: float) -> None:
@@ -170,7 +164,7 @@ class Simulation:
         missed.sort(key=ready.__getitem__)
         wait = max(0.0, m.link_free - flag)
         misses = [Miss(nbytes, ready[key] - flag) for key in missed]
-        num_copied = self._place(nbytes * len(hits), misses, wait)
+        num_copied = self._split.place(nbytes * len(hits), misses, wait)
         num_copied = self.gpu.most_copied(keys, missed[:num_copied], self.ram)
         copied, rest = missed[:num_copied], missed[num_copied:]
         gpu = start + m.gpu_seconds(nbytes * len(hits))
@@ -192,8 +186,7 @@ class Simulation:
             self.terms["link_wait"] += gpu - start - busy
         self.admission.copying(bool(copied))
         self.gpu.keep(keys, copied, rest, m, self.ram)
-        if self.chooser:
-            self.chooser.layer_done(m.now - start)
+        if self._learns:
             self._observe(nbytes, len(hits), bool(missed), len(rest), cpu_busy, copying)
 
     def _fetch(self, keys: list[ExpertKey], flag: float) -> list[float]:
@@ -209,16 +202,6 @@ class Simulation:
             else max(flag, self._loaded.pop(key, 0.0))
             for key in keys
         ]
-
-    def _place(self, hit_bytes: int, misses: list[Miss], wait: float) -> int:
-        """How many of the misses are copied to the GPU."""
-        if not self._has_gpu:
-            return 0
-        if self.chooser:
-            return self.chooser.place(hit_bytes, misses, wait)
-        if self.strategy.share is not None:
-            return round(self.strategy.share * len(misses))
-        return self.costs.balance(hit_bytes, misses, wait)
 
     def _observe(
         self, nbytes: int, hits: int, asked: bool, rest: int, cpu_busy: float, copying: float

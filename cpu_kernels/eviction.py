@@ -28,10 +28,11 @@ NONE = -1  # no expert
 # A tier and its policy. Numbers are int64, and float64 in the last line.
 TIER = fields(
     "policy capacity num_layers num_experts num_sparse num_slots largest_blob used now last_layer "
+    "passed "  # layers of a prompt that is being computed
     # by expert:
     "lists ties uses wanted is_protected is_guess is_known ahead ahead_end nbytes "
     # by layer; `lowest` is who leaves first of FIRST and SECOND, found again if it is stale:
-    "held lowest is_stale "
+    "held lowest is_stale num_used "
     # by list: how many are in it; of two of them, who came to it, with their ties, in order
     "lengths queue queue_begin queue_end "
     "future "  # when each expert is demanded, one expert after the other: see ahead, ahead_end
@@ -85,6 +86,7 @@ def make_tier(
         held=np.zeros(num_layers, np.int64),
         lowest=np.full(2 * num_layers, NONE, np.int64),
         is_stale=np.ones(num_layers, np.int64),
+        num_used=np.zeros(num_layers, np.int64),
         lengths=np.zeros(NUM_LISTS, np.int64),
         queue=np.zeros(4 * (num_asked + 1), np.int64),
         queue_begin=np.array([0, num_asked + 1]),
@@ -223,6 +225,7 @@ def touch_keep_last(t, key, uses):
         more = number(t, TIER.options, 1) * get(t, TIER.nbytes, key)
         floor = min(number(t, TIER.floors, layer) + more, number(t, TIER.share, 0))
         put_number(t, TIER.floors, layer, floor)
+        put(t, TIER.num_used, layer, get(t, TIER.num_used, layer) + 1)
     if get(t, TIER.lists, key) != SECOND:
         move(t, key, SECOND)
     put_number(t, TIER.ranks, key, float(uses))
@@ -308,6 +311,8 @@ def begin_batch(t, keys, count):
     for i in range(count):
         put(t, TIER.wanted, word(keys, i), 0)
     put_number(t, TIER.times, layer, time + 1.0 / number(t, TIER.options, 0))
+    is_prompt = 2 * count > get(t, TIER.num_used, layer)
+    store_word(t, TIER.passed, layer + 1 if is_prompt else 0)
 
 
 @inner
@@ -361,12 +366,14 @@ def lowest_of_all(t, where, above_floor):
 
 
 @inner
-def of_the_greediest(t, where):
-    """The first to leave of the layer that holds most, of those where one can; of equals the first
-    layer."""
+def of_the_greediest(t, num_layers):
+    """The first to leave of the one of the first layers that holds most, of those where one can,
+    and of equals the first; whoever is in its first list before the second's."""
     best, most = NONE, 0
-    for layer in range(word(t, TIER.num_layers)):
-        held, key = get(t, TIER.held, layer), lowest(t, where, layer)
+    for layer in range(num_layers):
+        held, key = get(t, TIER.held, layer), lowest(t, FIRST, layer)
+        if key == NONE:
+            key = lowest(t, SECOND, layer)
         if held > most and key != NONE:
             best, most = key, held
     return best
@@ -384,10 +391,14 @@ def victim(t, layer, nbytes, is_surplus):
         if get(t, TIER.held, layer) - number(t, TIER.share, 0) + nbytes > 0:
             key = lowest(t, FIRST, layer)
         if key == NONE and not is_surplus:
-            key = of_the_greediest(t, FIRST)
+            key = of_the_greediest(t, word(t, TIER.num_layers))
         return key
     if is_surplus and word(t, TIER.used) <= word(t, TIER.capacity):
         return NONE
+    if policy == KEEP_LAST and not is_surplus:
+        key = of_the_greediest(t, word(t, TIER.passed))
+        if key != NONE:
+            return key
     if policy == ARC and get(t, TIER.lengths, FIRST) <= number(t, TIER.target, 0):
         first, last = SECOND, FIRST
     elif policy == KEEP_LAST:
@@ -398,6 +409,6 @@ def victim(t, layer, nbytes, is_surplus):
         key = lowest_of_all(t, last, False)
     if policy == KEEP_LAST:
         if key == NONE and not is_surplus:
-            key = of_the_greediest(t, SECOND)
+            key = of_the_greediest(t, word(t, TIER.num_layers))
         put(t, TIER.held, layer, get(t, TIER.held, layer) - nbytes)
     return key

@@ -4,6 +4,10 @@ Nearly half of a token's experts are those of the token before, so a layer's lat
 Beyond that, experts leave in order of their number of uses, where `patience` tokens of age weigh as
 much as one use. But no layer is pushed below half (`floor`) of the experts that it has ever used,
 nor below an equal share if that is less: with little room, even shares do better than counts.
+
+A prompt wants most experts of each layer, one layer after the other. What it wants in later layers
+must not leave before they come, only to be read again: those of layers that it has passed leave
+first.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ class Policy:
         self._num_ranked = 0
         self._rankings = [Ranking(self._ranks) for _ in space.blob_bytes]
         self._kept: list[dict[ExpertKey, None]] = [{} for _ in space.blob_bytes]
+        self._num_used = [0] * space.num_layers  # experts, ever
+        self._passed = 0  # layers of a prompt that is being computed
 
     def batch(self, keys: Sequence[ExpertKey]) -> None:
         """A layer demands these: they take the place of its batch before."""
@@ -39,6 +45,7 @@ class Policy:
             del kept[key]
             self._rank(key)
         self._time[layer] += self._age
+        self._passed = layer + 1 if 2 * len(keys) > self._num_used[layer] else 0
 
     def touch(self, key: ExpertKey) -> None:
         layer = key[0]
@@ -46,6 +53,7 @@ class Policy:
         if self._uses[key] == 1:
             floor = self._floors[layer] + self._floor * self._nbytes(key)
             self._floors[layer] = min(floor, self._share)
+            self._num_used[layer] += 1
         kept = self._kept[layer]
         if key not in kept:
             kept[key] = None
@@ -68,21 +76,17 @@ class Policy:
             self._rankings[layer].remove(key)
 
     def victim(self, evictable: Evictable) -> ExpertKey | None:
-        victim = self._beyond_the_kept(evictable)
-        if victim is None:  # a long prompt, or less room than one batch per layer
-            layers = range(len(self._held))
-            for layer in sorted(layers, key=self._held.__getitem__, reverse=True):
-                kept = filter(evictable, self._kept[layer])
-                victim = min(kept, key=self._uses.__getitem__, default=None)
-                if victim is not None:
-                    break
-        return victim
+        layers = range(len(self._held))
+        return self._beyond_the_kept(evictable) or self._of_the_greediest(layers, evictable)
 
     def victim_for(self, key: ExpertKey, evictable: Evictable) -> ExpertKey | None:
-        nbytes = self._nbytes(key)
-        self._held[key[0]] += nbytes
+        layer, nbytes = key[0], self._nbytes(key)
+        victim = self._of_the_greediest(range(self._passed), evictable)
+        if victim is not None:
+            return victim
+        self._held[layer] += nbytes
         victim = self.victim(evictable)
-        self._held[key[0]] -= nbytes
+        self._held[layer] -= nbytes
         return victim
 
     def surplus(self, layer: int, excess: int, evictable: Evictable) -> ExpertKey | None:
@@ -105,3 +109,14 @@ class Policy:
         rankings = [self._rankings[layer] for layer in layers]
         firsts = [ranking.lowest(evictable) for ranking in rankings if ranking.entered]
         return min(filter(None, firsts), key=self._ranks.__getitem__, default=None)
+
+    def _of_the_greediest(self, layers: Iterable[int], evictable: Evictable) -> ExpertKey | None:
+        """The first to leave of the one of these layers that holds most, also of what it keeps."""
+        for layer in sorted(layers, key=self._held.__getitem__, reverse=True):
+            victim = self._lowest([layer], evictable)
+            if victim is None:
+                kept = filter(evictable, self._kept[layer])
+                victim = min(kept, key=self._uses.__getitem__, default=None)
+            if victim is not None:
+                return victim
+        return None

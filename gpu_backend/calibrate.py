@@ -53,16 +53,6 @@ class Calibration:
     synchronize: float
     pin_limit: int
 
-    @property
-    def link_line(self) -> tuple[float, float]:
-        """(seconds, seconds per byte) of a copy."""
-        return fit_line(self.link)
-
-    @property
-    def slowdown(self) -> float:
-        """How much longer large copies take while the processor is busy."""
-        return max(1.0, self.link_competing[-1][1] / self.link[-1][1])
-
 
 def calibrate(
     probe: Probe,
@@ -100,23 +90,6 @@ def calibrate(
     )
 
 
-def fit_line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """(fixed, per byte) through (bytes, seconds), by least squares of relative errors.
-
-    Relative, because otherwise the largest size alone would decide.
-    """
-    if len(points) < 2:
-        raise ValueError("a line needs two points")
-    w = [1 / seconds**2 for _, seconds in points]
-    total = sum(w)
-    mean_x = sum(wi * x for wi, (x, _) in zip(w, points, strict=True)) / total
-    mean_y = sum(wi * y for wi, (_, y) in zip(w, points, strict=True)) / total
-    pairs = list(zip(w, points, strict=True))
-    variance = sum(wi * (x - mean_x) ** 2 for wi, (x, _) in pairs)
-    slope = sum(wi * (x - mean_x) * (y - mean_y) for wi, (x, y) in pairs) / variance
-    return max(0.0, mean_y - slope * mean_x), slope
-
-
 def save(file: Path, where: str, calibration: Calibration) -> None:
     """Add to a file of several cards, or replace there, what is at `where` ("cuda:0"). Written to a
     new file first: a crash leaves the old one."""
@@ -125,20 +98,6 @@ def save(file: Path, where: str, calibration: Calibration) -> None:
     known = {**_stored(file), where: asdict(calibration)}
     temporary.write_text(json.dumps(known, indent=2) + "\n")
     temporary.replace(file)
-
-
-def load(file: Path, where: str, device: str) -> Calibration | None:
-    """What was stored for the card at `where`, if it is still this `device`; None if nothing was,
-    or it cannot be read."""
-    try:
-        values = dict(_stored(file)[where])
-        if values["device"] != device:
-            return None
-        for name in ("link", "link_competing", "link_pageable"):
-            values[name] = tuple((int(size), float(seconds)) for size, seconds in values[name])
-        return Calibration(**values)
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def _stored(file: Path) -> dict[str, Any]:

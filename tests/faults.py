@@ -1,4 +1,4 @@
-"""A source for tiers whose reads a test can hold back, count, and let fail."""
+"""Sources for tiers whose reads a test can hold back, count, and let fail; and no memory at all."""
 
 import random
 import threading
@@ -61,3 +61,28 @@ class Unreliable(Blobs):
                 self._quick -= not slow
                 self._ended += 1
                 self._changed.notify_all()
+
+
+class NullMemory:
+    """Slots that hold nothing."""
+
+    def __init__(self, space):
+        self.space = space
+
+    def slot(self, slot):
+        return None
+
+    def place(self, slot):
+        return slot
+
+    def fit(self, slot, nbytes):
+        pass
+
+    def give_back(self, slot):
+        pass
+
+    def is_locked(self, slot):
+        return False
+
+    def close(self):
+        pass

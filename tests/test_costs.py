@@ -210,7 +210,7 @@ def test_admission_follows_the_rule_that_hits_more():
 
 
 def test_what_is_in_no_other_memory_stays_on_the_gpu_if_another_can_make_room():
-    space, costs = Space.of_slots(2, 1), costs_of(cpu=10, link=10)
+    space, costs = Space(2, (1,) * 1), costs_of(cpu=10, link=10)
     tier, ram = (Residency(space, policies.create("lru", space)) for _ in range(2))
     keys = [ExpertKey(0, expert) for expert in range(4)]
     tier.lookup(keys[:2])
@@ -226,7 +226,7 @@ def test_what_is_in_no_other_memory_stays_on_the_gpu_if_another_can_make_room():
 
 
 def test_nothing_leaves_for_a_copy_that_would_have_to_be_read_again():
-    tier = Residency(Space.of_slots(3, 2), policies.create("lru", Space.of_slots(3, 2)))
+    tier = Residency(Space(3, (1,) * 2), policies.create("lru", Space(3, (1,) * 2)))
     here, wanted = [ExpertKey(0, n) for n in range(3)], [ExpertKey(1, n) for n in range(3)]
     below, asked = {here[1], *wanted}, []
 

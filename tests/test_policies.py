@@ -187,9 +187,9 @@ def test_names_come_from_the_folder():
     wanted = "lru lfu lfu_decay slru arc layer_lru layer_lfu least_stale random belady keep_last"
     assert set(policies.names()) >= set(wanted.split())
     with pytest.raises(ValueError, match=r"choose one of .*layer_lfu"):
-        policies.create("fifo", Space.of_slots(4, 2))
+        policies.create("fifo", Space(4, (1,) * 2))
     with pytest.raises(ValueError, match="future"):
-        policies.create("belady", Space.of_slots(4, 2))
+        policies.create("belady", Space(4, (1,) * 2))
 
 
 def test_a_policy_of_ones_own(tmp_path):
@@ -205,7 +205,7 @@ def test_a_policy_of_ones_own(tmp_path):
     for key in (ExpertKey(0, e) for e in range(9)):
         cache.demand([key])
     assert cache.stats.evictions == 3
-    space = Space.of_slots(4, 2)
+    space = Space(4, (1,) * 2)
     made = policies.create(type(cache.policy), space)
     assert type(made) is type(cache.policy)
     for spec, message in [
@@ -223,7 +223,7 @@ def test_a_policy_that_evicts_what_is_not_there():
         def victim(self, evictable):
             return ExpertKey(2, 9)
 
-    cache = Residency(Space.of_slots(1, 3), Wrong())
+    cache = Residency(Space(1, (1,) * 3), Wrong())
     cache.demand([ExpertKey(0, 0)])
     with pytest.raises(RuntimeError, match="not resident"):
         cache.demand([ExpertKey(0, 1)])

@@ -12,7 +12,7 @@ from naive import NaiveBackend
 from tiered import Engine
 from tiered.experts import ExpertKey, Routing, group_by_expert, group_kept
 from tiered.quality.perplexity import measure_perplexity
-from tiered.routing import Cold, Cut, RoutingRules, cut_routing
+from tiered.routing import Cold, Cut, RoutingRules, keep, kept_experts
 from tiered.tracing.trace import PREFILL, Fetched, Routed, TraceInfo, TraceWriter, read_trace
 
 IDS = np.random.default_rng(0).integers(3, 300, 60).tolist()
@@ -75,7 +75,7 @@ def test_a_cut_is_what_the_rules_say(seed, shape, cut, normalize):
     weights = random.random(shape).astype(np.float32) + np.float32(0.01)
     weights = weights if seed % 2 else -np.sort(-weights, axis=1)  # some routers rank otherwise
     routing = Routing(experts.astype(np.int32), weights)
-    got = cut_routing(routing, cut, normalize)
+    got = keep(routing, kept_experts(weights, cut), normalize)
     assert got.experts.dtype == np.int32 and got.weights.dtype == np.float32
     for row in range(shape[0]):
         expected = naive_cut(experts[row], weights[row], cut, normalize)
@@ -89,7 +89,8 @@ def test_a_cut_is_what_the_rules_say(seed, shape, cut, normalize):
 
 def test_what_takes_nothing_away_changes_nothing():
     routing = Routing(np.array([[3, 1]], np.int32), np.array([[0.7, 0.3]], np.float32))
-    assert cut_routing(routing, Cut(2, 0.99, 0.1), True) is routing
+    kept = kept_experts(routing.weights, Cut(2, 0.99, 0.1))
+    assert keep(routing, kept, True) is routing
 
 
 def test_jobs_leave_out_pairs_without_weight():

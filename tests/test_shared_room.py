@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import tiny
+from faults import NullMemory
 
 from gpu_backend.kv_shapes import kv_shapes, token_bytes
 from gpu_backend.slots import GpuSlots
@@ -20,7 +21,6 @@ from tiered.kv_cache import PAGE_SIZE, KVCache, device_bytes, kv_bytes
 from tiered.policies import Space
 from tiered.serve import prefix
 from tiered.serve.prefix import PrefixCache
-from tiered.slots import NullMemory
 from tiered.tier import Tier
 
 PROMPT = np.random.default_rng(0).integers(3, 256, 50).tolist()
@@ -213,7 +213,7 @@ class Slots(NullMemory):
 
 
 def test_a_slot_is_given_up_only_when_nobody_writes_to_it():
-    source, space = Gated(), Space.of_slots(4, 2)
+    source, space = Gated(), Space(4, (1,) * 2)
     memory = Slots(space)
     with Tier(memory, source, policies.create("lru", space)) as tier:
         source.gate.set()

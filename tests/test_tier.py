@@ -4,14 +4,14 @@ import threading
 
 import numpy as np
 import pytest
-from faults import Blobs, Unreliable
+from faults import Blobs, NullMemory, Unreliable
 
 from tiered import policies
 from tiered.cache.residency import Above, Residency
 from tiered.experts import ExpertKey
 from tiered.loaders import Loaders
 from tiered.policies import Space
-from tiered.slots import NullMemory, RamMemory
+from tiered.slots import RamMemory
 from tiered.tier import Tier
 
 KEYS = [[ExpertKey(layer, expert) for expert in range(32)] for layer in range(4)]
@@ -396,7 +396,7 @@ def test_what_a_memory_above_has_leaves_first():
 @pytest.mark.parametrize("policy", policies.online())
 def test_a_fetch_of_nothing(policy):
     """As of a GPU's tier, in a layer whose experts all run on the processor."""
-    space = Space.of_slots(3, 1)
+    space = Space(3, (1,) * 1)
     with Tier(NullMemory(space), Blobs(), policies.create(policy, space)) as tier:
         with tier.fetch([]) as groups:
             assert list(groups) == []

@@ -276,11 +276,6 @@ class ModelConfig:
     def sparse_layers(self) -> list[int]:
         return [layer for layer in range(self.num_layers) if self.is_sparse(layer)]
 
-    @property
-    def token_cycle(self) -> int:
-        """Distinct experts that one token needs, over all layers."""
-        return len(self.sparse_layers) * self.top_k
-
 
 def check_quantization(name: str) -> None:
     """ValueError names those that there are."""

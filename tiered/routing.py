@@ -129,13 +129,9 @@ def open_rules(
     return RoutingRules(cut, config.normalize_top_k, given or None, cold, layer_k or None)
 
 
-def cut_routing(routing: Routing, cut: Cut, normalize: bool) -> Routing:
-    """`routing` without what `cut` takes away; columns that nobody keeps are left out."""
-    return keep(routing, kept_experts(routing.weights, cut), normalize)
-
-
 def keep(routing: Routing, kept: np.ndarray, normalize: bool) -> Routing:
-    """`routing` without choices that are not `kept` (bool [num_tokens, top_k])."""
+    """`routing` without choices that are not `kept` (bool [num_tokens, top_k]); columns that nobody
+    keeps are left out."""
     if kept.all():
         return routing
     columns = kept.any(axis=0)

@@ -38,31 +38,6 @@ class Memory(Protocol):
     def close(self) -> None: ...
 
 
-class NullMemory:
-    """Slots that hold nothing: for simulated tiers."""
-
-    def __init__(self, space: Space) -> None:
-        self.space = space
-
-    def slot(self, slot: int) -> None:
-        return None
-
-    def place(self, slot: int) -> int:
-        return slot
-
-    def fit(self, slot: int, nbytes: int) -> None:
-        pass
-
-    def give_back(self, slot: int) -> None:
-        pass
-
-    def is_locked(self, slot: int) -> bool:
-        return False
-
-    def close(self) -> None:
-        pass
-
-
 class RamMemory:
     """Slots in RAM, page-aligned; `slack` bytes of each are room for what a read drags along.
 

@@ -22,7 +22,6 @@ from tiered.planning.strategies import GOVERNED, STRATEGIES, Budgets, Strategy
 from tiered.planning.synthetic import Routed, locality_of, routing
 
 PROCESS = 450 << 20  # bytes of an interpreter with its libraries and workspace
-ASSUMED = "the description's efficiencies; real ones differ by about 15 %"
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,6 @@ class Space(NamedTuple):
     blob_bytes: tuple[int, ...]
     mixes: Mapping[int, Sequence[int]] = NO_MIXES
 
-    @classmethod
-    def of_slots(cls, num_slots: int, num_layers: int) -> Space:
-        """Room for `num_slots` experts that are all of one size."""
-        return cls(num_slots, (1,) * num_layers)
-
     def nbytes(self, key: ExpertKey) -> int:
         """Of an expert's blob."""
         mix = self.mixes.get(key[0])

@@ -9,7 +9,6 @@ from typing import Any
 from tiered.serve.errors import ApiError
 
 MISSING: Any = object()
-MAX_DEPTH = 100
 
 
 class Fields:

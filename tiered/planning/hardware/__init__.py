@@ -16,7 +16,6 @@ from tiered.memory import parse_bytes
 
 GB = 1e9
 SIZES = ("vram", "reserved", "ram")  # bytes, or text such as "16G"
-DELAYS = ("copy_latency", "launch", "sync", "wake", "resume", "overhead", "lookup", "latency")
 
 
 @dataclass(frozen=True)

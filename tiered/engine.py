@@ -76,68 +76,15 @@ class Engine:
             self._closing = stack.pop_all()
 
     def _build(self, stack: ExitStack) -> None:
-        choices = self.choices
-        self.context = min(choices.context or DEFAULT_CONTEXT, self.config.context_length)
-        self.checkpoint.config = self.config.for_context(self.context)
-        config = self.config = self.checkpoint.config.without_drafts()
-        if choices.speculate == "mtp" and config == self.checkpoint.config:
-            raise ValueError(
-                f"{self.checkpoint.path} has no layer that drafts tokens: use --speculate lookup"
-            )
-        self.kv_tokens = max(choices.kv_tokens or 0, self.context)
-        self.num_texts = -(-self.kv_tokens // self.context)
-        self.store: ExpertStore | None = None
-        self.blocks: WholeBlocks | None = None
-        if config.sparse_layers:
-            self.store = ExpertStore(self.checkpoint, choices.quantize)
-            stack.callback(self.store.close)
-            blocks = WholeBlocks(self.store)
-            # What goes on to a GPU is a blob of the store's layout.
-            if choices.device == "cpu" and blocks.pays:
-                self.blocks = blocks
-        self.copy: ExpertStore | None = None
-        if choices.cold_copy is not None:
-            if self.store is None:
-                raise ValueError("this model is dense: it has no experts to read from a cold copy")
-            copy = Path(choices.cold_copy)
-            self.copy = open_copy(copy, self.store, choices.quantize, stack)
+        choices, config = self.choices, self._choose_context()
+        self._open_stores(stack)
         self.plan = self._plan_memory()
-        self.source: MappedExperts | TieredExperts | None = None
-        if self.store is not None:
-            self.source = open_source(
-                self.store, self.blocks, self.plan, choices, stack, self.timing
-            )
-        governors: list[Governor] = []
-        self.prefetcher: Prefetcher | None = None
-        if isinstance(self.source, TieredExperts):
-            tier = self.source.tier
-            if choices.look_ahead:
-                look_ahead = Governor((0, config.top_k), "look-ahead")
-                self.prefetcher = Prefetcher(
-                    tier, config.num_layers, choices.look_ahead, look_ahead
-                )
-                governors.append(look_ahead)
-            # All of them together are mostly best: a short text should not pay for finding out.
-            read_depth = Governor(depths(choices.readers), "read depth", patience=4)
-            tier.loaders.depth = read_depth
-            governors.append(read_depth)
-        at_once = self.plan.pass_tokens
-        self.shares: list[Share] = []  # of GPUs
-        if self._has_gpu:
-            model = model_bytes(
-                self.checkpoint, self.store, choices, self.kv_tokens, self._num_states
-            )
-            shares = spread(self.backend, model, choices)
-            self.shares, at_once = pass_on_cards(shares, at_once, config, choices)
+        governors = self._open_source(stack)
+        at_once = self._share_cards()
         loader = WeightLoader(self.checkpoint, self.backend, choices.quantize)
         loaders = [loader.for_layer(index) for index in range(config.num_layers)]
         last = loader.for_layer(-1)
-        self.cold_copy: ColdCopy | None = None
-        if self.copy is not None and isinstance(self.source, TieredExperts):
-            experts = copy_tier(self.copy, choices.readers, stack)
-            experts.tier.loaders.depth = self.source.tier.loaders.depth
-            layers = {layer: loader.experts(layer, self.copy) for layer in config.sparse_layers}
-            self.cold_copy = ColdCopy(experts, layers, choices.cold_below, self._is_resident)
+        self.cold_copy = self._open_cold_copy(loader, stack)
         self.decoder = Decoder(
             config,
             self.backend,
@@ -149,20 +96,8 @@ class Engine:
             open_rules(choices, config, self._is_resident),
             self.cold_copy,
         )
-        room: SharedRoom | None = None
-        if self.shares and self.store and self.source:
-            # After the weights, because experts and the KV cache get what these have left.
-            num_pages = -(-self.kv_tokens // kv_cache.PAGE_SIZE)
-            self.decoder.source, room = place_experts(
-                self.backend, self.shares, self.store, self.source, choices, stack, self.timing,
-                num_pages, {n: self.decoder.layers[n].experts for n in config.sparse_layers},
-            )  # fmt: skip
-            promotion = promotion_governor()
-            for placed in self.decoder.source.cards:
-                placed.promotion = promotion
-            governors.append(promotion)
-            splits = [placed.split for placed in self.decoder.source.cards]
-            governors.append(govern([each for each in splits if isinstance(each, Governed)]))
+        # After the weights, because experts and the KV cache get what these have left.
+        room = self._place_on_cards(governors, stack)
         self.kv = KVCache(
             self.backend, self.checkpoint.config, self.kv_tokens, choices.kv_dtype,
             self.num_texts, room,
@@ -178,6 +113,97 @@ class Engine:
         self.generation.draft_layer = draft_layer
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
+
+    def _choose_context(self) -> ModelConfig:
+        """How long texts may be, and the model for it."""
+        choices = self.choices
+        self.context = min(choices.context or DEFAULT_CONTEXT, self.config.context_length)
+        self.checkpoint.config = self.config.for_context(self.context)
+        self.config = self.checkpoint.config.without_drafts()
+        if choices.speculate == "mtp" and self.config == self.checkpoint.config:
+            raise ValueError(
+                f"{self.checkpoint.path} has no layer that drafts tokens: use --speculate lookup"
+            )
+        self.kv_tokens = max(choices.kv_tokens or 0, self.context)
+        self.num_texts = -(-self.kv_tokens // self.context)
+        return self.config
+
+    def _open_stores(self, stack: ExitStack) -> None:
+        """Where experts, and those of a cold copy, are read from; None: there are none."""
+        choices = self.choices
+        self.store: ExpertStore | None = None
+        self.blocks: WholeBlocks | None = None
+        self.copy: ExpertStore | None = None
+        if self.config.sparse_layers:
+            self.store = ExpertStore(self.checkpoint, choices.quantize)
+            stack.callback(self.store.close)
+            blocks = WholeBlocks(self.store)
+            # What goes on to a GPU is a blob of the store's layout.
+            if choices.device == "cpu" and blocks.pays:
+                self.blocks = blocks
+        if choices.cold_copy is not None:
+            if self.store is None:
+                raise ValueError("this model is dense: it has no experts to read from a cold copy")
+            copy = Path(choices.cold_copy)
+            self.copy = open_copy(copy, self.store, choices.quantize, stack)
+
+    def _open_source(self, stack: ExitStack) -> list[Governor]:
+        """The experts in RAM, and who governs reads into it."""
+        choices, config = self.choices, self.config
+        self.source: MappedExperts | TieredExperts | None = None
+        self.prefetcher: Prefetcher | None = None
+        if self.store is not None:
+            self.source = open_source(
+                self.store, self.blocks, self.plan, choices, stack, self.timing
+            )
+        if not isinstance(self.source, TieredExperts):
+            return []
+        tier, governors = self.source.tier, []
+        if choices.look_ahead:
+            look_ahead = Governor((0, config.top_k), "look-ahead")
+            self.prefetcher = Prefetcher(tier, config.num_layers, choices.look_ahead, look_ahead)
+            governors.append(look_ahead)
+        # All of them together are mostly best: a short text should not pay for finding out.
+        read_depth = Governor(depths(choices.readers), "read depth", patience=4)
+        tier.loaders.depth = read_depth
+        return [*governors, read_depth]
+
+    def _share_cards(self) -> int:
+        """Tell GPUs which layers are whose. Returns how many tokens of a prompt are one pass."""
+        at_once, choices = self.plan.pass_tokens, self.choices
+        self.shares: list[Share] = []  # of GPUs
+        if self._has_gpu:
+            model = model_bytes(
+                self.checkpoint, self.store, choices, self.kv_tokens, self._num_states
+            )
+            shares = spread(self.backend, model, choices)
+            self.shares, at_once = pass_on_cards(shares, at_once, self.config, choices)
+        return at_once
+
+    def _open_cold_copy(self, loader: WeightLoader, stack: ExitStack) -> ColdCopy | None:
+        if self.copy is None or not isinstance(self.source, TieredExperts):
+            return None
+        experts = copy_tier(self.copy, self.choices.readers, stack)
+        experts.tier.loaders.depth = self.source.tier.loaders.depth
+        layers = {layer: loader.experts(layer, self.copy) for layer in self.config.sparse_layers}
+        return ColdCopy(experts, layers, self.choices.cold_below, self._is_resident)
+
+    def _place_on_cards(self, governors: list[Governor], stack: ExitStack) -> SharedRoom | None:
+        """Give GPUs their experts, if there are any, and add to those who govern what is copied."""
+        if not (self.shares and self.store and self.source):
+            return None
+        num_pages = -(-self.kv_tokens // kv_cache.PAGE_SIZE)
+        source, room = place_experts(
+            self.backend, self.shares, self.store, self.source, self.choices, stack, self.timing,
+            num_pages, {n: self.decoder.layers[n].experts for n in self.config.sparse_layers},
+        )  # fmt: skip
+        self.decoder.source = source
+        promotion = promotion_governor()
+        for placed in source.cards:
+            placed.promotion = promotion
+        splits = [placed.split for placed in source.cards]
+        governors += promotion, govern([each for each in splits if isinstance(each, Governed)])
+        return room
 
     @property
     def timing(self) -> Timing:

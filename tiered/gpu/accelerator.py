@@ -26,6 +26,7 @@ from tiered.measuring.this_machine import known_gpus
 from tiered.memory import format_bytes
 from tiered.page_locked import USABLE
 from tiered.planning.admission import Admission
+from tiered.planning.costs import Costs
 from tiered.policies import Space
 from tiered.simulated.timing import Timing
 from tiered.slots import RamMemory
@@ -138,45 +139,58 @@ def place_experts(
         layers = [layer for layer in share.layers if store.blob_bytes[layer]]
         if layers:
             memory = _slots_on(card, name, share, layers, store)
-            source = MappedBlobs(store) if isinstance(below, MappedExperts) else below.tier
             costs = known_costs(card, name, max(memory.space.blob_bytes))
             if known := [layer for layer in layers if layer in prepared]:
                 layout = store.layouts(known[0]).layout(0)
                 measure_rows(card, prepared[known[0]], layout, costs)
-            cpu = Busy(timing.clock)
-            link = Channel(costs.observe_link, cpu)
-            tier = Tier(
-                memory,
-                Uploads(source, memory, link),
-                policies.create(choices.policy, memory.space),
-                loaders=NUM_STAGING,
-                clock=timing.clock,
-                make_loaders=timing.make_loaders,
-            )
-            stack.enter_context(tier)
-            of_card = PlacedExperts(
-                tier,
-                below,
-                store,
-                Governed(costs),
-                costs,
-                few_rows=card.few_rows,
-                admission=Admission(memory.space, costs),
-                clock=timing.clock,
-                cpu=cpu,
-                link=link,
-                kernels=card.device.kernel_times.take,
-                prompt_split=Balanced(costs),
-            )
-            sources |= dict.fromkeys(layers, of_card)
+            placed = _place(card, memory, costs, store, below, choices, timing)
+            stack.enter_context(placed.vram)
+            sources |= dict.fromkeys(layers, placed)
             nbytes = len(memory.slab)
-            shared.append(SharedMemory(card.device, tier, nbytes, share.kv // num_pages))
-    placed = ExpertsOfCards(sources)
+            shared.append(SharedMemory(card.device, placed.vram, nbytes, share.kv // num_pages))
+    of_cards = ExpertsOfCards(sources)
     if isinstance(below, TieredExperts):
-        _beneath(below.tier, placed, timing)
+        _beneath(below.tier, of_cards, timing)
         assert isinstance(below.tier.memory, RamMemory)
         below.tier.memory.lock(cards.cards[0].device, lockable_bytes(cards))
-    return placed, SharedRoom(shared)
+    return of_cards, SharedRoom(shared)
+
+
+def _place(
+    card: Any,
+    memory: Any,
+    costs: Costs,
+    store: ExpertStore,
+    below: MappedExperts | TieredExperts,
+    choices: EngineConfig,
+    timing: Timing,
+) -> PlacedExperts:
+    """A tier over the slots of one card, and who says which experts come there."""
+    cpu = Busy(timing.clock)
+    link = Channel(costs.observe_link, cpu)
+    source = MappedBlobs(store) if isinstance(below, MappedExperts) else below.tier
+    tier = Tier(
+        memory,
+        Uploads(source, memory, link),
+        policies.create(choices.policy, memory.space),
+        loaders=NUM_STAGING,
+        clock=timing.clock,
+        make_loaders=timing.make_loaders,
+    )
+    return PlacedExperts(
+        tier,
+        below,
+        store,
+        Governed(costs),
+        costs,
+        few_rows=card.few_rows,
+        admission=Admission(memory.space, costs),
+        clock=timing.clock,
+        cpu=cpu,
+        link=link,
+        kernels=card.device.kernel_times.take,
+        prompt_split=Balanced(costs),
+    )
 
 
 def lockable_bytes(cards: Any) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from types import TracebackType
 
@@ -32,7 +31,7 @@ class Answer:
 
     def submit(self) -> Answer:
         try:
-            self._job = self.scheduler.submit(self.request, self._on_event)
+            self._job = self.scheduler.submit(self.request, self._events.put_nowait, self._loop)
         except Busy as error:
             status = 503 if "shutting down" in str(error) else 429
             raise ApiError(str(error), status, code="server_busy") from None
@@ -64,7 +63,3 @@ class Answer:
                 if event.error is not None:
                     raise ApiError(f"the request failed: {event.error}", 500)
             yield event
-
-    def _on_event(self, event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)

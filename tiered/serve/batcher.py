@@ -13,6 +13,7 @@ import numpy as np
 from tiered.kv_cache import PAGE_SIZE
 from tiered.serve.counts import Counts
 from tiered.serve.job import Job
+from tiered.serve.outbox import Outbox
 from tiered.serve.prefix import PrefixCache
 from tiered.serve.room import new_pages, sequence_of
 from tiered.speculation import speculation_governor
@@ -41,6 +42,7 @@ class Batcher:
         self.decode_rows = decode_rows
         self.clock = clock
         self.counts = Counts()
+        self.outbox = Outbox()
         self.prefixes = PrefixCache(engine.kv)
         self.running: list[Job] = []  # oldest first
         self.preempted: list[Job] = []  # they left `running`, and have to wait again
@@ -190,6 +192,7 @@ class Batcher:
     ) -> np.ndarray:
         kv, decoder = self.engine.kv, self.engine.decoder
         batch = kv.batch([(sequence_of(job), tokens) for job, tokens in additions])
+        self.outbox.send()
         x = decoder.hidden(batch, kv.pages, chunk)
         logits = decoder.head(x, rows, output)
         first = 0

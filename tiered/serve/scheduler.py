@@ -6,6 +6,7 @@ unless prompts have just taken their time, a chunk of one prompt.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -73,12 +74,20 @@ class Scheduler:
 
     # --- for any thread ---
 
-    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Job:
-        """Queue a request; `on_event` is called in the scheduler's thread, last with a Finish.
+    def submit(
+        self,
+        request: Request,
+        on_event: Callable[[Event], None],
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> Job:
+        """Queue a request; `on_event` is called in `loop`, or else in the scheduler's thread, last
+        with a Finish.
 
         Raises ValueError for a prompt that cannot be computed, Busy if there is no room to wait.
         """
         self.engine.checked(request.ids)
+        if loop is not None:
+            on_event = self._batcher.outbox.to(on_event, loop)
         with self._wake:
             if self._draining or self._closed:
                 raise Busy("the server is shutting down")
@@ -127,6 +136,7 @@ class Scheduler:
         for job in [*self.running, *self.waiting]:
             job.cancel()
         self._drop()
+        self._batcher.outbox.send()
         self.prefixes.clear()
 
     def __enter__(self) -> Scheduler:
@@ -173,6 +183,8 @@ class Scheduler:
         with self._wake:
             while self._batcher.preempted:
                 self.waiting.put_back(self._batcher.preempted.pop(0))
+        if not self.running:  # no forward pass follows, which would send
+            self._batcher.outbox.send()
 
     def _next_prompt(self) -> Job | None:
         """In turn the oldest, and the one that will be done first."""

@@ -33,7 +33,7 @@ def naive_distribution(logits, params):
 def distribution(logits, params):
     tokens, weights = candidates(logits, params)
     p = np.zeros(len(logits))
-    p[tokens] = weights / weights.sum(dtype=np.float64)
+    p[... if tokens is None else tokens] = weights / weights.sum(dtype=np.float64)
     return p
 
 

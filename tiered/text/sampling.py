@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCK = 256  # of weights that are added up before they are chosen from
+GROUP = 48  # values, of which the largest is found first
 LEAST_TEMPERATURE = 1e-38  # the next smaller ones are none in float32
 
 
@@ -60,9 +61,10 @@ class Sampler:
         Raises ValueError if they are not numbers: weights of a damaged model show here.
         """
         if self._penalizes:
-            logits = penalize(logits, list(self._seen), self.params.repetition_penalty)
+            seen = np.fromiter(self._seen, np.int64, len(self._seen))
+            logits = penalize(logits, seen, self.params.repetition_penalty)
         best = int(np.argmax(logits))  # of NaN, if there is one
-        if not np.isfinite(logits[best]):
+        if not math.isfinite(logits[best]):
             raise ValueError("the model's output is not a number: its weights are damaged")
         token = best if self.params.temperature == 0 else self._draw(logits)
         if self._penalizes:
@@ -71,7 +73,8 @@ class Sampler:
 
     def _draw(self, logits: np.ndarray) -> int:
         tokens, weights = candidates(logits, self.params)
-        return int(tokens[pick(weights, self._random.random())])
+        chosen = pick(weights, self._random.random())
+        return chosen if tokens is None else int(tokens[chosen])
 
 
 def pick(weights: np.ndarray, part: float) -> int:
@@ -92,7 +95,7 @@ def pick(weights: np.ndarray, part: float) -> int:
     return start + int(np.searchsorted(running, wanted, side="right"))
 
 
-def penalize(logits: np.ndarray, seen: list[int], penalty: float) -> np.ndarray:
+def penalize(logits: np.ndarray, seen: np.ndarray | list[int], penalty: float) -> np.ndarray:
     """A copy with the logits of `seen` tokens made smaller (arXiv 1909.05858)."""
     logits = logits.copy()
     values = logits[seen]
@@ -100,29 +103,36 @@ def penalize(logits: np.ndarray, seen: list[int], penalty: float) -> np.ndarray:
     return logits
 
 
-def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that may follow (int64, likeliest first if any are left out) and their
+def candidates(
+    logits: np.ndarray, params: SamplingParams
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """The tokens that may follow (int64, likeliest first; None: all, in their order) and their
     probabilities (float32), up to a common factor."""
-    scaled = logits - logits.max()  # before dividing: tiny temperatures must not overflow
-    with np.errstate(over="ignore"):  # to -inf: probability 0
-        scaled /= np.float32(max(params.temperature, LEAST_TEMPERATURE))
-    tokens = np.arange(len(scaled))
-    if 0 < params.top_k < len(tokens):
+    tokens = None
+    if 0 < params.top_k < len(logits):
         tokens = _best(logits, int(params.top_k))
-        scaled = scaled[tokens]
+        logits = logits[tokens]
+    scaled = logits - logits.max()  # before dividing: tiny temperatures must not overflow
+    if params.temperature != 1:
+        with np.errstate(over="ignore"):  # to -inf: probability 0
+            scaled /= np.float32(max(params.temperature, LEAST_TEMPERATURE))
     weights = np.exp(scaled, out=scaled)
     if params.top_p < 1:
-        tokens, weights = _nucleus(tokens, weights, params.top_p)
+        tokens, weights = _those(_nucleus(weights, params.top_p), tokens, weights)
     if params.min_p > 0:
-        kept = weights >= params.min_p * weights.max()
-        tokens, weights = tokens[kept], weights[kept]
+        kept = np.flatnonzero(weights >= params.min_p * weights.max())
+        tokens, weights = _those(kept, tokens, weights)
     return tokens, weights
 
 
-def _nucleus(
-    tokens: np.ndarray, weights: np.ndarray, top_p: float
+def _those(
+    kept: np.ndarray, tokens: np.ndarray | None, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest set of likeliest tokens that makes up at least `top_p`.
+    return kept if tokens is None else tokens[kept], weights[kept]
+
+
+def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """The smallest set of likeliest tokens that makes up at least `top_p`, likeliest first.
 
     Few tokens do that in practice, so only as many as needed are sorted.
     """
@@ -134,8 +144,7 @@ def _nucleus(
         before = np.cumsum(sorted_weights) - sorted_weights
         num_kept = int(np.count_nonzero(before < wanted))
         if num_kept < len(order) or count == len(weights):
-            kept = order[: max(num_kept, 1)]
-            return tokens[kept], weights[kept]
+            return order[: max(num_kept, 1)]
         count = min(8 * count, len(weights))
 
 
@@ -144,8 +153,18 @@ def _best(values: np.ndarray, count: int) -> np.ndarray:
     if count >= len(values):
         kept = np.arange(len(values))
     else:
-        kept = np.flatnonzero(values >= np.partition(values, -count)[-count])
+        kept = np.flatnonzero(values >= _bound(values, count))
+        found = values[kept]
+        kept = kept[found >= np.partition(found, -count)[-count]]
     return kept[np.argsort(-values[kept], kind="stable")]
+
+
+def _bound(values: np.ndarray, count: int) -> np.float32:
+    """What at least `count` values reach, and not many more: of the largest in each of several
+    times as many groups, the `count`-th. To find it is quicker than to order all values."""
+    size = min(len(values) // count, GROUP)
+    largest = values[: len(values) // size * size].reshape(size, -1).max(axis=0)
+    return np.partition(largest, -count)[-count]  # type: ignore[no-any-return]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

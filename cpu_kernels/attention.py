@@ -32,7 +32,7 @@ from cpu_kernels.norm import (
 )
 from cpu_kernels.record import Record, floats
 from cpu_kernels.rope import RopeTable, rotate_adjacent, rotate_half, rotation
-from cpu_kernels.team import OF_ATTENTION, Team, barrier, op, share
+from cpu_kernels.team import OF_ATTENTION, Team, barrier, before_each_run, op, share
 from cpu_kernels.tile import multiply_kernel
 
 
@@ -288,7 +288,7 @@ class Attention:
             return
         self._batch.prepare(x, batch, kv, layer.geometry)
         self._use(layer, kv, index)
-        self._team.queue(layer.op.address, layer.record.address, OF_ATTENTION)
+        self._team.queue(layer.op.address, layer.record.address, OF_ATTENTION, before_each_run)
 
     @property
     def batch(self) -> tuple[Any, ...]:

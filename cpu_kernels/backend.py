@@ -149,7 +149,7 @@ class CpuBackend:
         if num_tokens > FEW_ROWS:
             yield
             return
-        with self._team.chain():
+        with self._team.chain(num_tokens):
             yield
         self._known = list(layers), *self._attention.batch
 
@@ -161,12 +161,13 @@ class CpuBackend:
         known, x, _, known_kv, geometry = self._known
         if kv is not known_kv or len(layers) != len(known) or not all(map(is_, layers, known)):
             return None
-        if self._embedding.fill(table, batch.tokens, scale) is not x:
+        new = self._embedding.fill(table, batch.tokens, scale)
+        if new.base is not x.base or not self._attention.again(new, batch, kv, geometry):
             return None
-        if not self._attention.again(x, batch, kv, geometry):
+        if not self._team.resize(len(new)):
             return None
         self._team.again()
-        return x
+        return new
 
     def chained_seconds(self) -> dict[str, float]:
         return self._team.take_seconds()
@@ -207,7 +208,7 @@ class CpuBackend:
         into: np.ndarray,
     ) -> np.ndarray:
         h, chosen = self._router.choose(x, router)
-        out = self.pair_outputs(chosen.experts.size)
+        out = self._scratch.floats("few pairs", FEW_ROWS * router.top_k, self._hidden_size)
         layer.chosen.run(self._team, h, chosen, table, out, into)
         return h
 

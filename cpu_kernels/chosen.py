@@ -10,6 +10,7 @@ import numpy as np
 from cpu_kernels.experts import COMBINE, EXPERTS, ExpertLayer, add_pairs, prepare_h, run_experts
 from cpu_kernels.inner import inner
 from cpu_kernels.lanes import store_i32
+from cpu_kernels.linear import FEW_ROWS
 from cpu_kernels.memory import load_i32, store_word, word
 from cpu_kernels.record import Record, fields
 from cpu_kernels.team import Team, barrier, op
@@ -81,7 +82,7 @@ class ChosenExperts:
     """`layer`'s experts, ready to be run on what its router chose."""
 
     def __init__(self, layer: ExpertLayer) -> None:
-        self._layer = layer
+        self._layer, self._top_k = layer, 0
         self._experts, self._combine = Record(EXPERTS, **layer.facts), Record(COMBINE)
         self._record = Record(CHOSEN, experts=self._experts.address, combine=self._combine.address)
         _ = _chosen.address  # compiled before the first token
@@ -95,14 +96,27 @@ class ChosenExperts:
         out: np.ndarray,
         into: np.ndarray,
     ) -> None:
-        """into += what the experts say of h, weighted; all are float32 [num_tokens, hidden_size].
-        `chosen` has `experts` and `weights`, which may be known only when this is run; `out` is
-        room for float32 [num_tokens * top_k, hidden_size]; `table` has `addresses` and `uses`:
-        how often each expert was used, however many of these tokens chose it."""
+        """into += what the experts say of h, weighted; all are float32 [num_tokens, hidden_size],
+        of FEW_ROWS at most, who all have room. `chosen` has `experts` and `weights`, which may
+        be known only when this is run; `out` is float32 [FEW_ROWS * top_k, hidden_size]; `table`
+        has `addresses` and `uses`: how often each expert was used, however many of these tokens
+        chose it."""
         version = self._layer.workspace.version
-        if not self._record.is_filled_for(h, chosen, table, out, into, version):
+        if not (
+            self._record.is_filled_for(table, out, version)
+            and self._record.points_to(chosen=chosen.experts)
+            and self._experts.points_to(h=h)
+            and self._combine.points_to(x=into)
+        ):
             self._fill(team, h, chosen, table, out, into)
-        team.queue(_chosen.address, self._record.address)
+        self.resize(len(h))
+        team.queue(_chosen.address, self._record.address, resize=self.resize)
+
+    def resize(self, num_rows: int) -> None:
+        """So many tokens are there when this is run next."""
+        self._experts.resize(num_rows=num_rows)
+        self._combine.resize(num_rows=num_rows)
+        self._record.resize(num_pairs=num_rows * self._top_k)
 
     def _fill(
         self,
@@ -114,9 +128,11 @@ class ChosenExperts:
         into: np.ndarray,
     ) -> None:
         team.forget()  # it may wait to be run as it is
-        layer, num_pairs = self._layer, chosen.experts.size
-        num_rows, top_k = chosen.experts.shape
-        rows, results = (num_rows, layer.hidden_size), (num_pairs, layer.hidden_size)
+        layer, (num_rows, top_k) = self._layer, chosen.experts.shape
+        self._top_k, most_pairs = top_k, FEW_ROWS * top_k
+        rows, results = (num_rows, layer.hidden_size), (most_pairs, layer.hidden_size)
+        if num_rows > FEW_ROWS:
+            raise ValueError(f"there are {num_rows} tokens, and at most {FEW_ROWS} are a few")
         for name, array, shape in (("h", h, rows), ("into", into, rows), ("out", out, results)):
             if array.dtype != np.float32 or array.shape != shape:
                 raise ValueError(f"{name} must be float32 {list(shape)}, not {array.shape}")
@@ -124,20 +140,19 @@ class ChosenExperts:
         for array, shape in ((table.addresses, (count, 3)), (table.uses, (count,))):
             if array.dtype != np.int64 or array.shape != shape or not array.flags.c_contiguous:
                 raise ValueError(f"a table's arrays must be contiguous int64, like {list(shape)}")
-        space, most_jobs = layer.workspace, min(num_pairs, count)
-        space.reserve(num_rows, layer.hidden_size, num_pairs, layer.expert_size, most_jobs)
+        space, most_jobs = layer.workspace, min(most_pairs, count)
+        space.reserve(FEW_ROWS, layer.hidden_size, most_pairs, layer.expert_size, most_jobs)
         own = {
-            "starts": np.zeros(most_jobs + 1, np.int32), "pairs": np.zeros(num_pairs, np.int32),
+            "starts": np.zeros(most_jobs + 1, np.int32), "pairs": np.zeros(most_pairs, np.int32),
             "experts": np.zeros(most_jobs, np.int32),
             "addresses": np.zeros((most_jobs, 3), np.int64),
         }  # fmt: skip
-        self._experts.set(**(space.arrays | own), h=h, out=out, num_rows=num_rows, top_k=top_k)
+        self._experts.set(**(space.arrays | own), h=h, out=out, top_k=top_k)
         self._combine.set(
-            x=into, out=out, weights=chosen.weights, num_rows=num_rows, top_k=top_k,
-            hidden_size=layer.hidden_size,
-        )  # fmt: skip
+            x=into, out=out, weights=chosen.weights, top_k=top_k, hidden_size=layer.hidden_size
+        )
         self._record.set(
-            chosen=chosen.experts, num_pairs=num_pairs, table=table.addresses, uses=table.uses,
-            num_experts=count, places=np.zeros(count, np.int32),
+            chosen=chosen.experts, table=table.addresses, uses=table.uses, num_experts=count,
+            places=np.zeros(count, np.int32),
         )  # fmt: skip
-        self._record.mark_filled_for(h, chosen, table, out, into, space.version)
+        self._record.mark_filled_for(table, out, space.version)

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.linear import gather_rows
+from cpu_kernels.linear import FEW_ROWS, gather_rows
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import scaled_copy
 from cpu_kernels.record import Record, Scratch, fields
-from cpu_kernels.team import OF_ATTENTION, Team, barrier, op, share
+from cpu_kernels.team import OF_ATTENTION, Team, barrier, before_each_run, op, share
 
 EMBED = fields("table tokens num_rows out hidden_size scale")
 
@@ -44,7 +44,8 @@ class Embedding:
         that it does not have."""
         x = self.fill(table, tokens, scale)
         if len(tokens):
-            self._team.queue(embed.address, self._record.address, OF_ATTENTION)
+            record = self._record.address
+            self._team.queue(embed.address, record, OF_ATTENTION, before_each_run)
         return x
 
     def fill(self, table: Any, tokens: np.ndarray, scale: float) -> np.ndarray:
@@ -55,9 +56,10 @@ class Embedding:
             raise IndexError(
                 f"token ids must be 0 to {vocab_size - 1}, not {min(ids)} to {max(ids)}"
             )
+        self._scratch.room("x", 4 * FEW_ROWS * hidden_size)  # in one place for few rows
         x = self._scratch.floats("x", num_rows, hidden_size)
         if not self._record.is_filled_for(x, table, scale):
-            self._team.forget()  # it may wait to be run as it is
+            self._team.finish_batch()
             self._tokens = np.empty(num_rows, np.int32)
             self._record.set(
                 table=table.address, tokens=self._tokens, num_rows=num_rows, out=x,

@@ -15,7 +15,7 @@ from cpu_kernels.experts import (
 )
 from cpu_kernels.gating import sigmoid
 from cpu_kernels.isa import Isa
-from cpu_kernels.linear import multiply
+from cpu_kernels.linear import FEW_ROWS, multiply
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import apply_norm, rms_scale
 from cpu_kernels.record import Record, fields
@@ -76,6 +76,7 @@ class FeedForwardLayer:
         self.layer = ExpertLayer(layout, config, isa, exact, workspace)
         addresses = [matrix.data.ctypes.data for matrix in layout]
         self._addresses = np.array([addresses], np.int64)
+        self._most_rows = 0
         self._starts = np.zeros(2, np.int32)  # its own, as several layers may wait to be run
         self.norm = None if norm is None else np.ascontiguousarray(norm, np.float32)
         self.record = Record(
@@ -89,29 +90,37 @@ class FeedForwardLayer:
     def run(
         self, team: Team, x: np.ndarray, h: np.ndarray | None, into: np.ndarray | None = None
     ) -> None:
-        if not self.record.is_filled_for(x, h, into, self.workspace.version):
-            self._fill(team, x, h, into)
-        team.queue(_feed_forward.address, self.record.address)
+        target, num_rows = x if into is None else into, len(x)
+        if not (
+            self.record.is_filled_for(self.workspace.version, h is None)
+            and num_rows <= self._most_rows
+            and self.record.points_to(x=x, target=target)
+            and (h is None or self.layer.record.points_to(h=h))
+        ):
+            self._fill(team, x, h, target)
+        self.resize(num_rows)
+        team.queue(_feed_forward.address, self.record.address, resize=self.resize)
 
-    def _fill(
-        self, team: Team, x: np.ndarray, h: np.ndarray | None, into: np.ndarray | None
-    ) -> None:
+    def resize(self, num_rows: int) -> None:
+        """So many rows are there when this is run next."""
+        self.layer.record.resize(num_rows=num_rows)
+        self._starts[1] = num_rows
+
+    def _fill(self, team: Team, x: np.ndarray, h: np.ndarray | None, target: np.ndarray) -> None:
         if h is None and self.norm is None:
             raise ValueError("this feed-forward was prepared without a norm: give it h")
         team.forget()  # it may wait to be run as it is
-        space, (num_rows, hidden) = self.workspace, x.shape
-        space.reserve(num_rows, hidden, num_rows, self.layer.expert_size)
-        space.reserve_dense(num_rows, hidden)
-        self._starts[:] = 0, num_rows
+        space, hidden = self.workspace, x.shape[1]
+        self._most_rows = most = max(len(x), FEW_ROWS)
+        space.reserve(most, hidden, most, self.layer.expert_size)
+        space.reserve_dense(most, hidden)
         own = {
             "addresses": self._addresses, "starts": self._starts, "pairs": space.arrays["identity"]
         }  # fmt: skip
         self.layer.record.set(**(space.arrays | own))
         self.layer.record.set(
-            h=space.dense["h"] if h is None else h, num_rows=num_rows, out=space.dense["out"],
-            num_jobs=1, top_k=1,
+            h=space.dense["h"] if h is None else h, out=space.dense["out"], num_jobs=1, top_k=1,
         )  # fmt: skip
         norm = self.norm if h is None else None
-        target = x if into is None else into
         self.record.set(x=x, target=target, scores=space.dense["scores"], norm=norm)
-        self.record.mark_filled_for(x, h, into, space.version)
+        self.record.mark_filled_for(space.version, h is None)

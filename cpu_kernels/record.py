@@ -58,6 +58,16 @@ class Record:
         """
         return self._ids == tuple(map(id, arguments))
 
+    def points_to(self, **arrays: np.ndarray) -> bool:
+        """Whether it has the addresses of these arrays, however many rows of them."""
+        words, index = self._words, self._index
+        return all(words[index[name]] == array.ctypes.data for name, array in arrays.items())
+
+    def resize(self, **counts: int) -> None:
+        """Set numbers of rows, which are no part of what it was filled for."""
+        for name, count in counts.items():
+            self._words[self._index[name]] = count
+
     def mark_filled_for(self, *arguments: Any) -> None:
         self._filled_for, self._ids = arguments, tuple(map(id, arguments))
 

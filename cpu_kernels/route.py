@@ -17,7 +17,7 @@ import numpy as np
 from cpu_kernels.exponential import exp
 from cpu_kernels.inner import inner
 from cpu_kernels.lanes import LANES, by_lanes, larger, store_i32
-from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
+from cpu_kernels.linear import FEW_ROWS, multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, store_f32, word
 from cpu_kernels.norm import norm_rows, norm_vectors, rms_norm_rows
 from cpu_kernels.record import Record, Scratch, fields, floats
@@ -251,8 +251,9 @@ class RouterLayer:
         self.norm = norm_vectors(weights.norm, config.hidden_size)
         self.own_norm = floats(weights.own_norm, "own_norm", config.hidden_size)
         self._router = router  # the record has only its address
-        # Look-ahead may guess in one thread while another routes: each has a record.
-        self.record, self.guess_record = (
+        # Look-ahead may guess in one thread while another routes: each has a record. So have a few
+        # tokens, whose ops may be run again when many have been routed.
+        self.record, self.guess_record, self.few_record = (
             Record(
                 ROUTER,
                 eps=float(config.norm_eps),
@@ -270,9 +271,13 @@ class RouterLayer:
                 scale=float(config.routing_scale),
                 jitter=float(config.router_jitter),
             )
-            for _ in range(2)
+            for _ in range(3)
         )
         _ = route.address  # compiled before the first token
+
+    def resize(self, num_rows: int) -> None:
+        """So many tokens are there when the few of `Router.choose` are routed next."""
+        self.few_record.resize(num_rows=num_rows)
 
 
 class Router:
@@ -282,6 +287,7 @@ class Router:
         self._team = team
         self._scratch = Scratch()
         self._chosen: Routing | None = None  # where the op writes
+        self._few: tuple[np.ndarray, Routing] | None = None  # the same, and h, of FEW_ROWS tokens
 
     def route(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
         """h = norm(x), which stays until the next call, and the experts chosen for it."""
@@ -289,12 +295,24 @@ class Router:
         return h, self._run(x, h, layer, layer.record)
 
     def choose(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
-        """The same where only ops want to know: both are there when the team has done what waits,
-        and until the next call."""
-        h = self._scratch.floats("h", *x.shape)
-        chosen = self._filled(x, h, layer, layer.record)
-        self._team.queue(route.address, layer.record.address, OF_ROUTER)
-        return h, chosen
+        """The same for up to FEW_ROWS tokens where only ops want to know: both are there when the
+        team has done what waits, and until the next call; they are parts of what has FEW_ROWS."""
+        num_rows, record = len(x), layer.few_record
+        h, chosen = self._few_results(layer)
+        if not (record.is_filled_for(h, chosen) and record.points_to(x=x)):
+            self._team.forget()  # the layer may wait to be run as it is
+            self._fill(x, h, chosen, layer, record)
+            record.mark_filled_for(h, chosen)
+        layer.resize(num_rows)
+        self._team.queue(route.address, record.address, OF_ROUTER, layer.resize)
+        return h[:num_rows], Routing(chosen.experts[:num_rows], chosen.weights[:num_rows])
+
+    def _few_results(self, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
+        shape = FEW_ROWS, layer.top_k
+        if self._few is None or self._few[1].experts.shape != shape:
+            h = self._scratch.floats("few h", FEW_ROWS, layer.hidden_size)
+            self._few = h, Routing(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        return self._few
 
     def guess(self, x: np.ndarray, h: np.ndarray, layer: RouterLayer) -> Routing:
         """The experts that the layer would choose for x, of which another layer made the `h`."""
@@ -313,39 +331,41 @@ class Router:
         self, x: np.ndarray | None, h: np.ndarray, layer: RouterLayer, record: Record
     ) -> Routing:
         """Where the results of such a call will be."""
-        chosen = self._chosen
+        chosen, shape = self._chosen, (len(h), layer.top_k)
         if chosen is None or not record.is_filled_for(x, h, chosen):
-            self._team.forget()  # the layer may wait to be run as it is
-            chosen = self._fill(x, h, layer, record)
+            if chosen is None or chosen.experts.shape != shape:
+                chosen = Routing(np.empty(shape, np.int32), np.empty(shape, np.float32))
+                self._chosen = chosen
+            self._fill(x, h, chosen, layer, record)
+            record.mark_filled_for(x, h, chosen)
         return chosen
 
     def _fill(
-        self, x: np.ndarray | None, h: np.ndarray, layer: RouterLayer, record: Record
-    ) -> Routing:
-        """Fill `record` for such a call; returns where its results will be."""
+        self,
+        x: np.ndarray | None,
+        h: np.ndarray,
+        chosen: Routing,
+        layer: RouterLayer,
+        record: Record,
+    ) -> None:
+        """Have `record` say what is routed, and where results go."""
         num_rows = len(h)
         if h.shape != (num_rows, layer.hidden_size) or h.dtype != np.float32:
             raise ValueError(
                 f"rows must be float32 [num_tokens, {layer.hidden_size}], not {h.dtype} {h.shape}"
             )
-        chosen, shape = self._chosen, (num_rows, layer.top_k)
-        if chosen is None or chosen.experts.shape != shape:
-            chosen = Routing(np.empty(shape, np.int32), np.empty(shape, np.float32))
-            self._chosen = chosen
-        room = self._scratch.room
+        room, most = self._scratch.room, max(num_rows, FEW_ROWS)
         record.set(
             num_rows=num_rows,
             x=x,
             h=h,
-            own=room("own", 0 if layer.own_norm is None else 4 * h.size),
-            prepared=room("prepared", prepared_bytes(num_rows, layer.hidden_size)),
-            logits=room("logits", 4 * num_rows * layer.num_experts),
-            choices=room("choices", 4 * num_rows * layer.num_experts),
-            group_scores=room("group_scores", 4 * num_rows * layer.num_groups),
+            own=room("own", 0 if layer.own_norm is None else 4 * most * layer.hidden_size),
+            prepared=room("prepared", prepared_bytes(most, layer.hidden_size)),
+            logits=room("logits", 4 * most * layer.num_experts),
+            choices=room("choices", 4 * most * layer.num_experts),
+            group_scores=room("group_scores", 4 * most * layer.num_groups),
             experts=chosen.experts,
             weights=chosen.weights,
         )
         if record is not layer.guess_record:
             record.set(**layer.norm)
-        record.mark_filled_for(x, h, chosen)
-        return chosen

@@ -61,6 +61,13 @@ _COUNTERS = 5 * _LINE
 _ASLEEP = 6 * _LINE  # one word per thread: 1 if it sleeps, or is about to, and has not been woken
 
 
+Resize = Callable[[int], None]
+
+
+def before_each_run(num_rows: int) -> None:
+    """The `resize` of ops whose record is filled each time before they run."""
+
+
 class Op:
     """An op's machine code, compiled (or loaded from the cache) when its address is first used."""
 
@@ -288,6 +295,8 @@ class Team:
         self._chaining = False
         self._num_links = 0
         self._tape: list[int] | None = None  # the links of this chain
+        self._resizes: list[Resize | None] = []  # of its ops
+        self._kept_rows = 0
         self._kept: np.ndarray | None = None  # as `_links`, but of the whole last chain
         self._kept_words = memoryview(np.zeros(1 + NUM_TIMED, np.int64))
         self._untold = False  # whether chains have run since `take_seconds`
@@ -323,16 +332,16 @@ class Team:
             self._lock.release()
 
     @contextmanager
-    def chain(self) -> Iterator[None]:
+    def chain(self, num_rows: int = 1) -> Iterator[None]:
         """Within, ops that are given to `queue` may wait until another is run, or until the end. If
-        nothing else was run meanwhile, `again` does the same."""
-        self._chaining, self._tape, self._kept = True, [], None
+        nothing else was run meanwhile, `again` does the same; they are of `num_rows` rows."""
+        self._chaining, self._tape, self._kept, self._resizes = True, [], None, []
         try:
             yield
             self.finish()
             if self._tape:
                 words = [len(self._tape) // 3, *[0] * NUM_TIMED, *self._tape]
-                self._kept = np.array(words, np.int64)
+                self._kept, self._kept_rows = np.array(words, np.int64), num_rows
                 self._kept_words = memoryview(self._kept)
                 self._kept_address = self._kept.ctypes.data
         finally:
@@ -344,6 +353,16 @@ class Team:
         with self._lock:
             self._untold = True
             self._run(self._chain, self._kept_address)
+
+    def resize(self, num_rows: int) -> bool:
+        """Have the last chain's ops be of so many rows; False: there is one that cannot."""
+        if num_rows != self._kept_rows:
+            if None in self._resizes:
+                return False
+            for resize in self._resizes:
+                resize(num_rows)  # type: ignore[misc]
+            self._kept_rows = num_rows
+        return True
 
     def finish_batch(self) -> None:
         """Finish, as what all layers know of the batch changes: once a chain, right after the op
@@ -363,14 +382,19 @@ class Team:
         self._tape = self._kept = None
         self.finish()
 
-    def queue(self, function: int, record: int, part: int = OF_EXPERTS) -> None:
+    def queue(
+        self, function: int, record: int, part: int = OF_EXPERTS, resize: Resize | None = None
+    ) -> None:
         """Run an op now or, in a chain, later, before others. What it uses must stay as it is until
-        then (see `finish`); `take_seconds` counts its time for `part`."""
+        then (see `finish`); `take_seconds` counts its time for `part`. `resize`, if there is one,
+        makes its record say that there are so many rows, for `Team.resize`."""
         if not self._chaining:
+            self._kept_rows = 0  # the record may be one of the last chain's, and of other rows now
             self.run(function, record, part)
             return
         if self._tape is not None:
             self._tape += function, record, part
+            self._resizes.append(resize)
         self._link(function, record, part)
         if self._num_links == MOST_LINKS:
             self.finish()

@@ -22,8 +22,8 @@ class Listener:
         pass
 
 
-def open_engine(path, **choices):
-    return Engine(path, quantize="none", context=256, kv_tokens=512, **choices)
+def open_engine(path, kv_tokens=512, **choices):
+    return Engine(path, quantize="none", context=256, kv_tokens=kv_tokens, **choices)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -100,6 +100,40 @@ def test_texts_that_share_passes_are_each_as_alone(engine):
     assert known >= 3
     for sequence in (*alone, *together):
         kv.close(sequence)
+
+
+# With experts alone; with a shared expert; with a dense layer first.
+@pytest.mark.parametrize("model_type", ["olmoe", "qwen2_moe", "deepseek_v3"])
+def test_ops_run_again_for_any_number_of_rows(model_type, tmp_path):
+    """Whoever joins or leaves, and whatever prompts come between: nothing is prepared anew."""
+    path = golden.checkpoint(tmp_path / "model", model_type)
+    with open_engine(path, kv_tokens=2048, threads=2) as engine:
+        decoder, kv, known = engine.decoder, engine.kv, []
+        again = decoder.again
+        decoder.again = lambda *arguments: known.append(again(*arguments)) or known[-1]
+        long, few = np.arange(40) % 30, [4, 9, 2]
+
+        def answers():
+            engine.logits(long)
+            sequences = [kv.open() for _ in range(decoder.backend.few_rows)]
+            for sequence in sequences:
+                decoder.hidden(kv.batch([(sequence, few)]), kv.pages)
+            known.clear()
+            for step, count in enumerate((4, 16, 1, 7, 15, 16, 2)):
+                added = [(s, [(3 * i + step) % 30]) for i, s in enumerate(sequences[:count])]
+                yield decoder.forward(kv.batch(added), kv.pages, np.arange(count))
+                if step == 4:
+                    engine.logits(few)
+                    engine.logits(long)
+            for sequence in sequences:
+                kv.close(sequence)
+
+        got = list(answers())
+        prepared = [x is None for x in known]
+        decoder.trace = Listener()
+        assert all(map(np.array_equal, got, answers()))
+    # The long prompt has no ops to run again; with a shared expert it takes the record of theirs.
+    assert sum(prepared) <= (1 if model_type == "olmoe" else 3)
 
 
 def test_an_expert_that_several_tokens_choose_is_used_once(engine):

@@ -103,9 +103,7 @@ def penalize(logits: np.ndarray, seen: np.ndarray | list[int], penalty: float) -
     return logits
 
 
-def candidates(
-    logits: np.ndarray, params: SamplingParams
-) -> tuple[np.ndarray | None, np.ndarray]:
+def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
     """The tokens that may follow (int64, likeliest first; None: all, in their order) and their
     probabilities (float32), up to a common factor."""
     tokens = None

@@ -66,21 +66,20 @@ def first_visible(layer, position):
 def _pack_page(
     k, kind, keys, values, head_dim, padded_dim, page_size, offset, packed_keys, packed_values
 ):
-    """Copy a page, whose first token has number `offset` in the chunk, as float32 vectors that
-    follow each other along the depth: keys [16 tokens, head_dim], values [16 dims, CHUNK]."""
-    size, vector = ELEMENT_BYTES[kind], 4 * LANES
+    """Copy a page, whose first token has number `offset` in the chunk, as float32, into panels of
+    the whole chunk: keys [CHUNK / 16, head_dim, 16], values [padded_dim / 16, CHUNK, 16]."""
+    source_bytes, target_bytes = LANES * ELEMENT_BYTES[kind], LANES * ELEMENT_BYTES["f32"]
 
-    def copy(source, step, count, target):
+    def copy(source, count, target):
         with k.loop(count) as i:
-            value = load_lanes(k, kind, source + i * step)
-            k.store(target + i * vector, value, align=4)
+            value = load_lanes(k, kind, source + i * source_bytes)
+            k.store(target + i * target_bytes, value, align=4)
 
-    with k.loop(page_size >> 4) as v:
-        target = packed_keys + ((offset >> 4) + v) * head_dim * vector
-        copy(keys + v * (LANES * size), page_size * size, head_dim, target)
+    target = packed_keys + (offset >> 4) * head_dim * target_bytes
+    copy(keys, (page_size >> 4) * head_dim, target)
     with k.loop(padded_dim >> 4) as v:
-        target = packed_values + (v * CHUNK + offset) * vector
-        copy(values + v * (LANES * size), padded_dim * size, page_size, target)
+        target = packed_values + (v * CHUNK + offset) * target_bytes
+        copy(values + v * page_size * source_bytes, page_size, target)
 
 
 @inner
@@ -107,45 +106,47 @@ def _pack_chunk(kv, table, head, start, lo, hi, to_keys, to_values):
 
 
 @inner
+def _keys(kv, table, position, head):
+    block = _block(kv, load_i32(table, position // word(kv, KV.page_size)), head)
+    return word(kv, KV.keys) + block * word(kv, KV.key_page)
+
+
+@inner
+def _values(kv, table, position, head):
+    block = _block(kv, load_i32(table, position // word(kv, KV.page_size)), head)
+    return word(kv, KV.values) + block * word(kv, KV.value_page)
+
+
+@inner
 def _scores_from_pages(kv, table, head, start, lo, hi, queries, num_rows, scores):
     page_size, multiply = word(kv, KV.page_size), word(kv, KV.multiply)
-    row, size = 4 * word(kv, KV.padded_dim), word(kv, KV.element_bytes)
+    row, depth = 4 * word(kv, KV.padded_dim), word(kv, KV.head_dim)
+    panel = depth * LANES * word(kv, KV.element_bytes)
     for offset in range(lo // page_size * page_size, hi, page_size):
-        block = _block(kv, load_i32(table, (start + offset) // page_size), head)
-        keys = word(kv, KV.keys) + block * word(kv, KV.key_page)
-        num_vectors = (min(hi - offset, page_size) + LANES - 1) // LANES
-        step, vector = page_size * size, LANES * size
-        out, depth = scores + 4 * offset, word(kv, KV.head_dim)
+        num_panels = (min(hi - offset, page_size) + LANES - 1) // LANES
+        keys, out = _keys(kv, table, start + offset, head), scores + 4 * offset
         if offset + page_size < hi:
-            block = _block(kv, load_i32(table, (start + offset) // page_size + 1), head)
-            ahead = word(kv, KV.keys) + block * word(kv, KV.key_page) - keys
+            next = _keys(kv, table, start + offset + page_size, head)
         else:  # the chunk's values come next
-            block = _block(kv, load_i32(table, (start + lo) // page_size), head)
-            ahead = word(kv, KV.values) + block * word(kv, KV.value_page) - keys
+            next = _values(kv, table, start + lo, head)
         arguments = (
-            queries, row, num_rows, keys, step, vector, num_vectors, depth, out, 4 * CHUNK, 1, ahead
+            queries, row, num_rows, keys, panel, num_panels, depth, out, 4 * CHUNK, 1, next, 0
         )  # fmt: skip
         call_kernel(multiply, arguments)
 
 
 @inner
-def _values_from_pages(kv, table, head, start, lo, hi, scores, num_rows, out, out_row):
+def _values_from_pages(kv, table, head, start, lo, hi, scores, num_rows, out, out_row, after):
     page_size, multiply = word(kv, KV.page_size), word(kv, KV.multiply)
-    padded_dim, size = word(kv, KV.padded_dim), word(kv, KV.element_bytes)
-    at = lo
+    row = LANES * word(kv, KV.element_bytes)
+    at, panel, num_panels = lo, page_size * row, word(kv, KV.padded_dim) // LANES
     while at < hi:
         page_end = min((at // page_size + 1) * page_size, hi)
-        block = _block(kv, load_i32(table, (start + at) // page_size), head)
-        values = word(kv, KV.values) + block * word(kv, KV.value_page)
-        values += at % page_size * padded_dim * size
-        step, vector, fresh = padded_dim * size, LANES * size, 1 if at == lo else 0
-        a, depth, num_vectors, ahead = scores + 4 * at, page_end - at, padded_dim // LANES, 0
-        if page_end < hi:
-            block = _block(kv, load_i32(table, (start + page_end) // page_size), head)
-            ahead = word(kv, KV.values) + block * word(kv, KV.value_page) - values
+        values = _values(kv, table, start + at, head) + at % page_size * row
+        a, depth, fresh = scores + 4 * at, page_end - at, 1 if at == lo else 0
+        next = _values(kv, table, start + page_end, head) if page_end < hi else after
         arguments = (
-            a, 4 * CHUNK, num_rows, values, step, vector, num_vectors, depth,
-            out, out_row, fresh, ahead,
+            a, 4 * CHUNK, num_rows, values, panel, num_panels, depth, out, out_row, fresh, next, 0
         )  # fmt: skip
         call_kernel(multiply, arguments)
         at = page_end
@@ -163,19 +164,27 @@ def _apply_scales(kv, table, head, start, lo, hi, is_value, scores, num_rows):
             scale_row(scores + 4 * (row * CHUNK + offset), 0, num_vectors, scales)
 
 
+@inner
+def _table(layer, row):
+    """The page table of a row's sequence."""
+    batch = word(layer, ATTENTION.batch)
+    sequence = load_i32(word(batch, BATCH.sequences), row)
+    return word(batch, BATCH.tables) + 4 * sequence * word(batch, BATCH.max_pages)
+
+
 def _attend_chunk(
-    layer, workspace, first_row, num_rows, head, chunk, out, accumulate, _8, _9, _10, _11
+    layer, workspace, first_row, num_rows, head, chunk, out, accumulate, next, _9, _10, _11
 ):
     """A kernel, so that it is compiled once and by itself.
 
     The partials of a block's query heads, of one head of keys, for one chunk: written to `out`,
-    one for each row and query head, or merged into those that are there."""
+    one for each row and query head, or merged into those that are there. `next`: the first keys
+    that are needed afterwards, to be prefetched."""
     batch, kv = word(layer, ATTENTION.batch), word(layer, ATTENTION.kv)
     group, padded_dim = word(layer, ATTENTION.group), word(layer, ATTENTION.padded_dim)
     head_dim, kind = word(kv, KV.head_dim), word(kv, KV.kind)
     positions = word(batch, BATCH.positions)
-    sequence = load_i32(word(batch, BATCH.sequences), first_row)
-    table = word(batch, BATCH.tables) + 4 * sequence * word(batch, BATCH.max_pages)
+    table = _table(layer, first_row)
     start, size = chunk * CHUNK, partial_bytes(padded_dim)
     lo = max(first_visible(layer, load_i32(positions, first_row)) - start, 0)
     lo = lo // LANES * LANES
@@ -196,9 +205,10 @@ def _attend_chunk(
         target = parts if accumulate else out + strip * size
         q = queries + strip * query_bytes
         if is_packed:
+            panel = head_dim * 4 * LANES
             arguments = (
-                q, query_bytes, count, packed_keys + first * head_dim * 4 * LANES, 4 * LANES,
-                head_dim * 4 * LANES, last - first, head_dim, scores + 4 * lo, 4 * CHUNK, 1, 0,
+                q, query_bytes, count, packed_keys + first * panel, panel, last - first, head_dim,
+                scores + 4 * lo, 4 * CHUNK, 1, packed_values, 0,
             )  # fmt: skip
             call_kernel(multiply, arguments)
         else:
@@ -218,12 +228,15 @@ def _attend_chunk(
             _apply_scales(kv, table, head, start, lo, hi, 1, scores, count)
         if is_packed:
             arguments = (
-                scores + 4 * lo, 4 * CHUNK, count, packed_values + lo * 4 * LANES, 4 * LANES,
-                CHUNK * 4 * LANES, padded_dim // LANES, hi - lo, target + HEADER, size, 1, 0,
+                scores + 4 * lo, 4 * CHUNK, count, packed_values + lo * 4 * LANES,
+                CHUNK * 4 * LANES, padded_dim // LANES, hi - lo, target + HEADER, size, 1,
+                packed_keys, 0,
             )  # fmt: skip
             call_kernel(multiply, arguments)
         else:
-            _values_from_pages(kv, table, head, start, lo, hi, scores, count, target + HEADER, size)
+            _values_from_pages(
+                kv, table, head, start, lo, hi, scores, count, target + HEADER, size, next
+            )
         if accumulate:
             for i in range(count):
                 merge(out + (strip + i) * size, target + i * size, padded_dim)
@@ -274,7 +287,9 @@ def attend_blocks(layer, thread, team):
             empty_row(0, 0, 0, totals + i * size)
         lo, hi = _chunks(layer, first_row, num_rows)
         for chunk in range(lo, hi):
-            arguments = layer, workspace, first_row, num_rows, head, chunk, totals, 1, 0, 0, 0, 0
+            arguments = (
+                layer, workspace, first_row, num_rows, head, chunk, totals, 1, totals, 0, 0, 0
+            )  # fmt: skip
             call_kernel(word(layer, ATTENTION.attend_chunk), arguments)
         for i in range(num_rows * group):
             _finish_row(layer, first_row + i // group, head, i % group, totals + i * size)
@@ -291,23 +306,39 @@ def _partials(layer, chunk, head, row):
 
 
 @inner
+def _split_task(layer, task):
+    """First row, number of rows (0: there is nothing to do), head and chunk of a task."""
+    batch, num_heads = word(layer, ATTENTION.batch), word(layer, ATTENTION.num_kv_heads)
+    num_blocks, blocks = word(batch, BATCH.num_blocks), word(batch, BATCH.blocks)
+    chunk, block = task // num_heads // num_blocks, task // num_heads % num_blocks
+    first_row, num_rows = word(blocks, 2 * block), word(blocks, 2 * block + 1)
+    lo, hi = _chunks(layer, first_row, num_rows)
+    return first_row, num_rows if lo <= chunk < hi else 0, task % num_heads, chunk
+
+
+@inner
 def attend_split(layer, thread, team):
     """Few rows: a task is a block, a head and a chunk. `merge_split` follows, after a barrier."""
-    batch, num_heads = word(layer, ATTENTION.batch), word(layer, ATTENTION.num_kv_heads)
+    batch, kv = word(layer, ATTENTION.batch), word(layer, ATTENTION.kv)
     workspace = word(batch, BATCH.workspaces) + thread * word(batch, BATCH.workspace_bytes)
-    num_blocks, blocks = word(batch, BATCH.num_blocks), word(batch, BATCH.blocks)
-    num_tasks = num_blocks * num_heads * word(batch, BATCH.num_chunks)
+    num_tasks = word(batch, BATCH.num_blocks) * word(layer, ATTENTION.num_kv_heads)
+    num_tasks *= word(batch, BATCH.num_chunks)
     task = next_task(team, 0)
+    if task < num_tasks:
+        first_row, num_rows, head, chunk = _split_task(layer, task)
     while task < num_tasks:
-        chunk, head = task // num_heads // num_blocks, task % num_heads
-        block = task // num_heads % num_blocks
-        first_row, num_rows = word(blocks, 2 * block), word(blocks, 2 * block + 1)
-        lo, hi = _chunks(layer, first_row, num_rows)
-        if lo <= chunk < hi:
-            out = _partials(layer, chunk, head, first_row)
-            arguments = layer, workspace, first_row, num_rows, head, chunk, out, 0, 0, 0, 0, 0
+        this_row, these_rows, this_head, this_chunk = first_row, num_rows, head, chunk
+        task, next = next_task(team, 0), workspace
+        if task < num_tasks:  # taken already, so that its keys can be prefetched
+            first_row, num_rows, head, chunk = _split_task(layer, task)
+            if num_rows:
+                next = _keys(kv, _table(layer, first_row), chunk * CHUNK, head)
+        if these_rows:
+            out = _partials(layer, this_chunk, this_head, this_row)
+            arguments = (
+                layer, workspace, this_row, these_rows, this_head, this_chunk, out, 0, next, 0, 0, 0
+            )  # fmt: skip
             call_kernel(word(layer, ATTENTION.attend_chunk), arguments)
-        task = next_task(team, 0)
 
 
 @inner

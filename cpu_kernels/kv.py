@@ -1,8 +1,9 @@
 """The memory of the KV cache: pages of keys and values, written and read by attention.
 
-A page holds `page_size` tokens of one layer. Of each head, keys lie transposed, [head_dim,
-page_size], and values as they come, [page_size, head_dim padded to whole vectors], so that both
-products of attention read memory in order. int8 has one scale per token and head.
+A page holds `page_size` tokens of one layer. Both products of attention read a head's memory in
+order: it lies in panels of 16 columns (see cpu_kernels.tile), of 16 tokens' keys, [page_size / 16,
+head_dim, 16], and of 16 of all tokens' values, [head_dim padded / 16, page_size, 16]. int8 has one
+scale per token and head.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class KVPages:
         kind, page_size, blocks = self.dtype, self.page_size, (self.num_pages, num_heads)
         # Zeroed memory is not touched before it is used: a large context costs what is in it.
         return {
-            "keys": np.zeros((*blocks, head_dim, page_size), DTYPES[kind]),
-            "values": np.zeros((*blocks, page_size, padded(head_dim)), DTYPES[kind]),
+            "keys": np.zeros((*blocks, page_size * head_dim), DTYPES[kind]),
+            "values": np.zeros((*blocks, page_size * padded(head_dim)), DTYPES[kind]),
             "scales": np.zeros((*blocks, 2, page_size) if kind == "int8" else 0, np.float32),
         }
 
@@ -94,27 +95,29 @@ def _largest(k, x, count):
     return most.get()
 
 
-@emitted("void", "i64 i64 i64 i64 f32")
-def _store_head(k, kind, x, count, out, step, factor):
-    """Store `count` float32, times `factor`, as `kind`, `step` elements apart."""
+@emitted("void", "i64 i64 i64 i64 i64 f32")
+def _store_head(k, kind, x, count, out, step, panel, factor):
+    """Store `count` float32, times `factor`, as `kind`: `step` elements apart, and each 16 of them
+    `panel` elements after those before."""
     with k.loop(count) as i:
         value = k.load(x + i * 4, f32(1)) * factor
-        store_value(k, kind, out + i * step * ELEMENT_BYTES[kind], value)
+        place = (i >> 4) * panel + (i & (LANES - 1)) * step
+        store_value(k, kind, out + place * ELEMENT_BYTES[kind], value)
 
 
 @inner
-def _append_one(kv, x, out, step, scale_at):
-    """Write one token's head of keys or values, its values `step` elements apart."""
+def _append_one(kv, x, out, step, panel, scale_at):
+    """Write one token's head of keys or values where _store_head says."""
     kind, head_dim = word(kv, KV.kind), word(kv, KV.head_dim)
     if kind == 0:
-        _store_head("f32", x, head_dim, out, step, np.float32(1.0))
+        _store_head("f32", x, head_dim, out, step, panel, np.float32(1.0))
     elif kind == 1:
-        _store_head("f16", x, head_dim, out, step, np.float32(1.0))
+        _store_head("f16", x, head_dim, out, step, panel, np.float32(1.0))
     else:
         largest = _largest(x, head_dim)
         factor = np.float32(127.0) / largest if largest > np.float32(1e-30) else np.float32(0.0)
         store_f32(scale_at, 0, largest / np.float32(127.0))
-        _store_head("int8", x, head_dim, out, step, factor)
+        _store_head("int8", x, head_dim, out, step, panel, factor)
 
 
 @inner
@@ -126,8 +129,8 @@ def append(kv, is_value, x, page, slot, head):
     scale_at = word(kv, KV.scales) + 4 * ((block * 2 + is_value) * page_size + slot)
     if is_value:
         out = word(kv, KV.values) + block * word(kv, KV.value_page)
-        padded_dim = word(kv, KV.padded_dim)
-        _append_one(kv, x, out + slot * padded_dim * size, 1, scale_at)
+        _append_one(kv, x, out + slot * LANES * size, 1, page_size * LANES, scale_at)
     else:
         out = word(kv, KV.keys) + block * word(kv, KV.key_page)
-        _append_one(kv, x, out + slot * size, page_size, scale_at)
+        place = slot // LANES * LANES * word(kv, KV.head_dim) + slot % LANES
+        _append_one(kv, x, out + place * size, LANES, LANES * LANES, scale_at)

@@ -15,13 +15,13 @@ LANES = 16
 ELEMENT_BYTES = {"f32": 4, "f16": 2, "int8": 1}
 
 
-def load_lanes(k: Emitter, kind: str, address: Value) -> Value:
-    """float32 [LANES] from memory that holds them as `kind`."""
+def load_lanes(k: Emitter, kind: str, address: Value, lanes: int = LANES) -> Value:
+    """float32 [lanes] from memory that holds them as `kind`."""
     if kind == "f32":
-        return k.load(address, f32(LANES), align=4)
+        return k.load(address, f32(lanes), align=4)
     if kind == "f16":
-        return k.load(address, f16(LANES), align=2).cast("fpext", f32)
-    return k.load(address, i8(LANES)).cast("sitofp", f32)
+        return k.load(address, f16(lanes), align=2).cast("fpext", f32)
+    return k.load(address, i8(lanes)).cast("sitofp", f32)
 
 
 def store_value(k: Emitter, kind: str, address: Value, value: Value) -> None:

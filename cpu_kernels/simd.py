@@ -93,6 +93,10 @@ class Value:
     def __truediv__(self, other: Any) -> Value:
         return self._operate("div", other)
 
+    def __floordiv__(self, other: Any) -> Value:
+        """Of integers that are not negative."""
+        return self._operate("udiv", other)
+
     def __and__(self, other: Any) -> Value:
         return self._operate("and_", other)
 
@@ -290,6 +294,11 @@ class Emitter:
             a = combine(low, high)
         return a
 
+    def parts(self, a: Value, lanes: int) -> list[Value]:
+        """The vector in pieces of so many lanes."""
+        starts = range(0, a.lanes, lanes)
+        return [self.shuffle(a, mask=range(start, start + lanes)) for start in starts]
+
     def sum(self, a: Value, lanes: int = 1) -> Value:
         """Upper half of the lanes added to lower half, until so many are left."""
         return self._halve(a, lanes, lambda low, high: low + high)
@@ -298,6 +307,23 @@ class Emitter:
         return self._halve(a, 1, self.maximum)
 
     # -- control --
+
+    def function(self, name: str, write: Callable[..., None]) -> Callable[..., None]:
+        """What `write(k, *values)` writes, int64 values, as a function of its own: LLVM spills what
+        is needed around a loop rather than in it only if a function has little else."""
+        count, module = write.__code__.co_argcount - 1, self.builder.module
+        kind = ir.FunctionType(ir.VoidType(), [I64] * count)
+        function = ir.Function(module, kind, module.get_unique_name(name))
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        inner = Emitter(ir.IRBuilder(function.append_basic_block("entry")))
+        write(inner, *[Value(inner, argument) for argument in function.args])
+        inner.builder.ret_void()
+
+        def call(*values: Value) -> None:
+            self.builder.call(function, [value.ir for value in values])
+
+        return call
 
     def variable(self, initial: Value) -> Variable:
         return Variable(self, initial)

@@ -22,33 +22,57 @@ FLOOR = -3e38  # scores are kept within +-3e38, so that differences of infinitie
 def softmax_row(k, scores, first, last, lo, hi, partial):
     """Turn the scores of positions lo to hi - 1 into exp(score - largest), and into 0 those
     outside, in vectors first to last - 1; set the header of `partial`. lo < hi."""
-    numbers = k.constant(i32(LANES), list(range(LANES)))
-    floor = k.constant(f32(LANES), FLOOR)
-    count = last - first
-    most, total = k.variable(floor), k.variable(k.constant(f32(LANES), 0.0))
+    most = k.variable(k.constant(f32(LANES), FLOOR))
+    total = k.variable(k.constant(f32(LANES), 0.0))
 
-    def visible(v):
+    def limit(at, lanes, visible):
+        floor = k.constant(f32(lanes), FLOOR)
+        value = smaller(k, k.load(at, f32(lanes), align=4), k.constant(f32(lanes), -FLOOR))
+        value = larger(k, value, floor)
+        value = value if visible is None else k.select(visible, value, floor)
+        k.store(at, value, align=4)
+        for part in k.parts(value, LANES):
+            most.set(larger(k, part, most.get()))
+
+    _each_vector(k, limit, scores, first, last, lo, hi)
+    largest = k.largest(most.get())
+
+    def weigh(at, lanes, visible):
+        value = exp(k, k.load(at, f32(lanes), align=4) - k.splat(largest, lanes))
+        if visible is not None:
+            value = k.select(visible, value, k.constant(f32(lanes), 0.0))
+        k.store(at, value, align=4)
+        for part in k.parts(value, LANES):
+            total.set(total.get() + part)
+
+    _each_vector(k, weigh, scores, first, last, lo, hi)
+    k.store(partial + LARGEST, largest)
+    k.store(partial + SUM, k.sum(total.get()))
+
+
+def _each_vector(k, do, scores, first, last, lo, hi):
+    """do(address, lanes, visible) for vectors first to last - 1, in order; `visible`: the lanes of
+    positions lo to hi - 1, None for all. Whole vectors are done in pairs: the steps of exp wait
+    for each other, and there is more to do meanwhile."""
+    numbers = k.constant(i32(LANES), list(range(LANES)))
+
+    def some(v):
         index = numbers + k.splat((v * LANES).cast("trunc", i32), LANES)
         above = index.compare(">=", k.splat(lo.cast("trunc", i32), LANES))
         return above & index.compare("<", k.splat(hi.cast("trunc", i32), LANES))
 
-    with k.loop(count) as i:
-        v = first + i
-        at = scores + v * (4 * LANES)
-        value = smaller(k, k.load(at, f32(LANES), align=4), k.constant(f32(LANES), -FLOOR))
-        value = k.select(visible(v), larger(k, value, floor), floor)
-        k.store(at, value, align=4)
-        most.set(larger(k, value, most.get()))
-    largest = k.largest(most.get())
-    with k.loop(count) as i:
-        v = first + i
-        at = scores + v * (4 * LANES)
-        value = exp(k, k.load(at, f32(LANES), align=4) - k.splat(largest, LANES))
-        value = k.select(visible(v), value, k.constant(f32(LANES), 0.0))
-        k.store(at, value, align=4)
-        total.set(total.get() + value)
-    k.store(partial + LARGEST, largest)
-    k.store(partial + SUM, k.sum(total.get()))
+    whole_last = hi >> 4
+    whole_first = k.minimum((lo + (LANES - 1)) >> 4, whole_last)
+    pairs_last = whole_last - ((whole_last - whole_first) & 1)
+    for start, end, vectors, mask in (
+        (first, whole_first, 1, some),
+        (whole_first, pairs_last, 2, None),
+        (pairs_last, whole_last, 1, None),
+        (whole_last, last, 1, some),
+    ):
+        with k.loop((end - start) >> (vectors - 1)) as i:
+            v = start + i * vectors
+            do(scores + v * (4 * LANES), vectors * LANES, mask(v) if mask else None)
 
 
 @emitted("void", "i64 i64 i64 i64")

@@ -202,20 +202,13 @@ def _prefetch(k: Emitter, start: Value, nbytes: int) -> None:
         k.prefetch(start + line * LINE, keep=False)
 
 
-def panel_times_rows(
-    k: Emitter,
-    isa: str,
-    format: str,
-    weights: Value,
-    row_bytes: Value,
-    num_groups: Value,
-    sources: Value,
-    num_rows: Value,
-    added: Value,
-    targets: Value,
-    offset: Value,
-) -> None:
-    """See multiply_few."""
+@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64")
+def multiply_few(
+    k, isa, format, weights, row_bytes, num_groups, sources, num_rows, added, targets, offset
+):
+    """`panel_rows` rows of weights, `row_bytes` apart and of at least eight groups, times up to
+    FEW_ROWS prepared rows, whose addresses are at `sources`. The results for each, with the float32
+    [panel_rows] at `added`, go `offset` bytes after its address at `targets`."""
     rows, nbytes = ISAS[isa].panel_rows, chunk_bytes(format)
     row_sums = 8 * rows * GROUPS
     sums, zeros = k.stack(FEW_ROWS * row_sums), k.stack(row_sums)
@@ -246,15 +239,3 @@ def panel_times_rows(
         total = _total(k, sums + row * row_sums, rows, offset_factor)
         target = k.load(targets + row * 8, i64(1))
         k.store(target + offset, total + k.load(added, f32(rows)))
-
-
-@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64")
-def multiply_few(
-    k, isa, format, weights, row_bytes, num_groups, sources, num_rows, added, targets, offset
-):
-    """`panel_rows` rows of weights, `row_bytes` apart and of at least eight groups, times up to
-    FEW_ROWS prepared rows, whose addresses are at `sources`. The results for each, with the float32
-    [panel_rows] at `added`, go `offset` bytes after its address at `targets`."""
-    panel_times_rows(
-        k, isa, format, weights, row_bytes, num_groups, sources, num_rows, added, targets, offset
-    )

@@ -18,16 +18,10 @@ from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32, i64
 from cpu_kernels.tiles import tile_product
 
 
-def panel_product(
-    k: Emitter,
-    isa: str,
-    format: str,
-    panels: Value,
-    num_chunks: Value,
-    sources: Value,
-    tile: Value,
-) -> None:
-    """See multiply_panels."""
+@emitted("void", "i64 i64 i64 i64")
+def multiply_panels(k, isa, format, panels, num_chunks, sources, tile):
+    """tile [panel_tokens, panels * panel_rows] = panels of whole chunks times prepared rows, from
+    the addresses at `sources` on."""
     if ISAS[isa].has_tiles:
         _store_tile(k, tile, tile_product(k, isa, format, panels, num_chunks, sources))
         return
@@ -68,13 +62,6 @@ def panel_product(
                         value = k.multiply_add(offset, x_sum, value)
                     total.set(value)
     _store_tile(k, tile, [[total.get() for total in row] for row in totals])
-
-
-@emitted("void", "i64 i64 i64 i64")
-def multiply_panels(k, isa, format, panels, num_chunks, sources, tile):
-    """tile [panel_tokens, panels * panel_rows] = panels of whole chunks times prepared rows, from
-    the addresses at `sources` on."""
-    panel_product(k, isa, format, panels, num_chunks, sources, tile)
 
 
 @emitted("void", "i64 i64 i64 i64")

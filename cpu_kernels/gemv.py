@@ -65,8 +65,9 @@ def _prefetch(k: Emitter, at: Value, nbytes: int) -> None:
         k.prefetch(at + (PREFETCH_BYTES + line * LINE), keep=False)
 
 
-def dot(k: Emitter, isa: str, format: str, weights: Value, num_groups: Value, x: Value) -> Value:
-    """The row at `weights` times the prepared row at `x`: float32."""
+@emitted("f32", "i64 i64 i64")
+def dot_quantized(k, isa, format, weights, num_groups, x):
+    """Quantized weights (a row of `num_groups` groups of 32) times a prepared row."""
     products, offsets = [k.variable(k.constant(f32(GROUPS), 0.0)) for _ in range(2)]
     row = row_of_chunks(k, format, weights, num_groups)
     with k.loop(row.num_chunks) as i:
@@ -79,19 +80,12 @@ def dot(k: Emitter, isa: str, format: str, weights: Value, num_groups: Value, x:
     return _total(k, products.get(), offsets.get(), LAYOUTS[format].offset_factor)
 
 
-def dot_few(
-    k: Emitter,
-    isa: str,
-    format: str,
-    weights: Value,
-    num_groups: Value,
-    sources: Value,
-    num_rows: Value,
-    added: Value,
-    targets: Value,
-    offset: Value,
-) -> None:
-    """See dot_few_quantized."""
+@emitted("void", "i64 i64 i64 i64 f32 i64 i64")
+def dot_few_quantized(
+    k, isa, format, weights, num_groups, sources, num_rows, added, targets, offset
+):
+    """The same for up to FEW_ROWS prepared rows, whose addresses are at `sources`. Each result,
+    with `added`, goes `offset` bytes after its address at `targets`."""
     vector = 4 * GROUPS
     sums = k.stack(FEW_ROWS * 2 * vector)
     row = row_of_chunks(k, format, weights, num_groups)
@@ -111,22 +105,6 @@ def dot_few(
         pair = [k.load(sums + (r * 2 + kind) * vector, f32(GROUPS)) for kind in (0, 1)]
         total = _total(k, *pair, LAYOUTS[format].offset_factor)
         k.store(k.load(targets + r * 8, i64(1)) + offset, total + added)
-
-
-@emitted("void", "i64 i64 i64 i64 f32 i64 i64")
-def dot_few_quantized(
-    k, isa, format, weights, num_groups, sources, num_rows, added, targets, offset
-):
-    """The row at `weights`, of `num_groups` groups of 32, times up to FEW_ROWS prepared rows, whose
-    addresses are at `sources`. Each result, with `added`, goes `offset` bytes after its address at
-    `targets`."""
-    dot_few(k, isa, format, weights, num_groups, sources, num_rows, added, targets, offset)
-
-
-@emitted("f32", "i64 i64 i64")
-def dot_quantized(k, isa, format, weights, num_groups, x):
-    """Quantized weights (a row of `num_groups` groups of 32) times a prepared row."""
-    return dot(k, isa, format, weights, num_groups, x)
 
 
 def float_lanes(isa: str) -> int:

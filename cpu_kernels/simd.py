@@ -375,6 +375,8 @@ def emitted(returns: str, arguments: str) -> Callable[[Callable[..., Any]], Any]
         exec(f"def {call}", scope)
         named = scope[function.__name__]
         named.__doc__, named.__module__ = function.__doc__, function.__module__
-        return intrinsic(prefer_literal=True)(named)
+        made = intrinsic(prefer_literal=True)(named)
+        made.write = function  # as it is, for code that is written without Numba
+        return made
 
     return decorate

@@ -92,7 +92,7 @@ def copy_sources(k, isa, sources, num_chunks, copies):
 def tile_product(
     k: Emitter, isa: str, format: str, panel: Value, num_chunks: Value, sources: Value
 ) -> list[list[Value]]:
-    """Sums as gemm.panel_product has them, of a panel and the rows that copy_sources made."""
+    """Sums as gemm.multiply_panels has them, of a panel and the rows that copy_sources made."""
     parts = num_scales(format)
     first_row = k.load(sources, i64(1))
     waiting = k.stack(AHEAD * parts * TILE_BYTES)

@@ -52,18 +52,18 @@ def test_kernels_use_the_instruction_they_are_for(isa, format):
     triple, cpu, instruction, register = PROCESSORS[isa]
 
     def one(k, weights, num_groups, x, y):
-        k.store(y, gemv.dot(k, isa, format, weights, num_groups, x))
+        k.store(y, gemv.dot_quantized.write(k, isa, format, weights, num_groups, x))
 
     def many(k, panel, num_chunks, sources, tile):
-        gemm.panel_product(k, isa, format, panel, num_chunks, sources, tile)
+        gemm.multiply_panels.write(k, isa, format, panel, num_chunks, sources, tile)
 
     def few(k, weights, num_groups, sources, num_rows, targets, offset):
         added = k.constant(f32(1), 0.0)
         rows = weights, num_groups, sources, num_rows
-        gemv.dot_few(k, isa, format, *rows, added, targets, offset)
+        gemv.dot_few_quantized.write(k, isa, format, *rows, added, targets, offset)
 
     def several(k, *values):
-        few_rows.panel_times_rows(k, isa, format, *values)
+        few_rows.multiply_few.write(k, isa, format, *values)
 
     for write, num_values in ((one, 4), (few, 6), (several, 8), (many, 4)):
         if write is many and ISAS[isa].has_tiles:

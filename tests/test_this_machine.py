@@ -4,14 +4,19 @@ import json
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from naive_formats import to_float64
 
 import cpu_kernels.cache  # noqa: F401  kernels stay where they are, when the user's cache moves
+from cpu_kernels.formats import FORMATS
 from gpu_backend.calibrate import Calibration, save
 from gpu_backend.tuning import Tuning, find_tuning
 from tiered.demo import random_tiny_model
+from tiered.experts import expert_layout
 from tiered.gpu.known_costs import known_costs, measure_rows
 from tiered.measuring import this_machine
+from tiered.measuring.measure import random_blob
 from tiered.measuring.this_machine import (
     HostSpeed,
     described_gpu,
@@ -175,3 +180,15 @@ def test_the_quickest_tuning_is_found_and_what_a_card_cannot_run_left_out():
     )
     same = find_tuning(lambda tuning: 1.0, lambda tuning: 1.0, Tuning(rows=8))
     assert same == Tuning(rows=8)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_experts_are_measured_with_weights_of_usual_size(format):
+    layout = expert_layout(512, 256, format, format, format)
+    blob = random_blob(layout)
+    assert blob.shape == (layout.nbytes,)
+    for tensor in layout:
+        data = blob[tensor.offset : tensor.offset + tensor.nbytes]
+        sizes = np.abs(to_float64(data, format, tensor.shape))
+        assert 1e-12 < np.median(sizes[sizes > 0]) < 1e12
+        assert sizes.max() < 1e30

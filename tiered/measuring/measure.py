@@ -84,12 +84,14 @@ class ExpertBench:
         )
         self._layer = backend.expert_layer(layout, config)
         self._blobs = np.zeros((self.num_experts, layout.nbytes + 64), np.uint8)
-        self._blobs[:, ::97] = 1  # zeros would do for the time, too; pages have to exist
         base = self._blobs.ctypes.data
         stride = self._blobs.strides[0]
         starts = base + stride * np.arange(self.num_experts, dtype=np.int64)
-        starts += -starts % 64
-        self._addresses = starts[:, None] + layout.offsets  # int64 [num_experts, 3]
+        padding = -starts % 64
+        blob = random_blob(layout)
+        for row, first in zip(self._blobs, padding, strict=True):
+            row[first : first + layout.nbytes] = blob
+        self._addresses = (starts + padding)[:, None] + layout.offsets  # int64 [num_experts, 3]
 
     def decode(self, top_k: int) -> tuple[float, float]:
         """(seconds per call, seconds per byte) of a token's experts."""
@@ -123,6 +125,18 @@ class ExpertBench:
             b.experts(h, self._layer, self._addresses[jobs.experts], jobs, out)
             times.append(perf_counter() - start)
         return float(np.percentile(times[1:], 25))
+
+
+def random_blob(layout: ExpertLayout) -> np.ndarray:
+    """An expert with weights of usual size: uint8 [nbytes]. Those that are nearly zero, as MXFP4's
+    are where all bytes are, take some processors longer."""
+    from cpu_kernels.bench import random_weights
+
+    blob = np.zeros(layout.nbytes, np.uint8)
+    for tensor in layout:
+        weights = random_weights(tensor.format, tensor.nbytes)
+        blob[tensor.offset : tensor.offset + tensor.nbytes] = weights
+    return blob
 
 
 @contextmanager

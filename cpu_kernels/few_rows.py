@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from cpu_kernels.activations import CHUNK_BYTES, POSITION, SCALES, SUMS, byte_offset
 from cpu_kernels.dot import multiply_bytes, wants_unsigned
-from cpu_kernels.gemv import FEW_ROWS, LINE, PREFETCH_BYTES
+from cpu_kernels.gemv import FEW_ROWS, PREFETCH_BYTES, prefetch_chunk
 from cpu_kernels.groups import GROUPS, LAYOUTS, chunk_bytes, look_up
 from cpu_kernels.isa import ISAS
 from cpu_kernels.scales import block_of_a_group, scales_and_offsets
@@ -197,11 +197,6 @@ def _further_on(k: Emitter, start: Value, nbytes: int, row_bytes: Value, num_row
     return ahead + k.select(is_within, k.integer(0), row_bytes * (num_rows - 1))
 
 
-def _prefetch(k: Emitter, start: Value, nbytes: int) -> None:
-    for line in range(-(-nbytes // LINE)):
-        k.prefetch(start + line * LINE, keep=False)
-
-
 @emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64")
 def multiply_few(
     k, isa, format, weights, row_bytes, num_groups, sources, num_rows, added, targets, offset
@@ -227,7 +222,7 @@ def multiply_few(
             # A few lines at a time: a core that asks for more than some twenty has to wait.
             for row, start in enumerate(starts):
                 if row * GROUPS // rows == number:
-                    _prefetch(k, start + further, nbytes)
+                    prefetch_chunk(k, start + further, nbytes)
             with k.when(first.compare("<=", number)):
                 group = panel.group(number)
                 with k.loop(num_rows) as row:

@@ -88,24 +88,6 @@ def _block(kv, page, head):
 
 
 @inner
-def _pack_chunk(kv, table, head, start, lo, hi, to_keys, to_values):
-    """Positions start + lo to start + hi - 1 (whole pages) as float32."""
-    kind, page_size = word(kv, KV.kind), word(kv, KV.page_size)
-    head_dim, padded_dim = word(kv, KV.head_dim), word(kv, KV.padded_dim)
-    for offset in range(lo // page_size * page_size, hi, page_size):
-        block = _block(kv, load_i32(table, (start + offset) // page_size), head)
-        keys = word(kv, KV.keys) + block * word(kv, KV.key_page)
-        values = word(kv, KV.values) + block * word(kv, KV.value_page)
-        depth, keep = head_dim, padded_dim
-        if kind == 0:
-            _pack_page("f32", keys, values, depth, keep, page_size, offset, to_keys, to_values)
-        elif kind == 1:
-            _pack_page("f16", keys, values, depth, keep, page_size, offset, to_keys, to_values)
-        else:
-            _pack_page("int8", keys, values, depth, keep, page_size, offset, to_keys, to_values)
-
-
-@inner
 def _keys(kv, table, position, head):
     block = _block(kv, load_i32(table, position // word(kv, KV.page_size)), head)
     return word(kv, KV.keys) + block * word(kv, KV.key_page)
@@ -115,6 +97,23 @@ def _keys(kv, table, position, head):
 def _values(kv, table, position, head):
     block = _block(kv, load_i32(table, position // word(kv, KV.page_size)), head)
     return word(kv, KV.values) + block * word(kv, KV.value_page)
+
+
+@inner
+def _pack_chunk(kv, table, head, start, lo, hi, to_keys, to_values):
+    """Positions start + lo to start + hi - 1 (whole pages) as float32."""
+    kind, page_size = word(kv, KV.kind), word(kv, KV.page_size)
+    head_dim, padded_dim = word(kv, KV.head_dim), word(kv, KV.padded_dim)
+    for offset in range(lo // page_size * page_size, hi, page_size):
+        position = start + offset
+        keys, values = _keys(kv, table, position, head), _values(kv, table, position, head)
+        depth, keep = head_dim, padded_dim
+        if kind == 0:
+            _pack_page("f32", keys, values, depth, keep, page_size, offset, to_keys, to_values)
+        elif kind == 1:
+            _pack_page("f16", keys, values, depth, keep, page_size, offset, to_keys, to_values)
+        else:
+            _pack_page("int8", keys, values, depth, keep, page_size, offset, to_keys, to_values)
 
 
 @inner

@@ -60,9 +60,10 @@ def _total(k: Emitter, products: Value, offsets: Value, offset_factor: float) ->
     return k.sum(k.multiply_add(offsets, k.constant(offsets.type, offset_factor), products))
 
 
-def _prefetch(k: Emitter, at: Value, nbytes: int) -> None:
+def prefetch_chunk(k: Emitter, address: Value, nbytes: int) -> None:
+    """Weights that are used once, soon."""
     for line in range(-(-nbytes // LINE)):
-        k.prefetch(at + (PREFETCH_BYTES + line * LINE), keep=False)
+        k.prefetch(address + line * LINE, keep=False)
 
 
 @emitted("f32", "i64 i64 i64")
@@ -72,7 +73,7 @@ def dot_quantized(k, isa, format, weights, num_groups, x):
     row = row_of_chunks(k, format, weights, num_groups)
     with k.loop(row.num_chunks) as i:
         at = row.chunk(i)
-        _prefetch(k, at, row.nbytes)
+        prefetch_chunk(k, at + PREFETCH_BYTES, row.nbytes)
         decoded = _Decoded(k, isa, format, at)
         new = decoded.multiply(x + i * CHUNK_BYTES, products.get(), offsets.get())
         for variable, value in zip((products, offsets), new, strict=True):
@@ -93,7 +94,7 @@ def dot_few_quantized(
         k.store(sums + i * vector, k.constant(f32(GROUPS), 0.0))
     with k.loop(row.num_chunks) as i:
         at = row.chunk(i)
-        _prefetch(k, at, row.nbytes)
+        prefetch_chunk(k, at + PREFETCH_BYTES, row.nbytes)
         decoded = _Decoded(k, isa, format, at)
         with k.loop(num_rows) as r:
             x = k.load(sources + r * 8, i64(1)) + i * CHUNK_BYTES

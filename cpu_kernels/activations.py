@@ -14,9 +14,9 @@ Integers and scales are those of ggml's Q8_0, whose scales are float16, but in a
 
 from __future__ import annotations
 
-from numba import njit
 from numba.extending import register_jitable
 
+from cpu_kernels.compiler import inner
 from cpu_kernels.memory import store_word
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32
 from cpu_kernels.team import share
@@ -105,7 +105,7 @@ def _quantize_last(k, x, count, target):
     quantize_chunk(k, padded, target)
 
 
-@njit(error_model="numpy")
+@inner
 def prepare_activations(x, ldx, n, k, prepared, thread, num_threads):
     """This thread's share of quantizing n float32 rows of k values, `ldx` values apart.
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpu_kernels.batch import PreparedBatch
+from cpu_kernels.compiler import inner
 from cpu_kernels.flash import (
     ATTENTION,
     BATCH,
@@ -15,7 +16,6 @@ from cpu_kernels.flash import (
     run_attention,
 )
 from cpu_kernels.gating import multiply_sigmoid
-from cpu_kernels.inner import inner
 from cpu_kernels.kv import KV, KVPages, append, padded
 from cpu_kernels.latent import LatentAttentionLayer
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes

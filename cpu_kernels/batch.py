@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from cpu_kernels.compiler import called
 from cpu_kernels.flash import BATCH, BLOCK_ROWS, partial_bytes, workspace_bytes
 from cpu_kernels.kv import CHUNK, KV, KVPages
 from cpu_kernels.memory import load_i32, store_word, word
@@ -24,7 +24,7 @@ _REASONS = {
 }
 
 
-@njit(cache=True, error_model="numpy")
+@called()
 def _plan(batch, kv, num_sequences):
     """Write the blocks; returns the largest position, or what is wrong."""
     num_rows, max_pages = word(batch, BATCH.num_rows), word(batch, BATCH.max_pages)

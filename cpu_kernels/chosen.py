@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.compiler import inner
 from cpu_kernels.experts import COMBINE, EXPERTS, ExpertLayer, add_pairs, prepare_h, run_experts
-from cpu_kernels.inner import inner
 from cpu_kernels.lanes import store_i32
 from cpu_kernels.linear import FEW_ROWS
 from cpu_kernels.memory import load_i32, store_word, word

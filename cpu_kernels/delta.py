@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpu_kernels.compiler import inner
 from cpu_kernels.delta_rule import COLUMNS, clear, delta_step, dot
 from cpu_kernels.gating import sigmoid, silu_multiply
-from cpu_kernels.inner import inner
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, store_f32, word
 from cpu_kernels.norm import add, apply_norm, rms_norm_rows, rms_scale, scaled_copy

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cpu_kernels.inner import inner
+from cpu_kernels.compiler import inner
 from cpu_kernels.memory import store_word, word
 from cpu_kernels.record import Record, fields
 from cpu_kernels.simd import emitted, f64, i64

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from cpu_kernels.activations import prepare_activations
+from cpu_kernels.compiler import inner
 from cpu_kernels.dot import as_on_a_gpu
 from cpu_kernels.gating import ACTIVATIONS, activate
 from cpu_kernels.isa import Isa
@@ -56,19 +56,19 @@ def add_scaled(k, x, y, count, factor):
     by_lanes(k, count, do)
 
 
-@njit(inline="always")
+@inner
 def _divide_up(a, b):
     return (a + b - 1) // b
 
 
-@njit(inline="always")
+@inner
 def _job_rows(starts, job):
     """First row of a job, counted over all jobs, and how many it has."""
     first = np.int64(load_i32(starts, job))
     return first - np.int64(load_i32(starts, 0)), np.int64(load_i32(starts, job + 1)) - first
 
 
-@njit(error_model="numpy")
+@inner
 def _total_cost(starts, num_jobs, features):
     cost = 0
     for job in range(num_jobs):
@@ -78,7 +78,7 @@ def _total_cost(starts, num_jobs, features):
     return cost
 
 
-@njit(error_model="numpy")
+@inner
 def _part_of_job(before, num_rows, features, low, high):
     """Output features [first, last) of a job that are within [low, high) of the whole cost."""
     cost = num_rows + DECODING_COST
@@ -88,7 +88,7 @@ def _part_of_job(before, num_rows, features, low, high):
     return first * ROW_BLOCK, min(last * ROW_BLOCK, features), before + blocks * cost
 
 
-@njit(error_model="numpy")
+@inner
 def _kernel(r, job, matrix, num_rows):
     """Address of what multiplies so many rows with a job's GATE, UP or DOWN."""
     kind = 0
@@ -98,7 +98,7 @@ def _kernel(r, job, matrix, num_rows):
     return word(word(r, EXPERTS.kernels), NUM_KERNELS * kind + 2 * matrix + many)
 
 
-@njit(error_model="numpy")
+@inner
 def _bias(r, job, matrix):
     """Address of what a job's GATE, UP or DOWN adds; 0: nothing."""
     if word(r, EXPERTS.biases) == 0:
@@ -108,7 +108,7 @@ def _bias(r, job, matrix):
     return word(r, EXPERTS.biases) + 4 * start
 
 
-@njit(error_model="numpy")
+@inner
 def _gate_and_up(r, part, num_parts, team):
     """A part of the activated gate h, times up h, for every row of every job."""
     starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
@@ -143,7 +143,7 @@ def _gate_and_up(r, part, num_parts, team):
             activate(activation, limit, gate_out + at, up_out + at, last - first)
 
 
-@njit(error_model="numpy")
+@inner
 def _down(r, part, num_parts, team):
     """A part of down @ inner, for every row of every job."""
     starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
@@ -169,7 +169,7 @@ def _down(r, part, num_parts, team):
             call_kernel(kernel, arguments)
 
 
-@njit(error_model="numpy")
+@inner
 def run_experts(r, thread, num_threads, team):
     """Everything, from prepared h to out; ends without a barrier."""
     starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
@@ -191,7 +191,7 @@ def run_experts(r, thread, num_threads, team):
         part = next_task(team, 1)
 
 
-@njit(error_model="numpy")
+@inner
 def prepare_h(r, thread, num_threads):
     hidden = word(r, EXPERTS.hidden_size)
     h, num_rows = word(r, EXPERTS.h), word(r, EXPERTS.num_rows)
@@ -205,7 +205,7 @@ def _experts(r, thread, num_threads, team):
     run_experts(r, thread, num_threads, team)
 
 
-@njit(error_model="numpy")
+@inner
 def add_pairs(r, thread, num_threads):
     """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * top_k + rank]."""
     hidden, top_k = word(r, COMBINE.hidden_size), word(r, COMBINE.top_k)

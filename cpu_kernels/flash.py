@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from numba import njit
-
-from cpu_kernels.inner import inner
+from cpu_kernels.compiler import inner
 from cpu_kernels.kv import CHUNK, KV
 from cpu_kernels.lanes import ELEMENT_BYTES, LANES, load_lanes
 from cpu_kernels.memory import call_kernel, load_f32, load_i32, word
@@ -41,12 +39,12 @@ ATTENTION = fields(
 )
 
 
-@njit
+@inner
 def partial_bytes(padded_dim):
     return HEADER + 4 * padded_dim
 
 
-@njit
+@inner
 def workspace_bytes(padded_dim, group):
     """Bytes that one thread needs: packed keys, packed values, scores, partials, totals."""
     packed = 2 * 4 * CHUNK * padded_dim

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 
+from cpu_kernels.compiler import inner
 from cpu_kernels.exponential import exp
-from cpu_kernels.inner import inner
 from cpu_kernels.lanes import by_lanes
 from cpu_kernels.simd import emitted, f32
 

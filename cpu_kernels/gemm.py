@@ -31,36 +31,38 @@ def multiply_panels(k, isa, format, panels, num_chunks, sources, tile):
     xs = [k.load(sources + 8 * t, i64(1)) for t in range(tokens)]
     zero = k.constant(f32(rows), 0.0)
     totals = [[k.variable(zero) for _ in range(width)] for _ in range(tokens)]
-    with k.loop(num_chunks) as chunk, k.loop(k.integer(GROUPS)) as group:
-        at = panels + (chunk * GROUPS + group) * size
-        starts = [at + panel_bytes(isa, format) * p for p in range(width)]
-        # See activations.byte_offset and POSITION.
-        bytes_at = chunk * CHUNK_BYTES + (group >> 2) * 128 + (group & 3) * 16
-        scales_at = chunk * CHUNK_BYTES + ((group >> 1) + (group & 1) * 4) * 4
+    at_once = 2 if is_signed else 1  # groups: one after the other, products of signed ones wait
+    with k.loop(num_chunks) as chunk, k.loop(k.integer(GROUPS // at_once)) as turn:
+        for group in [turn * at_once + i for i in range(at_once)]:
+            at = panels + (chunk * GROUPS + group) * size
+            starts = [at + panel_bytes(isa, format) * p for p in range(width)]
+            # See activations.byte_offset and POSITION.
+            bytes_at = chunk * CHUNK_BYTES + (group >> 2) * 128 + (group & 3) * 16
+            scales_at = chunk * CHUNK_BYTES + ((group >> 1) + (group & 1) * 4) * 4
 
-        def load_weights(step, starts=starts):
-            return [k.load(start + 4 * rows * step, i8(4 * rows)) for start in starts]
+            def load_weights(step, starts=starts):
+                return [k.load(start + 4 * rows * step, i8(4 * rows)) for start in starts]
 
-        def load_x(step, token, bytes_at=bytes_at):
-            place = bytes_at + (64 * (step // 4) + 4 * (step % 4))
-            return k.splat(k.load(xs[token] + place, i32(1)), rows).view(i8(4 * rows))
+            def load_x(step, token, bytes_at=bytes_at):
+                place = bytes_at + (64 * (step // 4) + 4 * (step % 4))
+                return k.splat(k.load(xs[token] + place, i32(1)), rows).view(i8(4 * rows))
 
-        for part in range(scales):
-            steps = range(part * STEPS // scales, (part + 1) * STEPS // scales)
-            dots = multiply_tile(
-                k, isa, steps, tokens, load_weights, load_x, LAYOUTS[format].largest, is_signed
-            )
-            sums = SUMS if scales == 1 else FIRST_SUMS + 32 * part
-            for x, row, products in zip(xs, totals, dots, strict=True):
-                x_scale = k.splat(k.load(x + scales_at + SCALES, f32(1)), rows)
-                x_sum = k.splat(k.load(x + scales_at + sums, f32(1)), rows)
-                for start, total, product in zip(starts, row, products, strict=True):
-                    scale = k.load(start + 4 * rows * (STEPS + part), f32(rows)) * x_scale
-                    value = k.multiply_add(product.cast("sitofp", f32), scale, total.get())
-                    if not is_signed:
-                        offset = k.load(start + 4 * rows * (STEPS + scales + part), f32(rows))
-                        value = k.multiply_add(offset, x_sum, value)
-                    total.set(value)
+            for part in range(scales):
+                steps = range(part * STEPS // scales, (part + 1) * STEPS // scales)
+                dots = multiply_tile(
+                    k, isa, steps, tokens, load_weights, load_x, LAYOUTS[format].largest, is_signed
+                )
+                sums = SUMS if scales == 1 else FIRST_SUMS + 32 * part
+                for x, row, products in zip(xs, totals, dots, strict=True):
+                    x_scale = k.splat(k.load(x + scales_at + SCALES, f32(1)), rows)
+                    x_sum = k.splat(k.load(x + scales_at + sums, f32(1)), rows)
+                    for start, total, product in zip(starts, row, products, strict=True):
+                        scale = k.load(start + 4 * rows * (STEPS + part), f32(rows)) * x_scale
+                        value = k.multiply_add(product.cast("sitofp", f32), scale, total.get())
+                        if not is_signed:
+                            offset = k.load(start + 4 * rows * (STEPS + scales + part), f32(rows))
+                            value = k.multiply_add(offset, x_sum, value)
+                        total.set(value)
     _store_tile(k, tile, [[total.get() for total in row] for row in totals])
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cpu_kernels.inner import inner
+from cpu_kernels.compiler import inner
 from cpu_kernels.lanes import ELEMENT_BYTES, LANES, larger, store_value
 from cpu_kernels.memory import store_f32, word
 from cpu_kernels.record import Record, fields

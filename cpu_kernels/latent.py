@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpu_kernels.compiler import inner
 from cpu_kernels.flash import ATTENTION, BATCH, attend_chunk_kernel, run_attention
-from cpu_kernels.inner import inner
 from cpu_kernels.kv import KV, append, padded
 from cpu_kernels.linear import multiply, multiply_heads, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, word

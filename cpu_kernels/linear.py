@@ -11,9 +11,9 @@ each row exactly what it would get alone.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from cpu_kernels.activations import prepare_activations, prepared_bytes
+from cpu_kernels.compiler import inner
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.gemv import FEW_ROWS
 from cpu_kernels.isa import Isa
@@ -86,7 +86,7 @@ class Matrix:
         self.address = address_of(self.record)
 
 
-@njit(error_model="numpy")
+@inner
 def multiply(matrix, prepared, n, y, ldy, team, counter):
     """Output features, for n rows: float32 y[i * ldy + feature]. Threads take parts of them by a
     counter of the op (see team.next_task) that nothing else uses."""
@@ -106,7 +106,7 @@ def multiply(matrix, prepared, n, y, ldy, team, counter):
         part = next_task(team, counter)
 
 
-@njit(error_model="numpy")
+@inner
 def multiply_heads(matrix, num_heads, prepared, n, head_rows, y, ldy, team, counter):
     """The same where each head has rows of the matrix, and rows of activations, of its own: the
     matrix's rows are those of head 0, then of head 1, ...; `head_rows` (address of int32
@@ -133,7 +133,7 @@ def multiply_heads(matrix, num_heads, prepared, n, head_rows, y, ldy, team, coun
         part = next_task(team, counter)
 
 
-@njit(error_model="numpy")
+@inner
 def gather_rows(matrix, ids, n, y, ldy, thread, num_threads):
     """This thread's share of the rows ids (address of int32 [n]) of a matrix, as float32."""
     first, last = share(n, thread, num_threads)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.compiler import inner
 from cpu_kernels.delta_rule import clear
 from cpu_kernels.gating import silu_multiply
-from cpu_kernels.inner import inner
 from cpu_kernels.lanes import LANES
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, store_f32, word

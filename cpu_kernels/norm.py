@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.inner import inner
+from cpu_kernels.compiler import inner
 from cpu_kernels.lanes import LANES, by_lanes, larger, smaller
 from cpu_kernels.record import floats
 from cpu_kernels.simd import emitted, f32

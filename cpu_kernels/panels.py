@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from numba import njit
-
 from cpu_kernels.activations import CHUNK, CHUNK_BYTES, GROUP, HEADER_BYTES
+from cpu_kernels.compiler import inner
 from cpu_kernels.dequantize import dequantize_floats, floats_to_float32
 from cpu_kernels.few_rows import LANE
 from cpu_kernels.formats import FORMATS
@@ -31,7 +30,7 @@ from cpu_kernels.products import source_row, target_row
 from cpu_kernels.tiles import begin_tiles, copies_bytes, copy_sources, end_tiles
 
 
-@njit(inline="always")
+@inner
 def _add_tile(tile, width, y, y_rows, ldy, bias, token, num_tokens, first_row, num_rows, fresh):
     """Put a tile where it belongs: over what was there, if `fresh`, else added to it."""
     for t in range(num_tokens):
@@ -45,7 +44,7 @@ def _add_tile(tile, width, y, y_rows, ldy, bias, token, num_tokens, first_row, n
             copy_row(source, target, num_rows)
 
 
-@njit(inline="always")
+@inner
 def _find_sources(sources, x, x_bytes, x_rows, divisor, first, num_tokens, n):
     """Addresses of the next rows of activations at `x`; the last one again after the end."""
     for t in range(num_tokens):

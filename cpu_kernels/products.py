@@ -22,10 +22,9 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-from numba import cfunc, njit, types
 
 from cpu_kernels.activations import CHUNK, GROUP, HEADER_BYTES
-from cpu_kernels.cache import compiling
+from cpu_kernels.compiler import callback, inner
 from cpu_kernels.dequantize import dequantize_floats, floats_to_float32
 from cpu_kernels.few_rows import multiply_few
 from cpu_kernels.formats import FORMATS
@@ -46,18 +45,18 @@ PANELS_FROM = 9  # rows of activations, see _panels_from
 FLOATS_BLOCK = 8  # rows of float weights that are multiplied with all activations, then the next
 
 
-@njit(inline="always")
+@inner
 def source_row(x_rows, divisor, i):
     return load_i32(x_rows, i) // divisor if x_rows != 0 else i
 
 
-@njit(inline="always")
+@inner
 def target_row(y, y_rows, ldy, i):
     row = load_i32(y_rows, i) if y_rows != 0 else i
     return y + 4 * row * ldy
 
 
-@njit(inline="always")
+@inner
 def _panels_from(num_groups):
     """Rows of activations for which weights are worth being put into panels: two, if a whole last
     chunk, of which those need only the groups that are left, is a fifth of the work or more."""
@@ -183,12 +182,8 @@ def make_dequantize(isa: str, format: str) -> Callable:
     return dequantize
 
 
-SIGNATURE = types.void(*[types.int64] * NUM_KERNEL_ARGUMENTS)
-
-
 @cache
 def kernel(make: Callable[[str, str], Callable], isa: str, format: str) -> tuple[int, object]:
     """Address of the machine code that `make` describes, and what keeps it alive."""
-    with compiling():
-        code = cfunc(SIGNATURE, cache=True, error_model="numpy")(make(isa, format))
+    code = callback(make(isa, format), NUM_KERNEL_ARGUMENTS)
     return code.address, code

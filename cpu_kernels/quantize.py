@@ -10,9 +10,10 @@ from functools import cache
 from itertools import pairwise
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from cpu_kernels.cache import compiling
+from cpu_kernels.compiler import called
 from cpu_kernels.formats import FORMATS, NF4
 from cpu_kernels.gemv import load_floats
 from cpu_kernels.simd import Emitter, Value, emitted, f16, f32, i8, i32
@@ -130,7 +131,7 @@ def _compiled(source: str, format: str) -> Callable[[int, int, int], int]:
 
     with compiling():
         signature = types.int32(types.int64, types.int64, types.int64)
-        return njit(signature, cache=True, nogil=True, error_model="numpy")(quantize)
+        return called(signature, nogil=True)(quantize)
 
 
 def quantize_blocks(values: np.ndarray, source: str, format: str) -> tuple[np.ndarray, float]:

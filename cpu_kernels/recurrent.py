@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.compiler import inner
 from cpu_kernels.delta_rule import add_product, clear
 from cpu_kernels.gating import silu
-from cpu_kernels.inner import inner
 from cpu_kernels.memory import load_i32, word
 from cpu_kernels.norm import add, scaled_copy
 from cpu_kernels.record import fields

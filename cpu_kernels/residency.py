@@ -10,9 +10,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from cpu_kernels.cache import compiling
+from cpu_kernels.compiler import called, inner
 from cpu_kernels.eviction import (
     FIRST,
     NONE,
@@ -27,7 +27,6 @@ from cpu_kernels.eviction import (
     touch,
     victim,
 )
-from cpu_kernels.inner import inner
 from cpu_kernels.memory import store_word, word
 from cpu_kernels.record import Record, fields
 
@@ -267,7 +266,7 @@ def _run(t, records, length, as_published, stats, decode, ordered):
 def load() -> Any:
     """The compiled function."""
     with compiling():
-        return njit("i8(i8, i8, i8, i8, i8, i8, i8)", cache=True, error_model="numpy")(_run)
+        return called("i8(i8, i8, i8, i8, i8, i8, i8)")(_run)
 
 
 def replay(

@@ -8,7 +8,8 @@ These are plain loops for offline work; they let go of Python's lock, so that th
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from cpu_kernels.compiler import called, inner
 
 NUM_SCALES = 9  # tried for each group, from 0.76 to 1.08 of what its largest value would take
 _INFINITY = np.float32(np.inf)
@@ -25,14 +26,14 @@ def nearest_codes(levels: np.ndarray) -> np.ndarray:
     return np.searchsorted(between, middles).astype(np.uint8)
 
 
-@njit(cache=True, error_model="numpy", nogil=True)
+@inner
 def _nearest(value, first, cells):
     """The code whose level is nearest to `value`; `first` is the lowest level."""
     cell = (value - first) * np.float32(CELLS)
     return cells[int(max(np.float32(0), min(cell, np.float32(len(cells) - 1))))]
 
 
-@njit(cache=True, error_model="numpy", nogil=True)
+@called(nogil=True)
 def fit_scales(groups, importance, levels, cells, scales):
     """Scales of least error, sum(importance * (value - scale * level)^2).
 
@@ -63,7 +64,7 @@ def fit_scales(groups, importance, levels, cells, scales):
                     scales[n] = product / square if square > 0 else np.float32(1) / inverse
 
 
-@njit(cache=True, error_model="numpy", nogil=True)
+@called(nogil=True)
 def fit_powers(groups, importance, levels, cells, exponents, lowest, highest):
     """The same with scales that are powers of two: int32 [n] of their exponents, to be filled."""
     for n in range(len(groups)):
@@ -87,7 +88,7 @@ def fit_powers(groups, importance, levels, cells, exponents, lowest, highest):
                 best, exponents[n] = error, exponent
 
 
-@njit(cache=True, error_model="numpy", nogil=True)
+@called(nogil=True)
 def fit_ranges(groups, importance, num_levels, below_zero, scales, minimums):
     """Scales and minimums of least error for the levels 0, 1, ... num_levels - 1; with
     `below_zero`, minimums are 0 or less."""
@@ -129,7 +130,7 @@ def fit_ranges(groups, importance, num_levels, below_zero, scales, minimums):
             scales[n] = (high - low) / np.float32(num_levels - 1)
 
 
-@njit(cache=True, error_model="numpy", nogil=True)
+@called(nogil=True)
 def round_columns(values, scales, minimums, levels, cells, factor, codes, errors):
     """Codes of `values`, column by column; what a column loses goes to those after it.
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpu_kernels.compiler import inner
 from cpu_kernels.exponential import exp
-from cpu_kernels.inner import inner
 from cpu_kernels.lanes import LANES, by_lanes, larger, store_i32
 from cpu_kernels.linear import FEW_ROWS, multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, store_f32, word

@@ -20,7 +20,7 @@ from functools import cached_property
 from time import perf_counter
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import types
 
 from cpu_kernels.atomic import (
     atomic_add,
@@ -33,6 +33,7 @@ from cpu_kernels.atomic import (
     yield_processor,
 )
 from cpu_kernels.cache import compiling
+from cpu_kernels.compiler import callback, called, inner
 from cpu_kernels.memory import address_of, aligned_bytes, store_word, word
 
 NUM_COUNTERS = 8
@@ -76,9 +77,7 @@ class Op:
 
     @cached_property
     def address(self) -> int:
-        signature = types.void(*[types.int64] * 4)
-        with compiling():
-            self._code = cfunc(signature, cache=True, error_model="numpy")(self.function)
+        self._code = callback(self.function, 4)
         return self._code.address
 
 
@@ -86,25 +85,25 @@ def op(function: Callable) -> Op:
     return Op(function)
 
 
-@njit(inline="always")
+@inner
 def share(total, thread, num_threads):
     """The part [lo, hi) of `total` equal tasks that is this thread's."""
     return total * thread // num_threads, total * (thread + 1) // num_threads
 
 
-@njit(cache=True, error_model="numpy")
+@inner
 def next_task(team, counter):
     """Tasks 0, 1, 2, ... of counter 0 to 7, each given to one thread; all start at 0 in an op."""
     return atomic_add(team + _COUNTERS + 8 * counter, 1)
 
 
-@njit(cache=True, error_model="numpy")
+@inner
 def restart_tasks(team, counter):
     """The next task of a counter is 0 again: for one thread, and between two barriers."""
     atomic_store(team + _COUNTERS + 8 * counter, 0)
 
 
-@njit(cache=True, error_model="numpy")
+@inner
 def parts_of(team, blocks):
     """How many parts to cut so many blocks of work into, for `part_of`. Threads take them one after
     the other, so that a core that is slow, or that others use too, takes fewer."""
@@ -114,7 +113,7 @@ def parts_of(team, blocks):
     return min(max(num_threads, min(PARTS * num_threads, blocks // LEAST_BLOCKS)), blocks)
 
 
-@njit(cache=True, error_model="numpy")
+@inner
 def part_of(team, total, part, num_parts):
     """Part [lo, hi) of `total`. Where there are several for each thread, each is smaller than those
     before it: the last ones let threads end together, and few are small, as to begin one takes
@@ -125,7 +124,7 @@ def part_of(team, total, part, num_parts):
     return total - total * left * left // square, total - total * after * after // square
 
 
-@njit(cache=True, error_model="numpy")
+@inner
 def _wait_until(address, value, patience):
     num_pauses = 0
     while atomic_load(address) != value:
@@ -136,7 +135,7 @@ def _wait_until(address, value, patience):
             yield_processor()
 
 
-@njit(cache=True, error_model="numpy")
+@inner
 def barrier(team):
     """Wait until all threads of the op are here; what they wrote before is then visible."""
     num_threads = atomic_load(team + _NUM_THREADS)
@@ -150,7 +149,7 @@ def barrier(team):
         _wait_until(team + _GENERATION, generation + 1, atomic_load(team + _PATIENCE))
 
 
-@njit(cache=True, error_model="numpy")
+@inner
 def _next_op(team):
     """A barrier, after which tasks of all counters start at 0 again."""
     num_threads = atomic_load(team + _NUM_THREADS)
@@ -180,7 +179,7 @@ def _chain(links, thread, num_threads, team):
             begin = end
 
 
-@njit(cache=True, error_model="numpy")
+@called()
 def _start(team, function, record):
     for counter in range(NUM_COUNTERS):
         atomic_store(team + _COUNTERS + 8 * counter, 0)
@@ -191,7 +190,7 @@ def _start(team, function, record):
     atomic_add(team + _SEQUENCE, 1)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@called(nogil=True)
 def _finish(team):
     """Do thread 0's part of the op that was started, if one was, and wait for the others."""
     if atomic_load(team + _RUNNING) == 0:
@@ -203,7 +202,7 @@ def _finish(team):
     atomic_store(team + _RUNNING, 0)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@called(nogil=True)
 def _run_if_awake(team, function, record):
     """Start an op and finish it; or only start it and return False, where workers must be woken."""
     _start(team, function, record)
@@ -216,7 +215,7 @@ def _run_if_awake(team, function, record):
     return True
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@called(nogil=True)
 def _work(team, thread, seen, patience):
     """Run ops as they come; returns the last one's number when none came for a while, -1 to end."""
     while True:
@@ -235,7 +234,7 @@ def _work(team, thread, seen, patience):
         atomic_add(team + _DONE, 1)
 
 
-@njit(cache=True, error_model="numpy")
+@called()
 def _fall_asleep(team, thread, seen):
     """True: the thread must now wait on its semaphore. False: there is work."""
     atomic_exchange(team + _ASLEEP + 8 * thread, 1)
@@ -245,12 +244,12 @@ def _fall_asleep(team, thread, seen):
     return atomic_exchange(team + _ASLEEP + 8 * thread, 0) == 0
 
 
-@njit(cache=True, error_model="numpy")
+@called()
 def _take_sleeper(team, thread):
     return atomic_exchange(team + _ASLEEP + 8 * thread, 0) == 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@called(nogil=True)
 def _pauses(count):
     for _ in range(count):
         pause()

@@ -10,10 +10,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from cpu_kernels.cache import compiling
-from cpu_kernels.inner import inner
+from cpu_kernels.compiler import called, inner
 from cpu_kernels.record import fields
 from cpu_kernels.residency import DROPPED, FETCHED, PASS, PREFETCHED
 
@@ -253,8 +253,7 @@ def load() -> Kernels:
     data, words = types.Array(types.uint8, 1, "C", readonly=True), types.int64[::1]
     named, i8 = types.uint8[::1], types.int64
     with compiling():
-        compiled = njit(cache=True, error_model="numpy")
-        kernels = Kernels(*map(compiled, (_parse, _parse_csv, _count_demands, _demand_times)))
+        kernels = Kernels(*map(called(), (_parse, _parse_csv, _count_demands, _demand_times)))
         kernels.parse.compile((data, i8, words, named, words))
         kernels.parse_csv.compile((data, i8, i8, words, named, words))
         kernels.count_demands.compile((words, words))

@@ -4,15 +4,16 @@ but the instructions themselves is tested by it, which test_other_processors.py 
 import numpy as np
 import pytest
 from naive_formats import random_matrix
-from numba import cfunc
 from plain_instructions import plain_instructions
 from test_linear import assert_close, run_product
 
+from cpu_kernels.compiler import callback
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import ISAS, available
 from cpu_kernels.linear import FEW, FEW_ROWS, MANY, Matrix
+from cpu_kernels.memory import NUM_KERNEL_ARGUMENTS
 from cpu_kernels.panels import make_gemm
-from cpu_kernels.products import PANELS_FROM, SIGNATURE, make_gemv
+from cpu_kernels.products import PANELS_FROM, make_gemv
 from cpu_kernels.team import Team
 
 # One scale for a group, and two; the others have tables, signs and single bits.
@@ -31,7 +32,7 @@ def shapes_of(format):
 
 def compiled(make, isa, format):
     with plain_instructions():
-        return cfunc(SIGNATURE, error_model="numpy")(make(isa, format))
+        return callback(make(isa, format), NUM_KERNEL_ARGUMENTS, cache=False)
 
 
 def random_product(rng, format, shape, n):

@@ -224,13 +224,18 @@ def test_what_waits_is_run_before_memory_changes():
         assert memory[:2].tolist() == [1, 1]
 
 
+@njit
+def all_parts(team, total):
+    num_parts = parts_of(team, total)
+    return [part_of(team, total, i, num_parts) for i in range(num_parts)]
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
 def test_parts_cover_all_work_and_become_smaller(num_threads):
     with Team(num_threads) as team:
         for total in (0, 1, 5, 31, 32, 1000, 12345):
-            num_parts = parts_of(team._address, total)
-            parts = [part_of(team._address, total, i, num_parts) for i in range(num_parts)]
+            parts = all_parts(team._address, total)
             assert [i for lo, hi in parts for i in range(lo, hi)] == list(range(total))
             if total >= 1000 and num_threads > 1:
                 sizes = [hi - lo for lo, hi in parts]
-                assert max(sizes) * num_threads <= total and sizes[-1] * num_parts < total
+                assert max(sizes) * num_threads <= total and sizes[-1] * len(parts) < total

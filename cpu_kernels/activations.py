@@ -14,6 +14,8 @@ Integers and scales are those of ggml's Q8_0, whose scales are float16, but in a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from numba.extending import register_jitable
 
 from cpu_kernels.compiler import inner
@@ -25,6 +27,7 @@ GROUP = 32
 CHUNK = 256
 CHUNK_BYTES = 384
 HEADER_BYTES = 64
+GROUPS = CHUNK // GROUP
 SCALES, SUMS, FIRST_SUMS, SECOND_SUMS = 256, 288, 320, 352  # byte offsets in a chunk
 # Even groups in the lower half of a 256-bit register, odd ones in the upper half: spreading the
 # scales of groups (2j, 2j + 1) over the two halves is then one shuffle inside the halves.
@@ -47,62 +50,104 @@ def prepared_bytes(n: int, k: int) -> int:
     return HEADER_BYTES + n * prepared_row_bytes(k)
 
 
-def quantize_chunk(k: Emitter, x: Value, target: Value) -> None:
-    """256 float32 at `x` to the chunk at `target`."""
-    with k.loop(k.integer(8)) as group:
-        bytes_at = target + (group >> 2) * 128 + (group & 3) * 16  # byte_offset(group, 0)
-        scales_at = target + ((group >> 1) + (group & 1) * 4) * 4  # POSITION[group]
-        _quantize_group(k, x + group * (4 * GROUP), bytes_at, scales_at)
+@emitted("void", "i64 i64 i64")
+def _quantize_chunk(k, x, first, target):
+    """256 float32 at `x` to the chunk at `target`; groups before number `first` are not read, and
+    count as zeros.
 
+    What a group has one of is computed for all eight at once: for each alone, that chain of
+    instructions, with two divisions, takes longer than the values do.
+    """
+    maxima, totals, inverses = (k.stack(GROUPS * nbytes) for nbytes in (16, 32, 4))
+    with k.when(first.compare(">", 0)):
+        _clear(k, maxima, GROUPS * 16)
+        _clear(k, totals, GROUPS * 32)
+        _clear(k, target, CHUNK_BYTES)
 
-def _quantize_group(k: Emitter, x: Value, bytes_at: Value, scales_at: Value) -> None:
-    parts = [k.load(x + 64 * half, f32(16)) for half in (0, 1)]
-    # Without their sign, floats are ordered as integers are, NaN last.
-    largest = k.largest(k.maximum(*[p.view(i32(16)) & 0x7FFFFFFF for p in parts])).view(f32(1))
+    def find_largest(group: Value, position: Value) -> Value:
+        return _largest(k, x + group * (4 * GROUP))
+
+    largest = _of_groups(k, first, maxima, k.maximum, find_largest)[0].view(f32(GROUPS))
     # Below 1e-35 its inverse might be infinite: such a group counts as zero.
-    tiny = largest.compare("<", 1e-35)
-    zero = k.constant(f32(1), 0.0)
-    scale = k.select(tiny, zero, _to_11_bits(k, largest / k.constant(f32(1), 127.0)))
-    inverse = k.select(tiny, zero, k.constant(f32(1), 127.0) / largest)
+    tiny, zero = largest.compare("<", 1e-35), k.constant(f32(GROUPS), 0.0)
+    most = k.constant(f32(GROUPS), 127.0)
+    scale = k.select(tiny, zero, _to_11_bits(k, largest / most))
+    k.store(inverses, k.select(tiny, zero, most / largest))
+
+    def quantize(group: Value, position: Value) -> Value:
+        bytes_at = target + (group >> 2) * 128 + (group & 3) * 16  # byte_offset(group, 0)
+        inverse = k.load(inverses + position * 4, f32(1))
+        return _quantize_group(k, x + group * (4 * GROUP), inverse, bytes_at)
+
+    sums = _of_groups(k, first, totals, lambda a, b: a + b, quantize)
+    halves = [total.cast("sitofp", f32) for total in sums]
+    k.store(target + SCALES, scale)
+    k.store(target + SUMS, (halves[0] + halves[1]) * scale)
+    k.store(target + FIRST_SUMS, halves[0] * scale)
+    k.store(target + SECOND_SUMS, halves[1] * scale)
+
+
+def _of_groups(
+    k: Emitter,
+    first: Value,
+    memory: Value,
+    combine: Callable[[Value, Value], Value],
+    write: Callable[[Value, Value], Value],
+) -> list[Value]:
+    """Numbers of all groups, in the order of POSITION: i32 [8], once or more. `write(group,
+    position)` gives for each number four lanes that are then combined, side by side; `memory` has
+    those of groups before the first one."""
+    lanes = 0
+    with k.loop(k.integer(GROUPS) - first) as number:
+        group = first + number
+        position = (group >> 1) + (group & 1) * 4
+        value = write(group, position)
+        lanes = value.lanes
+        k.store(memory + position * (4 * lanes), value)
+    parts = []
+    for start in range(0, GROUPS, 4):
+        places = range(start, start + 4)
+        vectors = [k.load(memory + place * (4 * lanes), i32(lanes)) for place in places]
+        a, b, c, d = k.transpose(vectors)
+        parts.append(combine(combine(a, b), combine(c, d)))
+    quarters = [
+        [*range(at, at + 4), *range(lanes + at, lanes + at + 4)] for at in range(0, lanes, 4)
+    ]
+    return [k.shuffle(*parts, mask=quarter) for quarter in quarters]
+
+
+def _clear(k: Emitter, address: Value, nbytes: int) -> None:
+    for offset in range(0, nbytes, 32):
+        k.store(address + offset, k.constant(i32(8), 0))
+
+
+def _largest(k: Emitter, x: Value) -> Value:
+    """i32 [4], of which the largest is the largest of a group. Without their sign, floats are
+    ordered as integers are, NaN last."""
+    parts = [k.load(x + 64 * half, f32(16)).view(i32(16)) & 0x7FFFFFFF for half in (0, 1)]
+    return k.largest(k.maximum(*parts), 4)
+
+
+def _quantize_group(k: Emitter, x: Value, inverse: Value, bytes_at: Value) -> Value:
+    """Store a group's integers. i32 [8]: four lanes for each half, whose sum is its integers'."""
     sums = []
-    for half, part in enumerate(parts):
-        rounded = k.round(part * k.splat(inverse, 16))
+    for half in (0, 1):
+        rounded = k.round(k.load(x + 64 * half, f32(16)) * k.splat(inverse, 16))
         # Keeps conversion defined for infinities; with a NaN, the scale is one already.
         for limit, operator in ((127.0, "<"), (-127.0, ">")):
             bound = k.constant(f32(16), limit)
             rounded = k.select(rounded.compare(operator, bound), rounded, bound)
         integers = rounded.cast("fptosi", i32)
         k.store(bytes_at + 64 * half, integers.cast("trunc", i8))
-        sums.append(k.sum(integers))
-    first, second = [s.cast("sitofp", f32) for s in sums]
-    k.store(scales_at + SCALES, scale)
-    k.store(scales_at + SUMS, (first + second) * scale)
-    k.store(scales_at + FIRST_SUMS, first * scale)
-    k.store(scales_at + SECOND_SUMS, second * scale)
+        sums.append(k.sum(integers, 4))
+    return k.concatenate(sums)
 
 
 def _to_11_bits(k: Emitter, scale: Value) -> Value:
     """The nearest number with as many significant bits as a float16 has; NaN stays NaN."""
-    bits = scale.view(i32(1))
+    bits = scale.view(i32(scale.lanes))
     rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
-    return k.select(bits.compare(">", 0x7F800000), bits, rounded).view(f32(1))
-
-
-@emitted("void", "i64 i64")
-def _quantize_whole(k, x, target):
-    quantize_chunk(k, x, target)
-
-
-@emitted("void", "i64 i64 i64")
-def _quantize_last(k, x, count, target):
-    """The same for a last chunk of `count` values: after zeros, where weights have them, whose last
-    chunk begins earlier (see groups.Row)."""
-    padded = k.stack(4 * CHUNK)
-    for part in range(CHUNK // 16):
-        k.store(padded + 64 * part, k.constant(f32(16), 0.0))
-    with k.loop(count) as i:
-        k.store(padded + (i - count + CHUNK) * 4, k.load(x + i * 4, f32(1)))
-    quantize_chunk(k, padded, target)
+    return k.select(bits.compare(">", 0x7F800000), bits, rounded).view(scale.type)
 
 
 @inner
@@ -125,9 +170,9 @@ def prepare_activations(x, ldx, n, k, prepared, thread, num_threads):
     for i in range(first, last):
         row = i // num_chunks
         chunk = i - row * num_chunks
-        source = x + 4 * (row * ldx + chunk * CHUNK)
+        # A last chunk ends with the row, as that of weights does: see groups.Row.
+        start = min(chunk * CHUNK, k - CHUNK)
+        num_left = min(k - chunk * CHUNK, CHUNK)
+        source = x + 4 * (row * ldx + start)
         target = prepared + HEADER_BYTES + row * row_bytes + chunk * CHUNK_BYTES
-        if (chunk + 1) * CHUNK <= k:
-            _quantize_whole(source, target)
-        else:
-            _quantize_last(source, k - chunk * CHUNK, target)
+        _quantize_chunk(source, GROUPS - num_left // GROUP, target)

@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from cpu_kernels.activations import FIRST_SUMS, GROUP, POSITION, SECOND_SUMS, SUMS
+from cpu_kernels.activations import FIRST_SUMS, GROUP, GROUPS, POSITION, SECOND_SUMS, SUMS
 from cpu_kernels.formats import FORMATS, Format
 from cpu_kernels.simd import Emitter, Value, f16, f32, i8, i16, i32, i64
 
-GROUPS = 8  # in a chunk
 ORDER = [POSITION.index(i) for i in range(GROUPS)]
 Scales = tuple[list[Value], list[tuple[Value, int]]]
 

@@ -303,8 +303,9 @@ class Emitter:
         """Upper half of the lanes added to lower half, until so many are left."""
         return self._halve(a, lanes, lambda low, high: low + high)
 
-    def largest(self, a: Value) -> Value:
-        return self._halve(a, 1, self.maximum)
+    def largest(self, a: Value, lanes: int = 1) -> Value:
+        """The larger of each two in upper and lower half, until so many lanes are left."""
+        return self._halve(a, lanes, self.maximum)
 
     # -- control --
 

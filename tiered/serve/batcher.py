@@ -58,11 +58,14 @@ class Batcher:
     def _groups(self, jobs: list[Job]) -> Iterator[list[Job]]:
         """As many at once as have `decode_rows` tokens to compute."""
         group: list[Job] = []
+        num_rows = 0
         for job in jobs:
-            if sum(len(other.to_do) for other in [*group, job]) > self.decode_rows:
+            own = len(job.to_do)
+            if num_rows + own > self.decode_rows:
                 yield group
-                group = []
+                group, num_rows = [], 0
             group.append(job)
+            num_rows += own
         if group:
             yield group
 

@@ -182,6 +182,27 @@ def group_dots(
     return k.concatenate(results)
 
 
+def keeps_rows_whole(isa: str, format: str) -> bool:
+    """Whether `row_dots` multiplies rows of this format: all products of a group, added, fit in 16
+    bits, so that it takes few instructions."""
+    layout = LAYOUTS[format]
+    is_plain = not (layout.signed or layout.single_bits) and layout.num_scales == 1
+    return isa == "avx2" and is_plain and 2 * 127 * layout.largest * 8 <= _WIDEST_SUM
+
+
+def row_dots(k: Emitter, registers: list[list[tuple[Value, Value]]]) -> Value:
+    """Dot products of rows that lie whole in 128 bits, where `keeps_rows_whole`: i32 [rows].
+
+    `registers` has the pairs of both halves of a group for each of four registers: of rows 0, 4,
+    ..., of rows 1, 5, ..., and so on.
+    """
+    sums = [_sums_of_16_bits(k, pairs, False) for pairs in registers]
+    for unit in (32, 64):
+        pairs = zip(sums[::2], sums[1::2], strict=True)
+        sums = [_add_interleaved(k, a, b, unit) for a, b in pairs]
+    return _widen(k, sums[0])
+
+
 def _is_short(value: Value) -> bool:
     return value.type.element == i16(1)
 

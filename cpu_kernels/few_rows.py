@@ -3,7 +3,9 @@
 Rows of weights are multiplied `panel_rows` at a time, one in each 32-bit lane of a register: four
 consecutive weights of every row, then the next four. The bytes of a group get this order while they
 are still packed, are decoded once, and are multiplied with one row of activations after the other,
-of which four values at a time are broadcast to all lanes.
+of which four values at a time are broadcast to all lanes. Where sums are short (see
+dot.keeps_rows_whole), 16 consecutive weights stay side by side instead: to add what they give takes
+no longer than to broadcast more often, and no order has to be changed.
 
 Every result has the bits that gemv.py gives it: products are summed in integers within a group,
 exactly; groups at the same place of their chunks are added up one after the other, and the sums of
@@ -15,7 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cpu_kernels.activations import CHUNK_BYTES, POSITION, SCALES, SUMS, byte_offset
-from cpu_kernels.dot import multiply_bytes, wants_unsigned
+from cpu_kernels.dot import keeps_rows_whole, multiply_bytes, row_dots, wants_unsigned
 from cpu_kernels.gemv import FEW_ROWS, PREFETCH_BYTES, prefetch_chunk
 from cpu_kernels.groups import GROUPS, LAYOUTS, chunk_bytes, look_up
 from cpu_kernels.isa import ISAS
@@ -29,20 +31,27 @@ class Group(NamedTuple):
     """A group of every row of a panel, decoded."""
 
     number: int  # in its chunk
-    integers: list[list[Value]]  # of each half: i8 [4 * rows], four times
+    integers: list[list[Value]]  # of each half: i8 [4 * rows], four times (see Panel)
     scales: list[Value]  # float32 [rows]: one, or one for each half
     offsets: list[tuple[Value, int]]  # float32 [rows], and the activations' sums they belong to
 
 
 class Panel:
-    """The same chunk of some rows of weights. See groups.Chunk for what the numbers mean."""
+    """The same chunk of some rows of weights. See groups.Chunk for what the numbers mean.
 
-    def __init__(self, k: Emitter, isa: str, format: str, addresses: list[Value]) -> None:
+    A register of weights has four consecutive ones of every row; with `whole_rows`, 16 consecutive
+    ones of every fourth row.
+    """
+
+    def __init__(
+        self, k: Emitter, isa: str, format: str, addresses: list[Value], whole_rows: bool = False
+    ) -> None:
+        self.whole_rows = whole_rows
         self.k, self.isa, self.layout, self.addresses = k, isa, LAYOUTS[format], addresses
         self.rows, self.nbytes = len(addresses), chunk_bytes(format)
         self.flip = wants_unsigned(isa) and self.layout.signed
         self.is_signed = self.layout.signed and not self.flip
-        self._loaded: dict[int, list[Value]] = {}
+        self._loaded: dict[int, list[Value]] = {}  # side by side
         self.block_bytes = block_of_a_group(format)
         if not self.block_bytes:
             self._keep_scales([scales_and_offsets(k, format, address) for address in addresses])
@@ -88,7 +97,8 @@ class Panel:
         """Half a group: four i8 [4 * rows], each with four consecutive weights of every row."""
         layout, decoded = self.layout, []
         piece = layout.piece(group, half)
-        for word, low in enumerate(self._words(piece.low)):
+        bytes_at = self._rows if self.whole_rows else self._words
+        for word, low in enumerate(bytes_at(piece.low)):
             value = _shifted(low, -piece.low_shift)
             if layout.low_bits < 8:
                 value = value & ((1 << layout.low_bits) - 1)
@@ -97,7 +107,7 @@ class Panel:
             if layout.single_bits:
                 value = value | self._single_bits(piece.high, word)
             elif layout.high_bits:  # straight to where they belong
-                high = _shifted(self._words(piece.high)[word], layout.low_bits - piece.high_shift)
+                high = _shifted(bytes_at(piece.high)[word], layout.low_bits - piece.high_shift)
                 value = value | (high & (((1 << layout.high_bits) - 1) << layout.low_bits))
             decoded.append(value ^ 0x80 if self.flip else value)
         return decoded
@@ -109,10 +119,14 @@ class Panel:
 
     def _words(self, offset: int) -> list[Value]:
         """16 bytes of every row, as four words of every row."""
+        rows = [own.view(i32(self.rows)) for own in self._rows(offset)]
+        return [word.view(i8(4 * self.rows)) for word in self.k.transpose(rows)]
+
+    def _rows(self, offset: int) -> list[Value]:
+        """The same, as the 16 bytes of every fourth row, four times."""
         if offset not in self._loaded:  # once, however often they are asked for
-            k, rows = self.k, [self.addresses[first::LANE] for first in range(LANE)]
-            words = k.transpose([self._side_by_side(own, offset) for own in rows])
-            self._loaded[offset] = [word.view(i8(4 * self.rows)) for word in words]
+            rows = [self.addresses[first::LANE] for first in range(LANE)]
+            self._loaded[offset] = [self._side_by_side(own, offset) for own in rows]
         return self._loaded[offset]
 
     def _side_by_side(self, addresses: list[Value], offset: int) -> Value:
@@ -125,7 +139,7 @@ class Panel:
             both = k.shuffle(low, high, [*range(nbytes), *range(3 * nbytes, 4 * nbytes)])
         else:
             both = k.concatenate([k.load(place + offset, i8(nbytes)) for place in addresses])
-        return both.view(i32(self.rows))
+        return both
 
     def _single_bits(self, offset: int, word: int) -> Value:
         """Four of the 16 bits at `offset`, of every row, each to the place of a fifth bit."""
@@ -147,13 +161,7 @@ class Panel:
         products = k.load(before + place, f32(rows))
         x_scale = self._everywhere(x + (SCALES + 4 * position))
         for part, scale in enumerate(group.scales):
-            halves = (0, 1) if len(group.scales) == 1 else (part,)
-            pairs = []
-            for half in halves:
-                for word, weights in enumerate(group.integers[half]):
-                    at = x + (byte_offset(group.number, half) + 4 * word)
-                    pairs.append((weights, self._everywhere(at).view(weights.type)))
-            dots = multiply_bytes(k, self.isa, pairs, self.layout.largest, self.is_signed)
+            dots = self._row_dots(group, x) if self.whole_rows else self._dots(group, x, part)
             products = k.multiply_add(dots.cast("sitofp", f32), scale * x_scale, products)
         k.store(sums + place, products)
         place += 4 * rows
@@ -163,6 +171,24 @@ class Panel:
                 x_sum = self._everywhere(x + (kind + 4 * position))
                 total = k.multiply_add(offset, x_sum, total)
             k.store(sums + place, total)
+
+    def _dots(self, group: Group, x: Value, part: int) -> Value:
+        """Dot products of the integers that belong to one of the group's scales: i32 [rows]."""
+        halves = (0, 1) if len(group.scales) == 1 else (part,)
+        pairs = []
+        for half in halves:
+            for word, weights in enumerate(group.integers[half]):
+                at = x + (byte_offset(group.number, half) + 4 * word)
+                pairs.append((weights, self._everywhere(at).view(weights.type)))
+        return multiply_bytes(self.k, self.isa, pairs, self.layout.largest, self.is_signed)
+
+    def _row_dots(self, group: Group, x: Value) -> Value:
+        k, xs = self.k, list[Value]()
+        for half in (0, 1):
+            values = k.load(x + byte_offset(group.number, half), i8(4 * LANE))
+            xs.append(k.concatenate([values] * (self.rows // LANE)))
+        halves = zip(*group.integers, strict=True)
+        return row_dots(k, [list(zip(weights, xs, strict=True)) for weights in halves])
 
     def _everywhere(self, address: Value) -> Value:
         return self.k.splat(self.k.load(address, f32(1)), self.rows)
@@ -213,7 +239,8 @@ def multiply_few(
     with k.loop((num_groups + (GROUPS - 1)) >> 3) as i:
         at = k.minimum(i * nbytes, row_bytes - nbytes)  # see groups.Row
         further = _further_on(k, at, nbytes, row_bytes, rows)
-        panel = Panel(k, isa, format, [start + at for start in starts])
+        places = [start + at for start in starts]
+        panel = Panel(k, isa, format, places, keeps_rows_whole(isa, format))
         first = k.maximum((i + 1) * GROUPS - num_groups, k.integer(0))  # that is not zeros
         begins = i.compare("==", 0)
         before = k.select(begins, zeros, sums)

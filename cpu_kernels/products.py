@@ -40,6 +40,7 @@ from cpu_kernels.memory import (
     store_word,
     word,
 )
+from cpu_kernels.scales import block_of_a_group
 
 PANELS_FROM = 9  # rows of activations, see _panels_from
 FLOATS_BLOCK = 8  # rows of float weights that are multiplied with all activations, then the next
@@ -57,17 +58,20 @@ def target_row(y, y_rows, ldy, i):
 
 
 @inner
-def _panels_from(num_groups):
+def _panels_from(num_groups, least_part):
     """Rows of activations for which weights are worth being put into panels: two, if a whole last
-    chunk, of which those need only the groups that are left, is a fifth of the work or more."""
+    chunk, of which those need only the groups that are left, is a `least_part`-th of the work or
+    more."""
     all_groups = (num_groups + GROUPS - 1) // GROUPS * GROUPS
-    return 2 if 5 * (all_groups - num_groups) >= all_groups else PANELS_FROM
+    return 2 if least_part * (all_groups - num_groups) >= all_groups else PANELS_FROM
 
 
 def make_gemv(isa: str, format: str) -> Callable:
     """Quantized weights and activations, few rows of activations."""
     block, block_bytes = FORMATS[format].block_size, FORMATS[format].block_bytes
     width = ISAS[isa].panel_rows
+    # Scales that are the first of their group's bytes are quickly had, also by panels.
+    least_part = 10 if block_of_a_group(format) else 5
 
     def gemv(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         row_bytes = k // block * block_bytes
@@ -75,7 +79,7 @@ def make_gemv(isa: str, format: str) -> Callable:
         x_bytes = word(prepared, 4)
         x = prepared + HEADER_BYTES
         in_panels = 0
-        if num_groups >= GROUPS and n >= _panels_from(num_groups):
+        if num_groups >= GROUPS and n >= _panels_from(num_groups, least_part):
             in_panels = (last - first) // width * width
         sources, targets, zeros = stack("128"), stack("128"), stack("64")
         for i in range(n):

@@ -183,10 +183,9 @@ class Panel:
         return multiply_bytes(self.k, self.isa, pairs, self.layout.largest, self.is_signed)
 
     def _row_dots(self, group: Group, x: Value) -> Value:
-        k, xs = self.k, list[Value]()
-        for half in (0, 1):
-            values = k.load(x + byte_offset(group.number, half), i8(4 * LANE))
-            xs.append(k.concatenate([values] * (self.rows // LANE)))
+        k = self.k
+        values = [k.load(x + byte_offset(group.number, half), i8(4 * LANE)) for half in (0, 1)]
+        xs = [k.concatenate([value] * (self.rows // LANE)) for value in values]
         halves = zip(*group.integers, strict=True)
         return row_dots(k, [list(zip(weights, xs, strict=True)) for weights in halves])
 

@@ -8,7 +8,9 @@ import tiny
 
 from tiered import Engine
 from tiered.demo import random_tiny_model
+from tiered.experts import ExpertKey
 from tiered.gpu.devices import described, device_names
+from tiered.gpu.splits import Fixed
 from tiered.loaders import State
 from tiered.planning import hardware
 from tiered.planning.costs import Line
@@ -75,6 +77,27 @@ def test_what_kernels_take_is_learnt_while_they_run(model):
         rates = engine.backend.cards[0].device.machine.rates
         expected = 2 * rates.launch + 2 * blob / rates.gpu
         assert costs.gpu(2 * blob) == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("device", [CARD, TWO])
+def test_what_a_prompt_used_last_stays_on_cards_and_what_it_used_before_in_ram(tmp_path, device):
+    model = random_tiny_model(tmp_path, num_layers=8)
+    with Engine(model, threads=2) as engine:
+        blob = max(engine.store.blob_bytes)
+    with Engine(model, device=device, threads=2, expert_ram=16 * blob) as engine:
+        source, random = engine.decoder.source, np.random.default_rng(0)
+        for placed, share in zip(source.cards, engine.shares, strict=True):
+            placed._prompt_split = Fixed(1)
+            placed.vram.use_slots(3 * len(share.layers))
+        orders = [random.permutation(8).astype(np.int32) for _ in range(8)]
+        for layer, order in enumerate(orders):
+            list(source.fetch(layer, order, 20 * np.arange(9, dtype=np.int32)))
+        lasts = [share.layers.stop - 1 for share in engine.shares]  # they have all that they used
+        for layer in sorted(set(range(8)).difference(lasts)):
+            keys = [ExpertKey(layer, expert) for expert in orders[layer].tolist()]
+            on_card = [key in source.sources[layer].vram for key in keys]
+            assert not any(on_card[:5]) and (any(on_card) or len(source.cards) > 1)
+            assert [key in engine.source.tier for key in keys[:5]] == [False] * 3 + [True] * 2
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v2", "granitemoehybrid"])

@@ -47,10 +47,12 @@ class TierStats:
 
 
 class Above(NamedTuple):
-    """A memory above another one: who is there, and how popular an expert is there."""
+    """A memory above another one: who is there, how popular an expert is there, and whose stay ends
+    with the prompt that is being computed."""
 
     residency: Residency
     popularity: Callable[[ExpertKey], float]
+    passing: Collection[ExpertKey] = ()
 
 
 def check_capacity(space: Space) -> None:
@@ -278,7 +280,7 @@ class Residency:
             (above.popularity(key), key)
             for above in self.above
             for key in here & above.residency.resident()
-            if evictable(key)
+            if key not in above.passing and evictable(key)
         ]
         return max(spares)[1] if spares else None
 

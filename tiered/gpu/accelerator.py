@@ -213,7 +213,7 @@ def _beneath(ram: Tier, placed: ExpertsOfCards, timing: Timing) -> None:
             card.costs.disk.observe(nbytes, seconds)
 
     ram.residency.above = [
-        Above(card.vram.residency, card.admission.popularity.count)
+        Above(card.vram.residency, card.admission.popularity.count, card.passing)
         for card in placed.cards
         if card.admission is not None
     ]

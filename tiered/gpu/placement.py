@@ -67,6 +67,7 @@ class PlacedExperts:
         self._cpu, self._link, self._kernels = cpu or Busy(clock), link, kernels
         self._layer, self._began = -1, self._cpu.clock()  # of this pass
         self._spares: Set[ExpertKey] | None = None
+        self.passing: set[ExpertKey] = set()  # of a prompt: on the GPU, and about to leave it
         sparse = store.checkpoint.config.sparse_layers
         self._offsets = store.offsets
         self._nbytes = {
@@ -91,7 +92,10 @@ class PlacedExperts:
         copied = self._num_copied(keys, hits, awaited, misses, starts)
         if self.admission is not None:
             self.admission.copying(copied > 0)
-        here, there = [*hits, *awaited, *misses[:copied]], misses[copied:]
+        here = sorted([*hits, *awaited, *misses[:copied]])  # what will be wanted soonest comes last
+        there = sorted(misses[copied:])
+        if starts is not None and np.diff(starts).max() > self.few_rows:
+            self._count_passing(keys)
         self.hits += len(hits) + len(awaited)
         self.copies += copied
         self.computed_in_ram += len(there)
@@ -108,11 +112,19 @@ class PlacedExperts:
         """Layers come one after the other: one that does not come later begins the next pass."""
         if layer <= self._layer:
             self._spares = None
+            self.passing.clear()
             now = self._cpu.clock()
             if self.admission is not None:
                 self.admission.token_done(now - self._began)
             self._began = now
         self._layer = layer
+
+    def _count_passing(self, keys: Sequence[ExpertKey]) -> None:
+        """Of a layer of a prompt, all but the last will have left when it ends: those that are more
+        than the layer's share of the slots."""
+        tier = self.vram.residency
+        share = tier.num_slots // tier.space.num_sparse_layers
+        self.passing.update(keys[: max(0, len(keys) - share)])
 
     def _look_up(self, keys: Sequence[ExpertKey]) -> tuple[list[int], list[int], list[int]]:
         """Positions of what is on the GPU, on its way there, and neither."""

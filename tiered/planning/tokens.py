@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from tiered.experts import group_by_expert
 from tiered.planning.synthetic import Routed
 from tiered.tracing.trace import DECODE, Pass, Trace
 from tiered.tracing.trace import Routed as RoutedLayer
 
 
 def tokens_of(trace: Trace, top_k: int | None = None) -> tuple[Routed, list[Routed]]:
-    """(the distinct experts of the prompt by layer, the experts of each decoded token by layer).
+    """(the distinct experts of the prompt by layer, in the order in which an engine asks for them,
+    the experts of each decoded token by layer).
 
     Only the `top_k` best choices count, if given. Prompts after the first are left out.
     """
@@ -26,7 +28,10 @@ def tokens_of(trace: Trace, top_k: int | None = None) -> tuple[Routed, list[Rout
             if decoding:
                 tokens[-1][event.layer] = tuple(dict.fromkeys(chosen.reshape(-1).tolist()))
             elif not tokens:
-                prompt[event.layer].update(dict.fromkeys(chosen.reshape(-1).tolist()))
+                asked = group_by_expert(event.routing._replace(experts=chosen)).experts
+                for expert in asked.tolist():
+                    prompt[event.layer].pop(expert, None)
+                    prompt[event.layer][expert] = None
     if not tokens:
         raise ValueError("the trace has no decoded token: record one with an answer")
-    return [tuple(sorted(experts)) for experts in prompt], tokens
+    return [tuple(experts) for experts in prompt], tokens

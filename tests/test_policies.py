@@ -183,6 +183,18 @@ def test_keep_last_does_not_give_up_what_the_rest_of_a_prompt_wants():
     assert missing <= got.misses <= missing + 3  # those that the first layer took from others
 
 
+@pytest.mark.parametrize("name", ["keep_last", "lru", "layer_lru", "lfu", "slru"])
+def test_of_a_prompt_what_a_layer_asked_for_last_stays(name):
+    """Experts are fetched in an order that relies on it: see tiered.experts.group_by_expert."""
+    num_layers, num_experts = 4, 12
+    cache = residency(name, [], 24, (1,) * num_layers)
+    for layer in range(num_layers):
+        cache.demand([ExpertKey(layer, expert) for expert in range(num_experts)])
+    for layer in range(num_layers):
+        there = [expert for expert in range(num_experts) if ExpertKey(layer, expert) in cache]
+        assert there == list(range(num_experts - len(there), num_experts))
+
+
 def test_names_come_from_the_folder():
     wanted = "lru lfu lfu_decay slru arc layer_lru layer_lfu least_stale random belady keep_last"
     assert set(policies.names()) >= set(wanted.split())

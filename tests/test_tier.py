@@ -393,6 +393,18 @@ def test_what_a_memory_above_has_leaves_first():
     assert keys[1] in residency and keys[3] not in residency and keys[0] in residency
 
 
+def test_what_passes_through_a_memory_above_stays_and_so_does_what_later_layers_want():
+    space = Space(4, (1, 1, 1))
+    residency, above = (Residency(space, policies.create("lru", space)) for _ in range(2))
+    later, passed, passing, kept = (ExpertKey(*key) for key in ((2, 0), (0, 0), (1, 0), (1, 1)))
+    residency.lookup([later, passed, passing, kept])
+    above.lookup([passing, kept])
+    residency.above = [Above(above, lambda key: float(key == passing), {passing})]
+    for expert, leaves in enumerate((kept, passed), start=2):
+        residency.lookup([ExpertKey(1, expert)])
+        assert leaves not in residency and later in residency and passing in residency
+
+
 @pytest.mark.parametrize("policy", policies.online())
 def test_a_fetch_of_nothing(policy):
     """As of a GPU's tier, in a layer whose experts all run on the processor."""

@@ -47,8 +47,8 @@ class TierStats:
 
 
 class Above(NamedTuple):
-    """A memory above another one: who is there, how popular an expert is there, and whose stay ends
-    with the prompt that is being computed."""
+    """A memory above another one: who is there, how popular an expert is there, and who of a prompt
+    that is being computed will have left when it ends."""
 
     residency: Residency
     popularity: Callable[[ExpertKey], float]
@@ -259,11 +259,11 @@ class Residency:
     def evict(self, incoming: ExpertKey, evictable: Evictable) -> None:
         """Evict one expert so that `incoming` may come."""
         victim = self._spare(evictable)
+        if victim is None and any(above.passing for above in self.above):
+            # What a prompt wants in later layers should not leave before they come.
+            victim = self._chosen(incoming, lambda key: key[0] < incoming[0] and evictable(key))
         if victim is None:
-            if self._victim_for is not None:
-                victim = self._victim_for(incoming, evictable)
-            else:
-                victim = self._victim(evictable)
+            victim = self._chosen(incoming, evictable)
         if victim not in self._slots:
             raise RuntimeError(
                 f"policy {type(self.policy).__module__} chose {victim} to evict, "
@@ -272,9 +272,17 @@ class Residency:
         self._leave(victim)
         self.stats.evictions += 1
 
+    def _chosen(self, incoming: ExpertKey, evictable: Evictable) -> ExpertKey | None:
+        """By the policy."""
+        if self._victim_for is None:
+            return self._victim(evictable)
+        victim: ExpertKey | None = self._victim_for(incoming, evictable)
+        return victim
+
     def _spare(self, evictable: Evictable) -> ExpertKey | None:
-        """One that a memory above has, too: the most popular, which will be there longest. When
-        the others leave it, they are still here, and need not be read again."""
+        """One that a memory above has, too, and not just on its way through: the most popular,
+        which will be there longest. When the others leave it, they are still here, and need not be
+        read again."""
         here = self._slots.keys()
         spares = [
             (above.popularity(key), key)

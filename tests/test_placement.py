@@ -97,6 +97,13 @@ def test_what_is_resident_and_where_it_runs_never_changes_the_tokens(
         assert gpu.generate() == expected  # another cache state
 
 
+def test_a_layer_that_asks_for_nothing(model):
+    with GpuEngine(model, fake_gpu(), 5) as gpu:
+        nothing = np.empty(0, np.int32)
+        assert all(len(ready) == 0 for ready, _ in gpu.source.fetch(0, nothing, nothing))
+        assert all(len(ready) == 0 for ready, _ in gpu.source.fetch(1, nothing, np.zeros(1, int)))
+
+
 def test_hits_run_on_the_gpu_and_misses_beside_it(model, expected):
     with GpuEngine(model, fake_gpu(), 100, Fixed(0)) as gpu:
         gpu.generate()

@@ -94,7 +94,7 @@ class PlacedExperts:
             self.admission.copying(copied > 0)
         here = sorted([*hits, *awaited, *misses[:copied]])  # what will be wanted soonest comes last
         there = sorted(misses[copied:])
-        if starts is not None and np.diff(starts).max() > self.few_rows:
+        if starts is not None and np.diff(starts).max(initial=0) > self.few_rows:
             self._count_passing(keys)
         self.hits += len(hits) + len(awaited)
         self.copies += copied
@@ -120,7 +120,7 @@ class PlacedExperts:
         self._layer = layer
 
     def _count_passing(self, keys: Sequence[ExpertKey]) -> None:
-        """Of a layer of a prompt, all but the last will have left when it ends: those that are more
+        """Of a layer of a prompt, the first experts will have left when it ends: those that are more
         than the layer's share of the slots."""
         tier = self.vram.residency
         share = tier.num_slots // tier.space.num_sparse_layers

@@ -120,8 +120,8 @@ class PlacedExperts:
         self._layer = layer
 
     def _count_passing(self, keys: Sequence[ExpertKey]) -> None:
-        """Of a layer of a prompt, the first experts will have left when it ends: those that are more
-        than the layer's share of the slots."""
+        """Of a layer of a prompt, the first experts will have left when it ends: those beyond the
+        layer's share of the slots."""
         tier = self.vram.residency
         share = tier.num_slots // tier.space.num_sparse_layers
         self.passing.update(keys[: max(0, len(keys) - share)])

@@ -207,10 +207,10 @@ class CpuBackend:
         table: Any,
         into: np.ndarray,
     ) -> np.ndarray:
-        h, chosen = self._router.choose(x, router)
-        out = self._scratch.floats("few pairs", FEW_ROWS * router.top_k, self._hidden_size)
-        layer.chosen.run(self._team, h, chosen, table, out, into)
-        return h
+        routed = self._router.choose(x, router)
+        out = self._scratch.room("pairs", 4 * routed.experts.size * self._hidden_size)
+        layer.chosen.run(self._team, routed, table, out, into)
+        return routed.h[: len(x)]
 
     def weighted(self, h: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return self._weighted.run(self._team, h, weights)

@@ -1,5 +1,5 @@
-"""What a layer's router has chosen for a few tokens, where all experts are in memory: Python need
-not know of the choice before the experts run."""
+"""What a layer's router has chosen, where all experts are in memory: Python need not know of the
+choice before the experts run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 from cpu_kernels.compiler import inner
 from cpu_kernels.experts import COMBINE, EXPERTS, ExpertLayer, add_pairs, prepare_h, run_experts
 from cpu_kernels.lanes import store_i32
-from cpu_kernels.linear import FEW_ROWS
 from cpu_kernels.memory import load_i32, store_word, word
 from cpu_kernels.record import Record, fields
 from cpu_kernels.team import Team, barrier, op
@@ -88,28 +87,20 @@ class ChosenExperts:
         _ = _chosen.address  # compiled before the first token
 
     def run(
-        self,
-        team: Team,
-        h: np.ndarray,
-        chosen: Any,
-        table: Any,
-        out: np.ndarray,
-        into: np.ndarray,
+        self, team: Team, routed: Any, table: Any, out: np.ndarray, into: np.ndarray
     ) -> None:
-        """into += what the experts say of h, weighted; all are float32 [num_tokens, hidden_size],
-        of FEW_ROWS at most, who all have room. `chosen` has `experts` and `weights`, which may
-        be known only when this is run; `out` is float32 [FEW_ROWS * top_k, hidden_size]; `table`
-        has `addresses` and `uses`: how often each expert was used, however many of these tokens
-        chose it."""
+        """into (float32 [num_tokens, hidden_size]) += what the experts say of so many first rows
+        of `routed` (see cpu_kernels.route.Routed), weighted. What is routed may be known only when
+        this is run. `table` has `addresses` and `uses`: how often each expert was used, however
+        many of these tokens chose it. `out` is memory for float32 [most_rows * top_k, hidden_size],
+        for as many rows as `routed` has."""
         version = self._layer.workspace.version
         if not (
-            self._record.is_filled_for(table, out, version)
-            and self._record.points_to(chosen=chosen.experts)
-            and self._experts.points_to(h=h)
+            self._record.is_filled_for(routed, table, out, version)
             and self._combine.points_to(x=into)
         ):
-            self._fill(team, h, chosen, table, out, into)
-        self.resize(len(h))
+            self._fill(team, routed, table, out, into)
+        self.resize(len(into))
         team.queue(_chosen.address, self._record.address, resize=self.resize)
 
     def resize(self, num_rows: int) -> None:
@@ -119,40 +110,33 @@ class ChosenExperts:
         self._record.resize(num_pairs=num_rows * self._top_k)
 
     def _fill(
-        self,
-        team: Team,
-        h: np.ndarray,
-        chosen: Any,
-        table: Any,
-        out: np.ndarray,
-        into: np.ndarray,
+        self, team: Team, routed: Any, table: Any, out: np.ndarray, into: np.ndarray
     ) -> None:
         team.forget()  # it may wait to be run as it is
-        layer, (num_rows, top_k) = self._layer, chosen.experts.shape
-        self._top_k, most_pairs = top_k, FEW_ROWS * top_k
-        rows, results = (num_rows, layer.hidden_size), (most_pairs, layer.hidden_size)
-        if num_rows > FEW_ROWS:
-            raise ValueError(f"there are {num_rows} tokens, and at most {FEW_ROWS} are a few")
-        for name, array, shape in (("h", h, rows), ("into", into, rows), ("out", out, results)):
+        layer, (most_rows, top_k) = self._layer, routed.experts.shape
+        self._top_k, most_pairs, size = top_k, most_rows * top_k, layer.hidden_size
+        for name, array, shape in (
+            ("h", routed.h, (most_rows, size)), ("into", into, (len(into), size)),
+        ):  # fmt: skip
             if array.dtype != np.float32 or array.shape != shape:
                 raise ValueError(f"{name} must be float32 {list(shape)}, not {array.shape}")
+        if len(into) > most_rows or out.nbytes < 4 * most_pairs * size:
+            raise ValueError(f"{len(into)} tokens and {out.nbytes} bytes do not fit {most_rows}")
         count = len(table.addresses)
         for array, shape in ((table.addresses, (count, 3)), (table.uses, (count,))):
             if array.dtype != np.int64 or array.shape != shape or not array.flags.c_contiguous:
                 raise ValueError(f"a table's arrays must be contiguous int64, like {list(shape)}")
         space, most_jobs = layer.workspace, min(most_pairs, count)
-        space.reserve(FEW_ROWS, layer.hidden_size, most_pairs, layer.expert_size, most_jobs)
+        space.reserve(most_rows, size, most_pairs, layer.expert_size, most_jobs)
         own = {
             "starts": np.zeros(most_jobs + 1, np.int32), "pairs": np.zeros(most_pairs, np.int32),
             "experts": np.zeros(most_jobs, np.int32),
             "addresses": np.zeros((most_jobs, 3), np.int64),
         }  # fmt: skip
-        self._experts.set(**(space.arrays | own), h=h, out=out, top_k=top_k)
-        self._combine.set(
-            x=into, out=out, weights=chosen.weights, top_k=top_k, hidden_size=layer.hidden_size
-        )
+        self._experts.set(**(space.arrays | own), h=routed.h, out=out, top_k=top_k)
+        self._combine.set(x=into, out=out, weights=routed.weights, top_k=top_k, hidden_size=size)
         self._record.set(
-            chosen=chosen.experts, table=table.addresses, uses=table.uses, num_experts=count,
+            chosen=routed.experts, table=table.addresses, uses=table.uses, num_experts=count,
             places=np.zeros(count, np.int32),
         )  # fmt: skip
-        self._record.mark_filled_for(table, out, space.version)
+        self._record.mark_filled_for(routed, table, out, space.version)

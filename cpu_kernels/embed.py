@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.linear import FEW_ROWS, gather_rows
+from cpu_kernels.linear import gather_rows
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import scaled_copy
 from cpu_kernels.record import Record, Scratch, fields
 from cpu_kernels.team import OF_ATTENTION, Team, barrier, before_each_run, op, share
+from cpu_kernels.workspace import room_for
 
 EMBED = fields("table tokens num_rows out hidden_size scale")
 
@@ -56,7 +57,7 @@ class Embedding:
             raise IndexError(
                 f"token ids must be 0 to {vocab_size - 1}, not {min(ids)} to {max(ids)}"
             )
-        self._scratch.room("x", 4 * FEW_ROWS * hidden_size)  # in one place for few rows
+        self._scratch.room("x", 4 * room_for(num_rows) * hidden_size)  # in one place
         x = self._scratch.floats("x", num_rows, hidden_size)
         if not self._record.is_filled_for(x, table, scale):
             self._team.finish_batch()

@@ -15,12 +15,12 @@ from cpu_kernels.experts import (
 )
 from cpu_kernels.gating import sigmoid
 from cpu_kernels.isa import Isa
-from cpu_kernels.linear import FEW_ROWS, multiply
+from cpu_kernels.linear import multiply
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import apply_norm, rms_scale
 from cpu_kernels.record import Record, fields
 from cpu_kernels.team import Team, barrier, op, share
-from cpu_kernels.workspace import Workspace
+from cpu_kernels.workspace import Workspace, room_for
 
 FEED_FORWARD = fields("experts x target norm eps scale scores")
 
@@ -58,22 +58,6 @@ class _Layout(NamedTuple):
     down: Any
 
 
-class _Call:
-    """What an op is told of a call; it stays the same, but for the number of rows, while memory
-    does."""
-
-    def __init__(self, layer: ExpertLayer, **facts: Any) -> None:
-        self.experts = Record(EXPERTS, **layer.facts)
-        self.record = Record(FEED_FORWARD, experts=self.experts.address, **facts)
-        self.starts = np.zeros(2, np.int32)  # its own, as several layers may wait to be run
-        self.most_rows = 0
-
-    def resize(self, num_rows: int) -> None:
-        """So many rows are there when this is run next."""
-        self.experts.resize(num_rows=num_rows)
-        self.starts[1] = num_rows
-
-
 class FeedForwardLayer:
     """x (or `into`) += ffn(h), times sigmoid(scale @ h) if there is a scale; `weights` has matrices
     gate, up, down and scale (or None). With `norm` (float32 [hidden_size]), h = norm(x)."""
@@ -94,45 +78,51 @@ class FeedForwardLayer:
         self._addresses = np.array([addresses], np.int64)
         self.norm = None if norm is None else np.ascontiguousarray(norm, np.float32)
         scale = weights.scale.address if weights.scale is not None else 0
-        # Ops of a few rows may be run again when many have come and gone.
-        self._few, self._many = (
-            _Call(self.layer, eps=float(config.norm_eps), scale=scale) for _ in range(2)
+        self._experts = Record(EXPERTS, **self.layer.facts)
+        self._record = Record(
+            FEED_FORWARD,
+            experts=self._experts.address,
+            eps=float(config.norm_eps),
+            scale=scale,
         )
+        self._starts = np.zeros(2, np.int32)  # its own, as several layers may wait to be run
+        self._most_rows = 0
         _ = _feed_forward.address
 
     def run(
         self, team: Team, x: np.ndarray, h: np.ndarray | None, into: np.ndarray | None = None
     ) -> None:
         target, num_rows = x if into is None else into, len(x)
-        call = self._few if num_rows <= FEW_ROWS else self._many
         if not (
-            call.record.is_filled_for(self.workspace.version, h is None)
-            and num_rows <= call.most_rows
-            and call.record.points_to(x=x, target=target)
-            and (h is None or call.experts.points_to(h=h))
+            self._record.is_filled_for(self.workspace.version, h is None)
+            and num_rows <= self._most_rows
+            and self._record.points_to(x=x, target=target)
+            and (h is None or self._experts.points_to(h=h))
         ):
-            self._fill(call, team, x, h, target)
-        call.resize(num_rows)
-        team.queue(_feed_forward.address, call.record.address, resize=call.resize)
+            self._fill(team, x, h, target)
+        self.resize(num_rows)
+        team.queue(_feed_forward.address, self._record.address, resize=self.resize)
 
-    def _fill(
-        self, call: _Call, team: Team, x: np.ndarray, h: np.ndarray | None, target: np.ndarray
-    ) -> None:
+    def resize(self, num_rows: int) -> None:
+        """So many rows are there when this is run next."""
+        self._experts.resize(num_rows=num_rows)
+        self._starts[1] = num_rows
+
+    def _fill(self, team: Team, x: np.ndarray, h: np.ndarray | None, target: np.ndarray) -> None:
         if h is None and self.norm is None:
             raise ValueError("this feed-forward was prepared without a norm: give it h")
-        if call is self._few:
-            team.forget()  # it may wait to be run as it is
+        team.forget()  # it may wait to be run as it is
         space, hidden = self.workspace, x.shape[1]
-        call.most_rows = most = max(len(x), FEW_ROWS)
+        self._most_rows = most = max(self._most_rows, room_for(len(x)))
         space.reserve(most, hidden, most, self.layer.expert_size)
         space.reserve_dense(most, hidden)
         own = {
-            "addresses": self._addresses, "starts": call.starts, "pairs": space.arrays["identity"]
+            "addresses": self._addresses, "starts": self._starts, "pairs": space.arrays["identity"]
         }  # fmt: skip
-        call.experts.set(**(space.arrays | own))
-        call.experts.set(
+        self._experts.set(**(space.arrays | own))
+        self._experts.set(
             h=space.dense["h"] if h is None else h, out=space.dense["out"], num_jobs=1, top_k=1
         )
         norm = self.norm if h is None else None
-        call.record.set(x=x, target=target, scores=space.dense["scores"], norm=norm)
-        call.record.mark_filled_for(space.version, h is None)
+        self._record.set(x=x, target=target, scores=space.dense["scores"], norm=norm)
+        self._record.mark_filled_for(space.version, h is None)

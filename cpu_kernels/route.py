@@ -17,12 +17,13 @@ import numpy as np
 from cpu_kernels.compiler import inner
 from cpu_kernels.exponential import exp
 from cpu_kernels.lanes import LANES, by_lanes, larger, store_i32
-from cpu_kernels.linear import FEW_ROWS, multiply, prepare_activations, prepared_bytes
+from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, store_f32, word
 from cpu_kernels.norm import norm_rows, norm_vectors, rms_norm_rows
 from cpu_kernels.record import Record, Scratch, fields, floats
 from cpu_kernels.simd import emitted, f32
 from cpu_kernels.team import OF_ROUTER, Team, barrier, op, share
+from cpu_kernels.workspace import room_for
 
 ROUTER = fields(
     "num_rows x norm norm_bias eps h hidden_size router num_experts top_k scoring correction "
@@ -251,9 +252,8 @@ class RouterLayer:
         self.norm = norm_vectors(weights.norm, config.hidden_size)
         self.own_norm = floats(weights.own_norm, "own_norm", config.hidden_size)
         self._router = router  # the record has only its address
-        # Look-ahead may guess in one thread while another routes: each has a record. So have a few
-        # tokens, whose ops may be run again when many have been routed.
-        self.record, self.guess_record, self.few_record = (
+        # Look-ahead may guess in one thread while another routes: each has a record.
+        self.record, self.guess_record = (
             Record(
                 ROUTER,
                 eps=float(config.norm_eps),
@@ -271,13 +271,22 @@ class RouterLayer:
                 scale=float(config.routing_scale),
                 jitter=float(config.router_jitter),
             )
-            for _ in range(3)
+            for _ in range(2)
         )
         _ = route.address  # compiled before the first token
 
     def resize(self, num_rows: int) -> None:
-        """So many tokens are there when the few of `Router.choose` are routed next."""
-        self.few_record.resize(num_rows=num_rows)
+        """So many tokens are there when they are routed next."""
+        self.record.resize(num_rows=num_rows)
+
+
+class Routed(NamedTuple):
+    """What the op writes: h = norm(x) and what is chosen for it, with room for more rows than those
+    at hand, which come first."""
+
+    h: np.ndarray  # float32 [most_rows, hidden_size]
+    experts: np.ndarray  # int32 [most_rows, top_k]
+    weights: np.ndarray  # float32 [most_rows, top_k]
 
 
 class Router:
@@ -286,86 +295,74 @@ class Router:
     def __init__(self, team: Team) -> None:
         self._team = team
         self._scratch = Scratch()
-        self._chosen: Routing | None = None  # where the op writes
-        self._few: tuple[np.ndarray, Routing] | None = None  # the same, and h, of FEW_ROWS tokens
+        self._routed: Routed | None = None
 
     def route(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
         """h = norm(x), which stays until the next call, and the experts chosen for it."""
-        h = self._scratch.floats("h", *x.shape)
-        return h, self._run(x, h, layer, layer.record)
+        self._team.forget()  # the layer may wait to be run for other rows
+        routed = self._prepare(x, layer)
+        return routed.h[: len(x)], self._run(layer.record, routed, len(x))
 
-    def choose(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
-        """The same for up to FEW_ROWS tokens where only ops want to know: both are there when the
-        team has done what waits, and until the next call; they are parts of what has FEW_ROWS."""
-        num_rows, record = len(x), layer.few_record
-        h, chosen = self._few_results(layer)
-        if not (record.is_filled_for(h, chosen) and record.points_to(x=x)):
-            self._team.forget()  # the layer may wait to be run as it is
-            self._fill(x, h, chosen, layer, record)
-            record.mark_filled_for(h, chosen)
-        layer.resize(num_rows)
-        self._team.queue(route.address, record.address, OF_ROUTER, layer.resize)
-        return h[:num_rows], Routing(chosen.experts[:num_rows], chosen.weights[:num_rows])
-
-    def _few_results(self, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
-        shape = FEW_ROWS, layer.top_k
-        if self._few is None or self._few[1].experts.shape != shape:
-            h = self._scratch.floats("few h", FEW_ROWS, layer.hidden_size)
-            self._few = h, Routing(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
-        return self._few
+    def choose(self, x: np.ndarray, layer: RouterLayer) -> Routed:
+        """The same where only ops want to know: it is there when the team has done what waits, and
+        until the next call. Another call returns the same object, while memory suffices."""
+        routed = self._prepare(x, layer)
+        self._team.queue(route.address, layer.record.address, OF_ROUTER, layer.resize)
+        return routed
 
     def guess(self, x: np.ndarray, h: np.ndarray, layer: RouterLayer) -> Routing:
         """The experts that the layer would choose for x, of which another layer made the `h`."""
-        own = None if layer.own_norm is None else x
-        return self._run(own, h, layer, layer.guess_record)
+        routed, record = self._room(len(h), layer), layer.guess_record
+        given = {"h": h} if layer.own_norm is None else {"h": h, "x": x}
+        if not (record.is_filled_for(routed) and record.points_to(**given)):
+            self._fill(record, routed, layer, **given)
+        record.resize(num_rows=len(h))
+        return self._run(record, routed, len(h))
 
-    def _run(
-        self, x: np.ndarray | None, h: np.ndarray, layer: RouterLayer, record: Record
-    ) -> Routing:
-        chosen = self._filled(x, h, layer, record)
+    def _prepare(self, x: np.ndarray, layer: RouterLayer) -> Routed:
+        """Have the layer's record say that x is routed."""
+        routed, record = self._room(len(x), layer), layer.record
+        if not (record.is_filled_for(routed) and record.points_to(x=x)):
+            self._team.forget()  # the layer may wait to be run as it is
+            self._fill(record, routed, layer, x=x, h=routed.h)
+            record.set(**layer.norm)
+        layer.resize(len(x))
+        return routed
+
+    def _run(self, record: Record, routed: Routed, num_rows: int) -> Routing:
         self._team.run(route.address, record.address, OF_ROUTER)
         # Copies, because look-ahead and traces keep them; quicker than the address of new arrays.
-        return Routing(chosen.experts.copy(), chosen.weights.copy())
+        return Routing(routed.experts[:num_rows].copy(), routed.weights[:num_rows].copy())
 
-    def _filled(
-        self, x: np.ndarray | None, h: np.ndarray, layer: RouterLayer, record: Record
-    ) -> Routing:
-        """Where the results of such a call will be."""
-        chosen, shape = self._chosen, (len(h), layer.top_k)
-        if chosen is None or not record.is_filled_for(x, h, chosen):
-            if chosen is None or chosen.experts.shape != shape:
-                chosen = Routing(np.empty(shape, np.int32), np.empty(shape, np.float32))
-                self._chosen = chosen
-            self._fill(x, h, chosen, layer, record)
-            record.mark_filled_for(x, h, chosen)
-        return chosen
+    def _room(self, num_rows: int, layer: RouterLayer) -> Routed:
+        most, routed = room_for(num_rows), self._routed
+        if routed is not None:
+            shapes = (num_rows, layer.hidden_size), (num_rows, layer.top_k)
+            if (routed.h[:num_rows].shape, routed.experts[:num_rows].shape) == shapes:
+                return routed
+            most = max(most, len(routed.h))
+        h, shape = self._scratch.floats("h", most, layer.hidden_size), (most, layer.top_k)
+        self._routed = Routed(h, np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+        return self._routed
 
     def _fill(
-        self,
-        x: np.ndarray | None,
-        h: np.ndarray,
-        chosen: Routing,
-        layer: RouterLayer,
-        record: Record,
+        self, record: Record, routed: Routed, layer: RouterLayer, **given: np.ndarray
     ) -> None:
-        """Have `record` say what is routed, and where results go."""
-        num_rows = len(h)
-        if h.shape != (num_rows, layer.hidden_size) or h.dtype != np.float32:
-            raise ValueError(
-                f"rows must be float32 [num_tokens, {layer.hidden_size}], not {h.dtype} {h.shape}"
-            )
-        room, most = self._scratch.room, max(num_rows, FEW_ROWS)
+        for rows in given.values():
+            if rows.shape[1:] != (layer.hidden_size,) or rows.dtype != np.float32:
+                raise ValueError(
+                    f"rows must be float32 [num_tokens, {layer.hidden_size}], "
+                    f"not {rows.dtype} {rows.shape}"
+                )
+        room, most = self._scratch.room, len(routed.h)
         record.set(
-            num_rows=num_rows,
-            x=x,
-            h=h,
+            **given,
             own=room("own", 0 if layer.own_norm is None else 4 * most * layer.hidden_size),
             prepared=room("prepared", prepared_bytes(most, layer.hidden_size)),
             logits=room("logits", 4 * most * layer.num_experts),
             choices=room("choices", 4 * most * layer.num_experts),
             group_scores=room("group_scores", 4 * most * layer.num_groups),
-            experts=chosen.experts,
-            weights=chosen.weights,
+            experts=routed.experts,
+            weights=routed.weights,
         )
-        if record is not layer.guess_record:
-            record.set(**layer.norm)
+        record.mark_filled_for(routed)

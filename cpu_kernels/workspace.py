@@ -7,7 +7,15 @@ from functools import partial
 import numpy as np
 
 from cpu_kernels.activations import prepared_bytes
+from cpu_kernels.linear import FEW_ROWS
 from cpu_kernels.memory import aligned_bytes
+
+ROOM_STEP = 64  # rows
+
+
+def room_for(num_rows: int) -> int:
+    """How many rows to have room for where so many come: that a few more move nothing."""
+    return FEW_ROWS if num_rows <= FEW_ROWS else -(-num_rows // ROOM_STEP) * ROOM_STEP
 
 
 def _grow(arrays: dict[str, np.ndarray], name: str, nbytes: int) -> None:

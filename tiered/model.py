@@ -179,7 +179,7 @@ class Decoder:
         b, layer, into, dense = self.backend.of_layer(index), self.layers[index], x, None
         if layer.merge is not None:
             dense, into = b.branches(x)
-        table = self.table(index) if len(x) <= self.backend.few_rows else None
+        table = self.table(index) if chunks.is_one else None
         if table is not None:
             h = b.routed_experts(x, layer.router, layer.experts, table, into)
         else:

@@ -32,7 +32,10 @@ from cpu_kernels.recurrent import RecurrentState
 from cpu_kernels.route import Router, RouterLayer, Routing
 from cpu_kernels.short_conv import ConvLayer, ShortConv
 from cpu_kernels.team import Team
-from cpu_kernels.workspace import Workspace
+from cpu_kernels.workspace import Workspace, room_for
+
+# Of a pass of many rows in one go: whoever interrupts it waits for its end.
+MOST_SECONDS = 1.0
 
 
 class CpuBackend:
@@ -72,6 +75,7 @@ class CpuBackend:
         self._head = Head(self._team)
         self._hidden_size = 0
         self._known: tuple[Any, ...] = ()  # what the team's last chain was for
+        self._row_seconds = float("inf")  # of the last pass of many rows
 
     def matrix(
         self, data: np.ndarray, format: str, shape: tuple[int, int], bias: np.ndarray | None = None
@@ -146,19 +150,18 @@ class CpuBackend:
 
     @contextmanager
     def chain(self, num_tokens: int, layers: Sequence[Any]) -> Iterator[None]:
-        if num_tokens > FEW_ROWS:
+        with self._timed(num_tokens), self._team.chain(num_tokens):
             yield
-            return
-        with self._team.chain(num_tokens):
-            yield
-        self._known = list(layers), *self._attention.batch
+        self._known = room_for(num_tokens), list(layers), *self._attention.batch
 
     def again(
         self, layers: Sequence[Any], table: Matrix, batch: Any, kv: KVPages, scale: float = 1.0
     ) -> np.ndarray | None:
-        if not self._team.is_known:
+        if not self._team.is_known or not self._is_short(len(batch.tokens)):
             return None
-        known, x, _, known_kv, geometry = self._known
+        most_rows, known, x, _, known_kv, geometry = self._known
+        if len(batch.tokens) > most_rows:
+            return None
         if kv is not known_kv or len(layers) != len(known) or not all(map(is_, layers, known)):
             return None
         new = self._embedding.fill(table, batch.tokens, scale)
@@ -166,8 +169,19 @@ class CpuBackend:
             return None
         if not self._team.resize(len(new)):
             return None
-        self._team.again()
+        with self._timed(len(new)):
+            self._team.again()
         return new
+
+    def _is_short(self, num_tokens: int) -> bool:
+        return num_tokens <= FEW_ROWS or num_tokens * self._row_seconds <= MOST_SECONDS
+
+    @contextmanager
+    def _timed(self, num_tokens: int) -> Iterator[None]:
+        start = self._team.seconds
+        yield
+        if num_tokens > FEW_ROWS:
+            self._row_seconds = (self._team.seconds - start) / num_tokens
 
     def chained_seconds(self) -> dict[str, float]:
         return self._team.take_seconds()
@@ -179,6 +193,8 @@ class CpuBackend:
         return x
 
     def attention(self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
+        if len(x) > FEW_ROWS:
+            self._team.finish()  # of many rows a layer at a time: an interrupt waits for one
         if isinstance(layer, DeltaLayer):
             self._delta.run(x, layer, batch)
         elif isinstance(layer, ConvLayer):

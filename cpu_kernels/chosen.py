@@ -86,9 +86,7 @@ class ChosenExperts:
         self._record = Record(CHOSEN, experts=self._experts.address, combine=self._combine.address)
         _ = _chosen.address  # compiled before the first token
 
-    def run(
-        self, team: Team, routed: Any, table: Any, out: np.ndarray, into: np.ndarray
-    ) -> None:
+    def run(self, team: Team, routed: Any, table: Any, out: np.ndarray, into: np.ndarray) -> None:
         """into (float32 [num_tokens, hidden_size]) += what the experts say of so many first rows
         of `routed` (see cpu_kernels.route.Routed), weighted. What is routed may be known only when
         this is run. `table` has `addresses` and `uses`: how often each expert was used, however
@@ -109,9 +107,7 @@ class ChosenExperts:
         self._combine.resize(num_rows=num_rows)
         self._record.resize(num_pairs=num_rows * self._top_k)
 
-    def _fill(
-        self, team: Team, routed: Any, table: Any, out: np.ndarray, into: np.ndarray
-    ) -> None:
+    def _fill(self, team: Team, routed: Any, table: Any, out: np.ndarray, into: np.ndarray) -> None:
         team.forget()  # it may wait to be run as it is
         layer, (most_rows, top_k) = self._layer, routed.experts.shape
         self._top_k, most_pairs, size = top_k, most_rows * top_k, layer.hidden_size

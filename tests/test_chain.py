@@ -132,7 +132,42 @@ def test_ops_run_again_for_any_number_of_rows(model_type, tmp_path):
         prepared = [x is None for x in known]
         decoder.trace = Listener()
         assert all(map(np.array_equal, got, answers()))
-    assert sum(prepared) == 1  # the long prompt, which has no ops to run again
+    assert sum(prepared) == 1  # the long prompt, for which few rows had no room; then it has
+
+
+# Also with a branch beside the experts; with recurrent layers.
+@pytest.mark.parametrize("model_type", ["olmoe", "deepseek_v3", "gemma4", "qwen3_next"])
+def test_prompts_of_any_length_are_as_if_somebody_listened(model_type, tmp_path):
+    """Longer than all before, shorter, as long as before; tokens in between; and none that is told
+    of an expert more than once."""
+    path = golden.checkpoint(tmp_path / "model", model_type)
+    with open_engine(path, kv_tokens=2048, threads=2) as engine:
+        decoder, kv = engine.decoder, engine.kv
+
+        def passes():
+            uses = engine.source.uses.copy()
+            for length in (3, 20, 64, 17, 65, 100, 100, 40, 130):
+                sequence, ids = kv.open(), [(7 * i + length) % 30 for i in range(length)]
+                for tokens in (ids, [4], [9]):
+                    x = decoder.hidden(kv.batch([(sequence, tokens)]), kv.pages)
+                    yield decoder.head(x, np.arange(len(x)))
+                kv.close(sequence)
+            yield engine.source.uses - uses
+
+        got = list(passes())
+        decoder.trace = Listener()
+        assert all(map(np.array_equal, got, passes()))
+
+
+def test_a_prompt_is_one_call_unless_it_would_take_long(engine, monkeypatch):
+    """An interrupt waits for what runs in one go."""
+    again, calls = engine.decoder.again, []
+    engine.decoder.again = lambda *arguments: calls.append(again(*arguments)) or calls[-1]
+    expected = engine.logits(range(30))  # memory is made
+    for seconds in (1.0, 0.0, 1.0):
+        monkeypatch.setattr(engine.backend, "_row_seconds", seconds)
+        assert np.array_equal(engine.logits(range(30)), expected)
+    assert [x is not None for x in calls] == [False, False, True, False]
 
 
 def test_an_expert_that_several_tokens_choose_is_used_once(engine):

@@ -266,7 +266,7 @@ class Backend(Protocol):
     def routed_experts(
         self, x: Array, router: Any, layer: Any, table: ExpertTable, into: Array
     ) -> Array:
-        """route, experts and combine of at most `few_rows` tokens, without telling what was chosen:
+        """route, experts and combine, of a pass in one chunk, without telling what was chosen:
         `into` (x, or a branch) += what the experts say. Counts in the `table` which are used.
         Returns h."""
 

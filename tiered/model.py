@@ -129,10 +129,10 @@ class Decoder:
             self.trace.begin(PREFILL if len(batch.tokens) > 1 else DECODE)
         if self.rules is not None:
             self.rules.begin(len(batch.tokens))
-        x = self.again(batch, kv)
+        b, chunks = self.backend.of_layer(0), Chunks(batch, chunk)
+        x = self.again(batch, kv) if chunks.is_one else None
         if x is not None:
             return x
-        b, chunks = self.backend.of_layer(0), Chunks(batch, chunk)
         with self.backend.chain(len(batch.tokens), self.layers):
             # [num_tokens, hidden_size]
             x = b.embed(self.embedding, batch.tokens, self.config.embedding_scale)
@@ -145,7 +145,7 @@ class Decoder:
     def again(self, batch: Batch, kv: Any) -> Array | None:
         """What `hidden` does, if it is the same calls as for the tokens before."""
         sparse = self.sparse_layers
-        if len(batch.tokens) > self.backend.few_rows or (sparse and self.table(sparse[0]) is None):
+        if sparse and self.table(sparse[0]) is None:
             return None
         scale = self.config.embedding_scale
         x = self.backend.again(self.layers, self.embedding, batch, kv, scale)

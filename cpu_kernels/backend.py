@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cpu_kernels.attention import Attention, AttentionLayer, kv_pages
 from cpu_kernels.chosen import ChosenExperts
+from cpu_kernels.combine import Combine, Weighted
 from cpu_kernels.delta import DeltaLayer, DeltaNet
 from cpu_kernels.embed import Embedding
-from cpu_kernels.experts import Combine, ExpertLayer, Weighted
+from cpu_kernels.experts import ExpertLayer
 from cpu_kernels.feed_forward import FeedForwardLayer
+from cpu_kernels.fetched import FetchedExperts
 from cpu_kernels.head import Head, OutputLayer
 from cpu_kernels.isa import choose
 from cpu_kernels.join import Join, JoinLayer
@@ -36,6 +38,13 @@ from cpu_kernels.workspace import Workspace, room_for
 
 # Of a pass of many rows in one go: whoever interrupts it waits for its end.
 MOST_SECONDS = 1.0
+
+
+class PreparedExperts(NamedTuple):
+    """A layer's experts in the two ways that they are run."""
+
+    fetched: FetchedExperts
+    chosen: ChosenExperts
 
 
 class CpuBackend:
@@ -120,14 +129,13 @@ class CpuBackend:
         biases: Any = None,
         others: Sequence[Any] = (),
         kinds: np.ndarray | None = None,
-    ) -> ExpertLayer:
+    ) -> PreparedExperts:
         layer = ExpertLayer(
             layout, config, self._isa, self.exact, self._workspace, biases, others, kinds,
             self._beside_gpu,
         )  # fmt: skip
-        layer.chosen = ChosenExperts(layer)
         self._hidden_size = layer.hidden_size  # of all layers
-        return layer
+        return PreparedExperts(FetchedExperts(layer), ChosenExperts(layer))
 
     def feed_forward_layer(
         self, weights: Any, config: Any, norm: np.ndarray | None = None
@@ -211,15 +219,20 @@ class CpuBackend:
         return self._guesser.guess(x, h, layer)
 
     def experts(
-        self, h: np.ndarray, layer: ExpertLayer, addresses: np.ndarray, jobs: Any, out: np.ndarray
+        self,
+        h: np.ndarray,
+        layer: PreparedExperts,
+        addresses: np.ndarray,
+        jobs: Any,
+        out: np.ndarray,
     ) -> None:
-        layer.run(self._team, h, addresses, jobs, out)
+        layer.fetched.run(self._team, h, addresses, jobs, out)
 
     def routed_experts(
         self,
         x: np.ndarray,
         router: RouterLayer,
-        layer: ExpertLayer,
+        layer: PreparedExperts,
         table: Any,
         into: np.ndarray,
     ) -> np.ndarray:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.combine import COMBINE, add_pairs
 from cpu_kernels.compiler import inner
-from cpu_kernels.experts import COMBINE, EXPERTS, ExpertLayer, add_pairs, prepare_h, run_experts
+from cpu_kernels.experts import EXPERTS, ExpertLayer, prepare_h, run_experts
 from cpu_kernels.lanes import store_i32
 from cpu_kernels.memory import load_i32, store_word, word
 from cpu_kernels.record import Record, fields

@@ -17,13 +17,10 @@ from cpu_kernels.compiler import inner
 from cpu_kernels.dot import as_on_a_gpu
 from cpu_kernels.gating import ACTIVATIONS, activate
 from cpu_kernels.isa import Isa
-from cpu_kernels.lanes import by_lanes
 from cpu_kernels.linear import FEW_ROWS, ROW_BLOCK, products_of
 from cpu_kernels.memory import call_kernel, load_f32, load_i32, word
-from cpu_kernels.norm import scaled_copy
-from cpu_kernels.record import Record, Scratch, fields
-from cpu_kernels.simd import emitted, f32
-from cpu_kernels.team import Team, barrier, next_task, op, part_of, parts_of, share
+from cpu_kernels.record import fields
+from cpu_kernels.team import barrier, next_task, part_of, parts_of
 from cpu_kernels.workspace import Workspace
 
 # What it costs to decode a row of weights, in rows of activations multiplied with it.
@@ -40,20 +37,6 @@ EXPERTS = fields(
     "kernels kinds activation limit biases "
     "prepared gate_out up_out inner_prepared identity"
 )
-COMBINE = fields("x out weights num_rows top_k hidden_size")
-WEIGHTED = fields("h out weights num_rows top_k hidden_size")
-
-
-@emitted("void", "i64 i64 i64 f32")
-def add_scaled(k, x, y, count, factor):
-    """x += factor * y, of `count` float32."""
-
-    def do(offset, lanes):
-        y_values = k.load(y + offset, f32(lanes))
-        sums = k.multiply_add(y_values, k.splat(factor, lanes), k.load(x + offset, f32(lanes)))
-        k.store(x + offset, sums)
-
-    by_lanes(k, count, do)
 
 
 @inner
@@ -198,55 +181,14 @@ def prepare_h(r, thread, num_threads):
     prepare_activations(h, hidden, num_rows, hidden, word(r, EXPERTS.prepared), thread, num_threads)
 
 
-@op
-def _experts(r, thread, num_threads, team):
-    prepare_h(r, thread, num_threads)
-    barrier(team)
-    run_experts(r, thread, num_threads, team)
-
-
-@inner
-def add_pairs(r, thread, num_threads):
-    """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * top_k + rank]."""
-    hidden, top_k = word(r, COMBINE.hidden_size), word(r, COMBINE.top_k)
-    x, out, weights = word(r, COMBINE.x), word(r, COMBINE.out), word(r, COMBINE.weights)
-    # Columns in blocks of 64, so that one row is shared, too.
-    blocks = _divide_up(hidden, 64)
-    low, high = share(word(r, COMBINE.num_rows) * blocks, thread, num_threads)
-    for i in range(low, high):
-        row, block = i // blocks, i % blocks
-        count = min(64, hidden - 64 * block)
-        for pair in range(row * top_k, (row + 1) * top_k):
-            source = out + 4 * (pair * hidden + 64 * block)
-            target = x + 4 * (row * hidden + 64 * block)
-            add_scaled(target, source, count, load_f32(weights, pair))
-
-
-@op
-def _combine(r, thread, num_threads, team):
-    add_pairs(r, thread, num_threads)
-
-
-@op
-def _weighted(r, thread, num_threads, team):
-    hidden, top_k = word(r, WEIGHTED.hidden_size), word(r, WEIGHTED.top_k)
-    h, out, weights = word(r, WEIGHTED.h), word(r, WEIGHTED.out), word(r, WEIGHTED.weights)
-    low, high = share(word(r, WEIGHTED.num_rows) * top_k, thread, num_threads)
-    for pair in range(low, high):
-        source, target = h + 4 * hidden * (pair // top_k), out + 4 * hidden * pair
-        scaled_copy(source, target, hidden, load_f32(weights, pair))
-
-
 class ExpertLayer:
-    """The sizes and number formats of a layer's experts, ready to run.
+    """The sizes and number formats of a layer's experts, for whoever runs them.
 
     `layout`'s gate, up and down have `format` and `shape`; `config` says `activation` and
     `activation_limit`; `biases`, if any, has float32 arrays gate, up and down, a row per expert.
     With `others`, layouts of the same shapes, expert e has the `kinds[e]`-th (int32
     [num_experts]) of `layout` and these.
     """
-
-    chosen: Any = None  # the same for what a router chose: see cpu_kernels.chosen
 
     def __init__(
         self,
@@ -286,9 +228,6 @@ class ExpertLayer:
             self.facts["kinds"] = _checked(kinds, 1 + len(others))
         if biases is not None:
             self.facts["biases"] = self._joined(biases)
-        self._asks_who = bool(others) or biases is not None
-        self.record = Record(EXPERTS, **self.facts)
-        _ = _experts.address  # compiled now rather than in the first token
 
     def _joined(self, biases: Any) -> np.ndarray:
         count, sizes = len(biases.gate), (self.expert_size, self.expert_size, self.hidden_size)
@@ -297,92 +236,8 @@ class ExpertLayer:
                 raise ValueError(f"biases must have shape {(count, size)}, not {array.shape}")
         return np.concatenate(biases, axis=1, dtype=np.float32)
 
-    def run(
-        self, team: Team, h: np.ndarray, addresses: np.ndarray, jobs: Any, out: np.ndarray
-    ) -> None:
-        """See Backend.experts. `jobs` has `experts`, `starts` and `pairs`; of the last two nobody
-        may change what they hold."""
-        num_jobs, num_pairs = len(jobs.starts) - 1, len(jobs.pairs)
-        if num_jobs < 1:
-            return
-        if addresses.shape != (num_jobs, 3) or addresses.dtype != np.int64:
-            raise ValueError(f"addresses must be int64 [{num_jobs}, 3]")
-        team.finish()  # other layers that wait use the workspace, too
-        space = self.workspace
-        if not self.record.is_filled_for(h, out, num_jobs, num_pairs, space.version):
-            self._fill(h, out, num_jobs, num_pairs)
-        # Copied, because that is quicker than to ask for the address of a new array.
-        space.arrays["addresses"][:num_jobs] = addresses
-        if space.starts is not jobs.starts or space.pairs is not jobs.pairs:
-            space.place(jobs.starts, jobs.pairs)
-        if self._asks_who:
-            space.arrays["experts"][:num_jobs] = jobs.experts
-        team.run(_experts.address, self.record.address)
-
-    def _fill(self, h: np.ndarray, out: np.ndarray, num_jobs: int, num_pairs: int) -> None:
-        top_k, remainder = divmod(len(out), len(h))
-        if h.dtype != np.float32 or out.dtype != np.float32 or remainder:
-            raise ValueError("h and out must be float32, with top_k rows of out for each of h")
-        if h.shape[1] != self.hidden_size or out.shape[1] != self.hidden_size:
-            raise ValueError(f"h and out must have {self.hidden_size} columns")
-        space = self.workspace
-        space.reserve(len(h), self.hidden_size, num_pairs, self.expert_size, num_jobs)
-        self.record.set(
-            **space.arrays, h=h, out=out, num_rows=len(h), num_jobs=num_jobs, top_k=top_k
-        )
-        self.record.mark_filled_for(h, out, num_jobs, num_pairs, space.version)
-
 
 def _checked(kinds: np.ndarray | None, count: int) -> np.ndarray:
     if kinds is None or kinds.dtype != np.int32 or not 0 <= kinds.min() <= kinds.max() < count:
         raise ValueError(f"kinds must be int32, each less than {count}, the number of layouts")
     return np.ascontiguousarray(kinds)
-
-
-class Combine:
-    """x[t] += sum over ranks, in order, of weights[t, rank] * out[t * top_k + rank]."""
-
-    def __init__(self) -> None:
-        self._weights = np.zeros((0, 0), np.float32)
-        self.record = Record(COMBINE)
-
-    def run(self, team: Team, x: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
-        num_rows, top_k = weights.shape
-        team.finish()  # one that waits has other weights
-        if not self.record.is_filled_for(x, out, num_rows, top_k):
-            if x.shape[0] != num_rows or out.shape != (num_rows * top_k, x.shape[1]):
-                raise ValueError(
-                    f"shapes do not fit: x {x.shape}, out {out.shape}, weights {weights.shape}"
-                )
-            self._weights = np.empty((num_rows, top_k), np.float32)
-            self.record.set(
-                x=x, out=out, weights=self._weights, num_rows=num_rows, top_k=top_k,
-                hidden_size=x.shape[1],
-            )  # fmt: skip
-            self.record.mark_filled_for(x, out, num_rows, top_k)
-        # Copied, because that is quicker than to ask for the address of a new array.
-        self._weights[:] = weights
-        team.queue(_combine.address, self.record.address)
-
-
-class Weighted:
-    """A row for each pair of a token and an expert: weights[t, rank] * h[t]."""
-
-    def __init__(self) -> None:
-        self._scratch = Scratch()
-        self._record = Record(WEIGHTED)
-
-    def run(self, team: Team, h: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """float32 [num_tokens * top_k, hidden_size], until the next call."""
-        num_rows, top_k = weights.shape
-        if h.dtype != np.float32 or len(h) != num_rows:
-            raise ValueError(
-                f"h must be float32 [{num_rows}, hidden_size], not {h.dtype} {h.shape}"
-            )
-        out = self._scratch.floats("out", num_rows * top_k, h.shape[1])
-        self._record.set(
-            h=h, out=out, weights=np.ascontiguousarray(weights, np.float32), num_rows=num_rows,
-            top_k=top_k, hidden_size=h.shape[1],
-        )  # fmt: skip
-        team.run(_weighted.address, self._record.address)
-        return out

@@ -6,13 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpu_kernels.experts import (
-    EXPERTS,
-    ExpertLayer,
-    add_scaled,
-    prepare_h,
-    run_experts,
-)
+from cpu_kernels.combine import add_scaled
+from cpu_kernels.experts import EXPERTS, ExpertLayer, prepare_h, run_experts
 from cpu_kernels.gating import sigmoid
 from cpu_kernels.isa import Isa
 from cpu_kernels.linear import multiply

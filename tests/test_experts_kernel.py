@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_formats import quantized_activations, random_matrix, to_float64
 
-from cpu_kernels.experts import Combine, ExpertLayer
+from cpu_kernels.combine import Combine
+from cpu_kernels.experts import ExpertLayer
 from cpu_kernels.feed_forward import FeedForwardLayer
+from cpu_kernels.fetched import FetchedExperts
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import choose
 from cpu_kernels.linear import Matrix
@@ -110,7 +112,7 @@ def test_experts(formats, num_tokens, num_experts, top_k, hidden, size, exact, s
     addresses = addresses_of(blobs, layout, jobs.experts)
     results = []
     for threads in (1, 2, 3):
-        layer = ExpertLayer(layout, CONFIG, ISA, exact, Workspace())
+        layer = FetchedExperts(ExpertLayer(layout, CONFIG, ISA, exact, Workspace()))
         out = np.full((num_tokens * top_k, unit * hidden), np.nan, np.float32)
         with Team(threads) as team:
             layer.run(team, h, addresses, jobs, out)
@@ -129,7 +131,7 @@ def test_jobs_one_by_one_give_the_same(teams):
     jobs, _ = random_jobs(rng, 13, 6, 2)
     blobs = [random_blob(rng, layout) for _ in range(6)]
     h = rng.standard_normal((13, 96)).astype(np.float32)
-    layer = ExpertLayer(layout, CONFIG, ISA, False, Workspace())
+    layer = FetchedExperts(ExpertLayer(layout, CONFIG, ISA, False, Workspace()))
     whole, parts = np.zeros((2, 26, 96), np.float32)
     layer.run(teams[2], h, addresses_of(blobs, layout, jobs.experts), jobs, whole)
     for i in range(len(jobs.experts)):
@@ -153,9 +155,9 @@ def test_experts_of_several_layouts_are_each_what_they_are_alone(num_tokens, wit
         parts = (rng.standard_normal((6, n)).astype(np.float32) for n in (64, 64, 96))
         biases = ExpertBiases(*parts)
     together, alone = np.full((2, 3 * num_tokens, 96), np.nan, np.float32)
-    layer = ExpertLayer(
-        layouts[0], CONFIG, ISA, False, Workspace(), biases, layouts[1:], kinds
-    )  # fmt: skip
+    layer = FetchedExperts(
+        ExpertLayer(layouts[0], CONFIG, ISA, False, Workspace(), biases, layouts[1:], kinds)
+    )
     addresses = np.array(
         [blobs[e].ctypes.data + layouts[kinds[e]].offsets for e in jobs.experts], np.int64
     )
@@ -163,7 +165,7 @@ def test_experts_of_several_layouts_are_each_what_they_are_alone(num_tokens, wit
     for kind, layout in enumerate(layouts):
         chosen = np.flatnonzero(kinds[jobs.experts] == kind)
         if len(chosen):
-            one = ExpertLayer(layout, CONFIG, ISA, False, Workspace(), biases)
+            one = FetchedExperts(ExpertLayer(layout, CONFIG, ISA, False, Workspace(), biases))
             one.run(teams[1], h, addresses[chosen], jobs.take(chosen), alone)
     assert (together == alone).all()
     for wrong in (None, kinds.astype(np.int64), kinds + np.int32(1), kinds - np.int32(1)):
@@ -184,7 +186,7 @@ def test_biases_and_a_clamped_activation(num_tokens, teams):
     biases = ExpertBiases(*(rng.standard_normal((6, n)).astype(np.float32) for n in (64, 64, 96)))
     results = []
     for team in teams.values():
-        layer = ExpertLayer(layout, CLAMPED, ISA, True, Workspace(), biases)
+        layer = FetchedExperts(ExpertLayer(layout, CLAMPED, ISA, True, Workspace(), biases))
         out = np.full((2 * num_tokens, 96), np.nan, np.float32)
         layer.run(team, h, addresses_of(blobs, layout, jobs.experts), jobs, out)
         results.append(out)
@@ -203,7 +205,7 @@ def test_biases_and_a_clamped_activation(num_tokens, teams):
 
 def test_no_jobs(teams):
     layout = expert_layout(64, 32, "q4_0", "q4_0", "q4_0")
-    layer = ExpertLayer(layout, CONFIG, ISA, False, Workspace())
+    layer = FetchedExperts(ExpertLayer(layout, CONFIG, ISA, False, Workspace()))
     out = np.ones((2, 64), np.float32)
     empty = ExpertJobs(np.zeros(0, np.int32), np.zeros(1, np.int32), np.zeros(0, np.int32))
     h = np.zeros((1, 64), np.float32)

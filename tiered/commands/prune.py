@@ -15,6 +15,8 @@ from tiered.memory import format_bytes
 if TYPE_CHECKING:
     import numpy as np
 
+    from tiered.config import ModelConfig
+    from tiered.quality.importance import Meter
     from tiered.quality.likeness import LikenessMeter
     from tiered.weights.merge import Groups
 
@@ -82,20 +84,15 @@ def write_pruned(
     choices: dict[str, Any],
 ) -> dict[str, Any]:
     """Write `source` with fewer experts to `destination`, with bars for what takes long."""
-    from tiered.quality.importance import CRITERIA, Meter, best_experts, random_scores
-    from tiered.quality.likeness import LikenessMeter, tokens_at_once
+    from tiered.quality.importance import CRITERIA, best_experts, random_scores
+    from tiered.quality.likeness import LikenessMeter
     from tiered.weights.prune import check_prunable, prune
 
     config = check_prunable(source, destination, experts)
     if text is None and (merge or criterion != "random"):
         what = "--merge" if merge else f"--criterion {criterion}"
         raise click.UsageError(f"{what} needs a --text")
-    meter: Meter | None = None
-    if text is not None:
-        kind = LikenessMeter if merge else Meter
-        if merge:
-            choices = {**choices, "prefill_chunk": tokens_at_once(config)}
-        meter = hear_text(source, lambda back: kind(back, config), text, max_tokens, choices)
+    meter = None if text is None else heard(source, config, text, merge, max_tokens, choices)
     if criterion == "random" or meter is None:
         scores = random_scores(config, seed)
     else:
@@ -108,22 +105,32 @@ def write_pruned(
             source, destination, kept,
             lambda done, total: bar.update(task, completed=done, total=total), groups,
         )  # fmt: skip
-    share = None if meter is None else kept_share(meter.count, kept)
     size = sum(file.stat().st_size for file in destination.iterdir())
-    report: dict[str, Any] = {
+    return {
         "destination": str(destination), "bytes": size, "criterion": criterion, "experts": experts,
-        "of": config.num_experts, "routed_share": share, "merged": merge,
+        "of": config.num_experts, "merged": merge,
+        "routed_share": None if meter is None else kept_share(meter.count, kept),
         "kept": {str(layer): chosen for layer, chosen in kept.items()},
+        **({} if groups is None else {"groups": numbers(groups)}),
     }  # fmt: skip
-    if groups is not None:
-        report["groups"] = {
-            str(layer): {
-                str(kept): [member.expert for member in members[1:]]
-                for kept, members in experts_of.items()
-            }
-            for layer, experts_of in groups.items()
-        }
-    return report
+
+
+def heard(
+    source: Path,
+    config: ModelConfig,
+    text: Path,
+    merge: bool,
+    max_tokens: int,
+    choices: dict[str, Any],
+) -> Meter:
+    """What experts do on a text; to merge them, also how alike they are."""
+    from tiered.quality.importance import Meter
+    from tiered.quality.likeness import LikenessMeter, tokens_at_once
+
+    kind = LikenessMeter if merge else Meter
+    if merge:
+        choices = {**choices, "prefill_chunk": tokens_at_once(config)}
+    return hear_text(source, lambda back: kind(back, config), text, max_tokens, choices)
 
 
 def join(source: Path, meter: LikenessMeter, kept: dict[int, list[int]]) -> Groups:
@@ -137,6 +144,17 @@ def join(source: Path, meter: LikenessMeter, kept: dict[int, list[int]]) -> Grou
         task = bar.add_task("aligning experts", total=None)
         return align(checkpoint, groups, meter.count,
                      lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
+
+
+def numbers(groups: Groups) -> dict[str, dict[str, list[int]]]:
+    """By layer and by expert that stays: those that became parts of it."""
+    return {
+        str(layer): {
+            str(kept): [member.expert for member in members[1:]]
+            for kept, members in experts_of.items()
+        }
+        for layer, experts_of in groups.items()
+    }
 
 
 def kept_share(counts: np.ndarray, kept: dict[int, list[int]]) -> float:

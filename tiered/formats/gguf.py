@@ -9,9 +9,10 @@ from typing import Any
 
 from tiered import models
 from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
+from tiered.checkpoints.expected_tensors import check_tensors
 from tiered.checkpoints.gguf_header import MAGIC, Metadata, read_header
 from tiered.checkpoints.rope import MOST_SCALE
-from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors, with_drafts
+from tiered.checkpoints.tensor_names import canonical_tensors, with_drafts
 from tiered.config import ModelConfig, RopeConfig
 
 EMBEDDING = "token_embd.weight"

@@ -14,9 +14,10 @@ from typing import Any
 from tiered import models
 from tiered.checkpoints import packings
 from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
+from tiered.checkpoints.expected_tensors import check_tensors
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.json_file import parse_json, read_json
-from tiered.checkpoints.tensor_names import canonical_tensors, check_tensors, with_drafts
+from tiered.checkpoints.tensor_names import canonical_tensors, with_drafts
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit

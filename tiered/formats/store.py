@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from tiered.checkpoints.checkpoint import Checkpoint, CheckpointError, Tensor
 from tiered.checkpoints.config_json import config_from_json
+from tiered.checkpoints.expected_tensors import check_tensors
 from tiered.checkpoints.facts import Facts
 from tiered.checkpoints.json_file import read_json
-from tiered.checkpoints.tensor_names import check_tensors
 from tiered.config import ModelConfig
 from tiered.experts import ExpertLayout, expert_layout
 from tiered.models import read_config

@@ -98,10 +98,31 @@ def verify(
     programs can only make it slower, so of each stretch, measured and run, the quicker half of all
     runs counts.
     """
+    progress("recording the routing")
+    subject = _prepared(path, max(shares), prompt_tokens, num_tokens, choices)
+    found = [_verified(subject, share, runs, progress) for share in shares]
+    return Verification(subject.model, found[-1][0], tuple(comparison for _, comparison in found))
+
+
+class Subject(NamedTuple):
+    """What is verified: a model, a text of so many tokens, and what its routers choose for it."""
+
+    path: Path
+    choices: dict[str, Any]
+    model: ModelSizes
+    prompt: list[int]
+    other: list[int]  # the prompt of what is measured
+    num_tokens: int
+    routed: tuple[Routed, list[Routed]]  # the prompt, and token by token
+
+
+def _prepared(
+    path: Path, share: float, prompt_tokens: int, num_tokens: int, choices: dict[str, Any]
+) -> Subject:
+    """Raises MemoryError if less than `share` of the experts fit."""
     context = prompt_tokens + num_tokens
     room = 2 * aligned(context, PAGE_SIZE)  # tokens of two texts
     choices = {"look_ahead": 0, **choices, "context": context, "kv_tokens": room}
-    progress("recording the routing")
     with Engine(path, **choices) as engine:
         if engine.store is None:
             raise ValueError(f"{path} has no experts: there is nothing to forecast")
@@ -109,10 +130,10 @@ def verify(
         model = of_checkpoint(engine.checkpoint, engine.choices.quantize, engine.choices.kv_dtype)
         if engine.blocks is not None:  # what a tier's slots take
             model = replace(model, experts=tuple(engine.blocks.blob_bytes))
-        most = max(shares) * model.all_experts
+        most = share * model.all_experts
         if engine.plan.slots < most:
             raise MemoryError(
-                f"{max(shares):.0%} of the experts are {format_bytes(int(most))}, and there is "
+                f"{share:.0%} of the experts are {format_bytes(int(most))}, and there is "
                 f"memory for {format_bytes(engine.plan.slots)}: give smaller --shares"
             )
         prompt, other = (
@@ -120,25 +141,29 @@ def verify(
             for seed in (0, prompt_tokens)
         )
         routed = _record(engine, prompt, num_tokens)
-    found = []
-    for share in shares:
-        budget = int(share * model.all_experts)
-        limit = None if share >= 1 else budget
-        usage = _usage(model, budget, routed, choices)
-        calibration = Calibration(model, prompt_tokens + num_tokens // 2, usage)
-        done: list[Run] = []
-        while not _is_enough(done, runs):
-            progress(f"run {len(done) + 1} with {share:.0%} of the experts")
-            with (
-                Engine(path, expert_ram=limit, **choices) as engine,
-                calibration.beside(engine, other) as measure,
-            ):
-                done.append(_run(engine, prompt, num_tokens, measure))
-        chosen = _quicker_half(done)
-        hardware = calibration.hardware([one.sample for places in chosen for one in places])
-        guess = _forecast(model, hardware, budget, done[0].mapped, routed, choices)
-        found.append(_compare(share, budget, guess, done, chosen))
-    return Verification(model, hardware, tuple(found))
+    return Subject(path, choices, model, prompt, other, num_tokens, routed)
+
+
+def _verified(
+    subject: Subject, share: float, runs: int, progress: Progress
+) -> tuple[Hardware, Comparison]:
+    """What this machine was measured to be, and how a budget compares on it."""
+    budget = int(share * subject.model.all_experts)
+    limit = None if share >= 1 else budget
+    length = len(subject.prompt) + subject.num_tokens // 2
+    calibration = Calibration(subject.model, length, _usage(subject, budget))
+    done: list[Run] = []
+    while not _is_enough(done, runs):
+        progress(f"run {len(done) + 1} with {share:.0%} of the experts")
+        with (
+            Engine(subject.path, expert_ram=limit, **subject.choices) as engine,
+            calibration.beside(engine, subject.other) as measure,
+        ):
+            done.append(_run(engine, subject.prompt, subject.num_tokens, measure))
+    chosen = _quicker_half(done)
+    hardware = calibration.hardware([one.sample for places in chosen for one in places])
+    guess = _forecast(subject, hardware, budget, done[0].mapped)
+    return hardware, _compare(share, budget, guess, done, chosen)
 
 
 class Stretch(NamedTuple):
@@ -205,33 +230,21 @@ def _run(engine: Engine, prompt: list[int], num_tokens: int, measure: Measure) -
     return Run(stretches, (engine.stats - stats).hit_rate, engine.plan.mapped)
 
 
-def _usage(
-    model: ModelSizes,
-    budget: int,
-    routed: tuple[Routed, list[Routed]],
-    choices: dict[str, Any],
-) -> Usage:
+def _usage(subject: Subject, budget: int) -> Usage:
     """What of the experts will be missed, on any machine, and what will come again."""
-    guess = _forecast(model, find("desktop"), budget, True, routed, choices)
-    _, tokens = routed
+    guess = _forecast(subject, find("desktop"), budget, mapped=True)
+    _, tokens = subject.routed
     again = [
         len(set(before).intersection(after)) / len(after)
         for one, other in pairwise(tokens)
         for before, after in zip(one, other, strict=True)
         if after
     ]
-    return Usage(model.top_k * (1 - guess.ram_hit_pct / 100), fmean(again))
+    return Usage(subject.model.top_k * (1 - guess.ram_hit_pct / 100), fmean(again))
 
 
-def _forecast(
-    model: ModelSizes,
-    hardware: Hardware,
-    budget: int,
-    mapped: bool,
-    routed: tuple[Routed, list[Routed]],
-    choices: dict[str, Any],
-) -> Forecast:
-    prompt, tokens = routed
+def _forecast(subject: Subject, hardware: Hardware, budget: int, mapped: bool) -> Forecast:
+    model, choices, (prompt, tokens) = subject.model, subject.choices, subject.routed
     layout = Layout(model.dense, 0, 0, budget, model.all_experts, on_gpu=False)
     options = {name: choices[name] for name in ("policy", "look_ahead") if name in choices}
     return forecast(

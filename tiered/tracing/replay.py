@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from tiered import policies
 from tiered.cache.residency import Residency, TierStats, check_capacity
@@ -107,21 +107,9 @@ def replay(
     check_capacity(space)
     if compile is None:
         compile = trace.num_routed >= compiled.WORTH_LOADING
-    if compile and isinstance(policy, str) and compiled.knows(policy, trace):
-        compiled.prepare(trace.records)
-        start = perf_counter()
-        stats, decode, num_tokens = compiled.run(
-            trace.records, policy, space, counting == "published"
-        )
-    else:
-        options: dict[str, Any] = {}
-        if policy == "belady":
-            options["future"] = [e.keys for e in trace.events if isinstance(e, Fetched)]
-        residency = RESIDENCIES[counting](space, policies.create(policy, space, **options))
-        start = perf_counter()
-        decode, num_tokens = _run(residency, trace.events)
-        stats = residency.stats
-    seconds = perf_counter() - start
+    count = _compiled if compile and compiled.knows(policy, trace) else _plain
+    counted = count(trace, policy, space, counting)
+    stats, decode = counted.stats, counted.decode
     return ReplayResult(
         policy=policy if isinstance(policy, str) else policy.__module__,
         budget_bytes=budget_bytes,
@@ -138,9 +126,40 @@ def replay(
         prefetches_wasted=stats.prefetches_wasted,
         evictions=stats.evictions,
         num_routed=trace.num_routed,
-        num_tokens=num_tokens,
-        seconds=seconds,
+        num_tokens=counted.num_tokens,
+        seconds=counted.seconds,
     )
+
+
+class Counted(NamedTuple):
+    """What a replay counts, the part of decode passes, and how many these were."""
+
+    stats: TierStats
+    decode: TierStats
+    num_tokens: int
+    seconds: float  # that it took
+
+
+def _compiled(
+    trace: Trace, policy: str | Callable[..., Policy], space: Space, counting: str
+) -> Counted:
+    assert isinstance(policy, str)
+    compiled.prepare(trace.records)
+    start = perf_counter()
+    counts = compiled.run(trace.records, policy, space, counting == "published")
+    return Counted(*counts, perf_counter() - start)
+
+
+def _plain(
+    trace: Trace, policy: str | Callable[..., Policy], space: Space, counting: str
+) -> Counted:
+    options: dict[str, Any] = {}
+    if policy == "belady":
+        options["future"] = [e.keys for e in trace.events if isinstance(e, Fetched)]
+    residency = RESIDENCIES[counting](space, policies.create(policy, space, **options))
+    start = perf_counter()
+    decode, num_tokens = _run(residency, trace.events)
+    return Counted(residency.stats, decode, num_tokens, perf_counter() - start)
 
 
 def _run(residency: Residency, events: Sequence[Event]) -> tuple[TierStats, int]:

@@ -21,6 +21,7 @@ from tiered.memory import format_bytes
 from tiered.routing import Cold
 from tiered.slots import RamMemory
 from tiered.source import TieredExperts
+from tiered.stats import EngineStats
 from tiered.store import ExpertStore
 from tiered.tier import Tier
 
@@ -89,6 +90,12 @@ class ColdCopy:
     @property
     def bytes_read(self) -> int:
         return self.experts.tier.stats.bytes_read
+
+    def report(self, stats: EngineStats) -> None:
+        """Write what was counted so far to `stats`."""
+        stats.copied_experts, stats.copied_weight = self.served, self.served_weight
+        stats.computed_weight = self.weight
+        stats.bytes_read += self.bytes_read
 
 
 def open_copy(path: Path, store: ExpertStore, quantize: str, stack: ExitStack) -> ExpertStore:

@@ -439,19 +439,9 @@ class Engine:
         reads = sum(store.seconds for store in (self.store, self.copy) if store)
         stats.parts = {**parts, "python": python, "reads": reads}
         count(self.source, stats)
-        rules = self.decoder.rules
-        if rules is not None:
-            stats.chosen_experts, stats.chosen_weight = rules.chosen, rules.chosen_weight
-            stats.dropped_experts, stats.dropped_weight = rules.dropped, rules.dropped_weight
-        if rules is not None and rules.cold is not None:
-            cold = rules.cold
-            stats.skipped_experts, stats.skipped_weight = cold.skipped, cold.skipped_weight
-            stats.routed_weight = cold.weight
-        copy = self.cold_copy
-        if copy is not None:
-            stats.copied_experts, stats.copied_weight = copy.served, copy.served_weight
-            stats.computed_weight = copy.weight
-            stats.bytes_read += copy.bytes_read
+        for counting in (self.decoder.rules, self.cold_copy):
+            if counting is not None:
+                counting.report(stats)
         return stats
 
     def gpu_facts(self) -> dict[str, Any]:

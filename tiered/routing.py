@@ -18,6 +18,7 @@ from tiered.config import EngineConfig, ModelConfig
 from tiered.experts import ExpertKey, Routing
 from tiered.given_routing import GivenRouting, read_routing
 from tiered.layer_k import read_layer_k
+from tiered.stats import EngineStats
 
 
 class Cut(NamedTuple):
@@ -98,6 +99,14 @@ class RoutingRules:
         if self.cold is None or is_guess or len(routing.experts) > Cold.MOST_TOKENS:
             return routing
         return keep(routing, self.cold.kept(layer, routing), self.normalize)
+
+    def report(self, stats: EngineStats) -> None:
+        """Write what was counted so far to `stats`."""
+        stats.chosen_experts, stats.chosen_weight = self.chosen, self.chosen_weight
+        stats.dropped_experts, stats.dropped_weight = self.dropped, self.dropped_weight
+        if (cold := self.cold) is not None:
+            stats.skipped_experts, stats.skipped_weight = cold.skipped, cold.skipped_weight
+            stats.routed_weight = cold.weight
 
     def _count(self, weights: np.ndarray, kept: np.ndarray) -> None:
         chosen = weights > 0

@@ -13,16 +13,18 @@ expressions of arrays need.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from llvmlite.binding import create_pass_builder, create_pipeline_tuning_options
-from numba import cfunc, njit, types
+from numba import types
 from numba.core import typed_passes, untyped_passes
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase
 from numba.core.compiler_machinery import FunctionPass, PassManager, register_pass
 from numba.core.registry import CPUDispatcher
+from numba.core.runtime import rtsys
 
 from cpu_kernels.cache import compiling
 
@@ -132,14 +134,45 @@ class Inner(CPUDispatcher):
         return self.py_func(*arguments)
 
 
+class _Cache(FunctionCache):
+    """Machine code in files. Numba would get ready to compile before it looks for them, which takes
+    as long as to load all of a model's kernels, and with SciPy installed, twice as long."""
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        rtsys.initialize(context)  # whose functions machine code names
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(signature, context)
+
+
 inner = Inner
-called = partial(njit, cache=True, error_model="numpy", pipeline_class=_Compiler)
 
 
-def callback(function: Callable, num_arguments: int, cache: bool = True) -> Any:
+def called(*signatures: str, nogil: bool = False) -> Callable[[Callable], CPUDispatcher]:
+    """Decorates a function that Python calls, for the types it is called with, or only those of
+    `signatures`. `nogil`: other Python threads run meanwhile."""
+
+    def decorate(function: Callable) -> CPUDispatcher:
+        options = {"nopython": True, "error_model": "numpy", "nogil": nogil}
+        made = CPUDispatcher(function, targetoptions=options, pipeline_class=_Compiler)
+        made._cache = _Cache(function)
+        for signature in signatures:
+            made.compile(signature)
+        if signatures:
+            made.disable_compile()
+        return made
+
+    return decorate
+
+
+def callback(function: Callable, num_arguments: int, cache: bool = True) -> CFunc:
     """A function of so many int64 that returns nothing, compiled (or loaded, if there is a
     `cache`): its `address` is for machine code to call."""
     signature = types.void(*[types.int64] * num_arguments)
-    options = {"error_model": "numpy", "pipeline_class": _Compiler}
+    made = CFunc(
+        function, (signature.args, signature.return_type), {}, {"error_model": "numpy"}, _Compiler
+    )
+    if cache:
+        made._cache = _Cache(function)
     with compiling():
-        return cfunc(signature, cache=cache, **options)(function)
+        made.compile()
+    return made

@@ -9,7 +9,8 @@ Layouts are ggml's (ggml-common.h, ggml-quants.c), and those that formats.py des
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 
 from cpu_kernels.activations import FIRST_SUMS, GROUP, GROUPS, POSITION, SECOND_SUMS, SUMS
 from cpu_kernels.formats import FORMATS, Format
@@ -63,14 +64,14 @@ def _halves(k: Emitter, address: Value, format: Format) -> Value:
 
 def _mxfp4(k: Emitter, address: Value) -> Scales:
     """Half (see groups.py) of 2^(byte - 127), as bits of a float32."""
-    word = None
-    for position, group in enumerate(ORDER):
-        byte = k.load(address + 17 * group, i8(1)).cast("zext", i64) << (8 * position)
-        word = byte if word is None else word | byte
-    exponent = word.view(i8(GROUPS)).cast("zext", i32)
-    tiny = (exponent + 1) * (1 << 21)  # below the normal numbers
+    words = []
+    for four in (ORDER[:4], ORDER[4:]):  # in general registers: see _halves
+        bytes_ = [k.load(address + 17 * group, i8(1)).cast("zext", i32) for group in four]
+        words.append(reduce(or_, [byte << (8 * i) for i, byte in enumerate(bytes_)]))
+    exponent = k.gather(words).view(i8(GROUPS)).cast("zext", i32)
+    tiny = (exponent + 1) << 21  # right below the normal numbers, and too little among them
     normal = (exponent - 1) << 23
-    scale = k.select(exponent.compare("<", 2), tiny, normal).view(f32(GROUPS))
+    scale = k.maximum(tiny, normal).view(f32(GROUPS))
     return [scale], [(scale, SUMS)]
 
 

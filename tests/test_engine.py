@@ -201,6 +201,7 @@ def test_the_context_is_a_limit_with_a_clear_message(model):
         (dict(expert_ram=1000), "too small.*--expert-ram at least"),
         (dict(ram="10M"), "too little.*--ram at least"),
         (dict(policy="fifo"), "unknown policy 'fifo'"),
+        (dict(policy="fifo", quantize="none"), "unknown policy 'fifo'"),  # all experts fit
         (dict(expert_ram="much"), "no size"),
         (dict(quantize="int3"), "int4, int4_g128, nf4, none"),
         (dict(look_ahead=9), "look_ahead"),

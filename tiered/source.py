@@ -102,11 +102,11 @@ def open_source(
     timing: Timing = REAL,
 ) -> MappedExperts | TieredExperts:
     """What the plan says: the memory map, or a tier, which `stack` closes."""
-    if plan.mapped:
-        return MappedExperts(store)
     below = blocks or store
     space = below.space(plan.slots)
-    policy = policies.create(choices.policy, space)
+    policy = policies.create(choices.policy, space)  # a wrong name is refused where all fit, too
+    if plan.mapped:
+        return MappedExperts(store)
     for warning in check_budget(space, store.checkpoint.config.top_k, policy):
         log.warning(warning)
     tier = Tier(

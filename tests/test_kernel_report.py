@@ -63,6 +63,7 @@ def test_a_roofline(tmp_path, suffix):
 
 
 def test_a_plot_is_of_kernels(tiered, tmp_path):
+    pytest.importorskip("matplotlib")
     status, _, err = tiered("bench", "model", "--plot", tmp_path / "x.png")
     assert status != 0 and "--kernels" in err
 

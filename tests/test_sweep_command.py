@@ -120,6 +120,13 @@ def test_the_picture(tiered, tmp_path, suffix):
         assert "SIMULATED" in path.read_text()
 
 
+def test_a_picture_of_another_kind_is_refused_before_anything_is_computed(tiered, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "sweep.csv"
+    status, _, err = tiered("sweep", *GRID, "--out", out, "--plot", tmp_path / "sweep.doc")
+    assert status == 1 and ".png, .svg or .pdf" in err and not out.exists()
+
+
 def test_without_matplotlib_it_says_what_to_install(tiered, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     status, _, err = tiered("sweep", *GRID, "--plot", tmp_path / "sweep.png")

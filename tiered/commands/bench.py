@@ -21,11 +21,7 @@ from tiered.commands.output import gpu_lines, notes, print_json, results, steps_
 @opt.option(
     "--kernels", is_flag=True, help="Measure the kernels of --device alone; MODEL is not needed."
 )
-@opt.option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    help="With --kernels: a roofline, as .png, .svg or .pdf.",
-)
+@opt.plot_option("With --kernels: a roofline, as .png, .svg or .pdf.")
 @opt.json_option
 @opt.routing_options_short
 @opt.engine_options

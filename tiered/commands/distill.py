@@ -42,8 +42,7 @@ from tiered.memory import format_bytes
 @opt.option("--seed", type=click.IntRange(0), default=0, help="For the order of tokens.")
 @opt.option("--train-on", default="cpu", metavar="NAME",
             help="torch's device: cpu, or cuda (experimental: not yet run on one).")  # fmt: skip
-@opt.option("--plot", type=click.Path(path_type=Path), help="Picture of the errors: .png, .svg or "
-            ".pdf.")  # fmt: skip
+@opt.plot_option("Picture of the errors: .png, .svg or .pdf.")
 @opt.json_file_option
 @opt.engine_options
 def command(
@@ -89,10 +88,6 @@ def command(
         target = dense_target(source, destination, ffn_size)
     else:
         target = experts_target(source, destination, experts)
-    if plot is not None:
-        from tiered.measuring.plot import check_plot
-
-        check_plot(plot)
     with notes.status("loading torch"):
         distilling = import_distilling(train_on)
     from tiered.quality.text import text_tokens

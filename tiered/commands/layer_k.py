@@ -14,7 +14,7 @@ from tiered.commands.output import give_json, results
 
 @click.command("layer-k")
 @opt.model_argument
-@click.argument("table", type=click.Path(path_type=Path))
+@click.argument("table", type=click.Path(path_type=Path), callback=opt.file_to_write)
 @opt.option("--average", type=click.FloatRange(1), required=True, metavar="K",
             help="Experts per token, in the mean over layers.")  # fmt: skip
 @opt.text_option

@@ -33,6 +33,28 @@ def several(*options: Callable[[Command], Command]) -> Callable[[Command], Comma
     return decorate
 
 
+def file_to_write(_context: Any, _parameter: Any, value: Any) -> Any:
+    """A callback: whether a file can be written is known before a long run, not after it."""
+    if value is not None and not (folder := Path(value).parent).is_dir():
+        raise click.BadParameter(f"{value}: there is no folder {folder}")
+    if value is not None and Path(value).is_dir():
+        raise click.BadParameter(f"{value} is a folder")
+    return value
+
+
+def picture(context: Any, parameter: Any, value: Path | None) -> Path | None:
+    """A callback for --plot: also whether it can be drawn."""
+    if value is not None:
+        from tiered.measuring.plot import check_plot
+
+        check_plot(value)
+    return file_to_write(context, parameter, value)  # type: ignore[no-any-return]
+
+
+def plot_option(text: str = "Picture: .png, .svg or .pdf.") -> Callable[[Command], Command]:
+    return option("--plot", type=click.Path(path_type=Path), callback=picture, help=text)
+
+
 model_argument = click.argument("model", type=click.Path(path_type=Path))
 
 json_option = option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
@@ -45,6 +67,7 @@ prefill_chunk_option = option(
 
 json_file_option = option(
     "--json", "json_file", metavar="[FILE]", is_flag=False, flag_value="-", default=None,
+    callback=file_to_write,
     help="Write the result as a JSON object, too; without FILE: print it instead.",
 )  # fmt: skip
 

@@ -67,7 +67,7 @@ Rows = list[dict[str, str]]
 @opt.option("--runs", type=click.IntRange(1), default=3, help="Of which speed is the median.")
 @opt.option("--out", type=click.Path(path_type=Path), default="pareto.csv", help="CSV file; what "
             "it has is not repeated. What else has to be kept stands beside it.")  # fmt: skip
-@opt.option("--plot", type=click.Path(path_type=Path), help="Picture: .png, .svg or .pdf.")
+@opt.plot_option()
 @opt.json_file_option
 @opt.other_engine_options
 def command(
@@ -97,7 +97,6 @@ def command(
     reason, and ends nothing.
     """
     from tiered.measuring.pareto import COLUMNS, NUM_KEYS, Lab, frontiers, key
-    from tiered.measuring.plot import check_plot
     from tiered.measuring.results import ResultFile
 
     also, criterion, merge = (asked.pop(name) for name in ("also", "criterion", "merge"))
@@ -106,8 +105,6 @@ def command(
         if asked[name]:
             option = "--" + name.replace("_", "-")
             raise click.UsageError(f"what {option} costs depends on memory: it has no price here")
-    if plot is not None:
-        check_plot(plot)
     context = window and max(window, prefill + decode)
     choices = {**asked, "context": asked["context"] or context}
     pruning = Pruning(model, out, calibration, criterion, merge, choices)

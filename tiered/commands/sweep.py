@@ -66,7 +66,7 @@ from tiered.planning.strategies import STRATEGIES
     "--ray", is_flag=True, help="Simulate on the workers of a Ray cluster, or on all cores."
 )
 @opt.option("--out", type=click.Path(path_type=Path), help="CSV file; what it has is not repeated.")
-@opt.option("--plot", type=click.Path(path_type=Path), help="Picture: .png, .svg or .pdf.")
+@opt.plot_option()
 @opt.json_option
 def command(
     model: str,

@@ -120,6 +120,15 @@ def test_the_picture(tiered, tmp_path, suffix):
         assert "SIMULATED" in path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--look-ahead", "1,9"), ("--context", "0"), ("--top-k", "-1"), ("--expert-ram", "2G")],
+)
+def test_values_that_mean_nothing_are_refused(tiered, option, value):
+    status, _, err = tiered("sweep", *GRID, option, value)
+    assert status == 2 and option in err
+
+
 def test_a_picture_of_another_kind_is_refused_before_anything_is_computed(tiered, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "sweep.csv"

@@ -20,8 +20,13 @@ def sizes(text: str | None) -> list[int]:
     return [parse_bytes(part) for part in split(text)] if text else [0]
 
 
-def integers(name: str, text: str) -> list[int]:
-    return _numbers(name, text, int, "whole numbers")
+def integers(name: str, text: str, least: int = 0, most: int | None = None) -> list[int]:
+    numbers = _numbers(name, text, int, "whole numbers")
+    for number in numbers:
+        if number < least or (most is not None and number > most):
+            allowed = f"{least} or more" if most is None else f"{least} to {most}"
+            raise click.UsageError(f"{name} takes {allowed}, not {number}")
+    return numbers
 
 
 def floats(name: str, text: str) -> list[float]:

@@ -136,6 +136,8 @@ def _each_on_ray(function: Any, calls: list[Any]) -> Iterator[Any]:
 
 
 def _points(axes: dict[str, Any]) -> list[sweeps.Point]:
+    if axes["expert_ram"]:
+        raise click.UsageError("--expert-ram goes with --live; RAM that is simulated is --ram")
     strategies = split(axes["strategy"])
     for name in strategies:
         if name not in STRATEGIES:
@@ -144,9 +146,9 @@ def _points(axes: dict[str, Any]) -> list[sweeps.Point]:
         sweeps.grid(
             strategy=strategies,
             policy=split(axes["policy"]),
-            look_ahead=integers("--look-ahead", axes["look_ahead"]),
+            look_ahead=integers("--look-ahead", axes["look_ahead"], most=3),
             top_k=integers("--top-k", axes["top_k"]),
-            context=integers("--context", axes["context"]),
+            context=integers("--context", axes["context"], least=1),
             ram=sizes(axes["ram"]),
             vram=sizes(axes["vram"]),
         )
@@ -160,8 +162,8 @@ def _live_points(model: ModelSizes, axes: dict[str, Any]) -> list[sweeps.Point]:
     return list(
         sweeps.grid(
             policy=split(axes["policy"]),
-            look_ahead=integers("--look-ahead", axes["look_ahead"]),
-            context=integers("--context", axes["context"]),
+            look_ahead=integers("--look-ahead", axes["look_ahead"], most=3),
+            context=integers("--context", axes["context"], least=1),
             ram=budgets(axes["expert_ram"], model.all_experts),
         )
     )

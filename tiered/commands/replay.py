@@ -31,7 +31,7 @@ from tiered.memory import format_bytes, parse_bytes
     "--counting",
     type=click.Choice(["exact", "published"]),
     help="As a live tier counts, or as the published rates of CSV traces do. "
-    "Default: exact for traces of `tiered trace`, published for CSV.",
+    "Default: exact for what `tiered trace` recorded under a budget, published for others.",
 )
 @opt.json_option
 def command(trace: Path, policy: str, expert_ram: str, counting: str | None, as_json: bool) -> None:

@@ -97,8 +97,9 @@ def replay(
 
     `counting` is "exact" (what a live tier of this budget does; of a recorded one with the same
     policy and budget the very same counts) or "published" (see PublishedResidency; the default
-    for CSV traces, which have hit rates to be compared with). `compile`: whether the compiled twin
-    counts, if it knows the policy; None: if the trace is long enough to be worth it.
+    for traces that no tier recorded, as CSV, which has rates to be compared with). `compile`:
+    whether the compiled twin counts, if it knows the policy; None: if the trace is long enough to
+    be worth it.
     """
     counting = counting or ("exact" if trace.is_live else "published")
     if counting not in RESIDENCIES:

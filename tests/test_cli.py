@@ -168,9 +168,10 @@ def test_mistakes_get_one_clear_line(tiered, model, arguments, status, message):
 def test_a_damaged_model_is_one_line_and_no_traceback(tiered, tmp_path):
     file = tmp_path / "broken.gguf"
     file.write_bytes(b"GGUF" + b"\xff" * 64)
-    for command in (["run", file, "x"], ["info", file], ["bench", file]):
-        status, _, err = tiered(*command)
-        assert status == 1 and "broken.gguf" in err and len(err.strip().splitlines()) == 1
+    for command in ("run", "info", "bench", "convert"):
+        arguments = {"run": ["x"], "convert": [tmp_path / "store"]}.get(command, [])
+        status, _, err = tiered(command, file, *arguments)
+        assert status == 1 and "broken.gguf" in err and len(err.splitlines()) == 1
 
 
 def test_an_empty_prompt_is_refused(tiered, model, monkeypatch):

@@ -14,6 +14,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -114,16 +115,8 @@ def rules_report(stats: EngineStats) -> dict[str, float]:
 
 
 def bytes_progress() -> Progress:
-    """A progress bar for bytes, on standard error; gone when done."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=notes,
-        transient=True,
-    )
+    """A progress bar for bytes."""
+    return _progress(DownloadColumn(binary_units=True), TransferSpeedColumn())
 
 
 def show_steps(bar: Progress) -> Callable[[str, int, int], None]:
@@ -139,12 +132,14 @@ def show_steps(bar: Progress) -> Callable[[str, int, int], None]:
 
 
 def steps_progress() -> Progress:
-    """A progress bar for steps, on standard error; gone when done."""
+    """A progress bar for steps."""
+    return _progress(MofNCompleteColumn())
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
+    """On standard error; gone when done, and not there at all where nobody sees it move."""
+    first = TextColumn("{task.description}"), BarColumn()
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=notes,
-        transient=True,
-    )
+        *first, *columns, TimeRemainingColumn(),
+        console=notes, transient=True, disable=not notes.is_terminal,
+    )  # fmt: skip

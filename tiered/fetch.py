@@ -170,7 +170,6 @@ class Fetch:
         tier, failed = self._tier, None
         group: Group = []
         with tier.lock:
-            begin = tier.clock()
             while not group and failed is None:
                 if tier.closed:
                     raise RuntimeError("the tier was closed while a fetch waited for it")
@@ -185,7 +184,6 @@ class Fetch:
                 if not group and failed is None:
                     tier.wait()
             piece.waiting = rest
-            tier.residency.stats.seconds_waiting += tier.clock() - begin
             if failed is not None:
                 tier.drop(failed)
         if failed is not None:

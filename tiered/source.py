@@ -114,7 +114,6 @@ def open_source(
         blocks or timing.disk(store),
         policy,
         choices.readers,
-        clock=timing.clock,
         make_loaders=timing.make_loaders,
     )
     stack.callback(tier.close)

@@ -8,7 +8,6 @@ change, so evicting an expert only frees its slot.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -59,14 +58,12 @@ class Tier:
         policy: Policy,
         loaders: int = 4,
         journal: Journal | None = None,
-        clock: Callable[[], float] = time.perf_counter,
         make_loaders: Callable[..., Loads] = Loaders,
     ) -> None:
         self.memory = memory
         self.source = source
         self.journal = journal
         self.residency = Residency(memory.space, policy)
-        self.clock = clock
         self.closed = False
         self.lock = threading.Lock()
         self._changed = threading.Condition(self.lock)  # a load ended, or pins were released

@@ -28,7 +28,6 @@ class TierStats:
     bytes_prefetched: int = 0
     late: int = 0  # hits that had to wait for a load under way (depends on timing)
     failures: int = 0  # reads that failed (depends on the disk)
-    seconds_waiting: float = 0.0  # demand waited for reads
 
     @property
     def hit_rate(self) -> float:

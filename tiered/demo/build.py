@@ -39,10 +39,6 @@ def silent(doing: str, done: int, total: int) -> None:
     """No progress shown."""
 
 
-def is_built(cache: Path | None = None) -> bool:
-    return ((cache or user_cache()) / NAME).is_dir()
-
-
 def demo_model(progress: Progress = silent, cache: Path | None = None) -> Path:
     """The store of the demo's model; downloaded and built at the first call (a minute).
 

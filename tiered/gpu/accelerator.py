@@ -174,7 +174,6 @@ def _place(
         Uploads(source, memory, link),
         policies.create(choices.policy, memory.space),
         loaders=NUM_STAGING,
-        clock=timing.clock,
         make_loaders=timing.make_loaders,
     )
     return PlacedExperts(

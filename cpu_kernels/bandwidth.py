@@ -9,6 +9,9 @@ from cpu_kernels.memory import address_of, aligned_bytes, record, store_word, wo
 from cpu_kernels.simd import emitted, i64
 from cpu_kernels.team import Team, op, share
 
+NBYTES = 256 << 20  # several times the caches
+REPEATS = 3
+
 
 @emitted("i64", "i64 i64")
 def _read_lines(k, address, num_lines):
@@ -30,16 +33,16 @@ def _read(arguments, thread, num_threads, team):
     store_word(arguments, 2 + thread, total)
 
 
-def read_bandwidth(num_threads: int, nbytes: int = 256 << 20, repeats: int = 3) -> float:
-    """Bytes per second that so many threads read from memory: the best of `repeats` passes over a
-    buffer of `nbytes`, which should be several times the caches."""
-    buffer = aligned_bytes(nbytes)
+def read_bandwidth(num_threads: int) -> float:
+    """Bytes per second that so many threads read from memory: the best of some passes over a
+    buffer."""
+    buffer = aligned_bytes(NBYTES)
     buffer[::4096] = 1  # so that the pages exist
-    words = record(address_of(buffer), nbytes // LINE, *[0] * num_threads)
+    words = record(address_of(buffer), NBYTES // LINE, *[0] * num_threads)
     best = float("inf")
     with Team(num_threads) as team:
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             start = time.perf_counter()
             team.run(_read.address, address_of(words))
             best = min(best, time.perf_counter() - start)
-    return nbytes / best
+    return NBYTES / best

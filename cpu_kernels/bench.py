@@ -17,6 +17,7 @@ from cpu_kernels.team import Team, barrier, op, restart_tasks
 
 SHAPES = (14336, 4096), (768, 2048)  # of one projection: Mixtral 8x7B's, Qwen3-30B-A3B's
 DECODE_BYTES = 384 << 20  # cycled over, so that caches do not help
+PREFILL_ROWS = 128, 512
 PREFILL_BYTES = 8 << 20  # or one matrix, if that is more
 REPEATS = 3
 
@@ -90,18 +91,16 @@ def product_seconds(
 def kernel_rates(
     formats: list[str],
     threads: list[int],
-    prefill_rows: tuple[int, ...] = (128, 512),
-    shapes: tuple[tuple[int, int], ...] = SHAPES,
-    progress: Callable[[str, int, int], None] = lambda doing, done, total: None,
+    progress: Callable[[str, int, int], None],
 ) -> Iterator[dict[str, Any]]:
     """One measurement after the other: format, shape, threads, rows; GB/s or GOPS."""
-    total = len(formats) * len(shapes) * len(threads)
+    total = len(formats) * len(SHAPES) * len(threads)
     done = 0
     for num_threads in threads:
         bandwidth = read_bandwidth(num_threads)
         with Team(num_threads) as team:
             for format in formats:
-                for shape in shapes:
+                for shape in SHAPES:
                     progress(f"{format} {shape[0]}x{shape[1]}", done, total)
                     done += 1
                     common = {
@@ -115,7 +114,7 @@ def kernel_rates(
                         "of_bandwidth": nbytes / seconds / bandwidth,
                         "bandwidth_gb_s": bandwidth / 1e9,
                     }  # fmt: skip
-                    for num_rows in prefill_rows:
+                    for num_rows in PREFILL_ROWS:
                         seconds, count = product_seconds(
                             team, format, shape, num_rows, PREFILL_BYTES
                         )

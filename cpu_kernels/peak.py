@@ -55,10 +55,10 @@ def _products(isa: str) -> Op:
     return multiply
 
 
-def integer_peak(num_threads: int, isa: str = "auto") -> float:
+def integer_peak(num_threads: int) -> float:
     """Operations per second (a product and its addition are two) of so many threads: the best of
     some runs of a few milliseconds."""
-    name = choose(isa).name
+    name = choose("auto").name
     address, words = _products(name).address, record(STEPS, 3, *[0] * num_threads)
     best = float("inf")
     with Team(num_threads) as team:

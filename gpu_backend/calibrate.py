@@ -7,13 +7,16 @@ in tests, one whose speeds are known. Nothing here is used to decide a result, o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
 LINK_SIZES = tuple(1 << shift for shift in (16, 18, 20, 22, 24, 26))  # 64 KiB ... 64 MiB
+MEMORY_BYTES = 256 << 20
+MATRIX_SIZE = 4096
+REPEATS = 5
 
 
 class Probe(Protocol):
@@ -54,33 +57,24 @@ class Calibration:
     pin_limit: int
 
 
-def calibrate(
-    probe: Probe,
-    device: str,
-    vram: int,
-    *,
-    memory_bytes: int = 256 << 20,
-    matrix_size: int = 4096,
-    sizes: Sequence[int] = LINK_SIZES,
-    repeats: int = 5,
-) -> Calibration:
+def calibrate(probe: Probe, device: str, vram: int) -> Calibration:
     """Measure everything; a few hundred MB are moved."""
 
     def typical(measure: Callable[[], float]) -> float:
         measure()  # the first time, things are compiled, allocated and woken up
-        return median(measure() for _ in range(repeats))
+        return median(measure() for _ in range(REPEATS))
 
     def copies(pinned: bool, competing: bool) -> tuple[tuple[int, float], ...]:
         return tuple(
             (size, typical(lambda size=size: probe.copy(size, pinned, competing)))  # type: ignore[misc]
-            for size in sizes
+            for size in LINK_SIZES
         )
 
     return Calibration(
         device=device,
         vram=vram,
-        compute=2 * matrix_size**3 / typical(lambda: probe.multiply(matrix_size)),
-        memory=memory_bytes / typical(lambda: probe.read_memory(memory_bytes)),
+        compute=2 * MATRIX_SIZE**3 / typical(lambda: probe.multiply(MATRIX_SIZE)),
+        memory=MEMORY_BYTES / typical(lambda: probe.read_memory(MEMORY_BYTES)),
         link=copies(True, False),
         link_competing=copies(True, True),
         link_pageable=copies(False, False),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ALIGNMENT = 4096
+REPEATS = 3
 
 
 class Jobs(NamedTuple):
@@ -20,7 +21,7 @@ class Jobs(NamedTuple):
     pairs: np.ndarray
 
 
-def expert_seconds(host: Any, layer: Any, layout: Any, num_rows: int, repeats: int = 3) -> float:
+def expert_seconds(host: Any, layer: Any, layout: Any, num_rows: int) -> float:
     """`host` is a CpuBackend, and `layer` what it made of `layout`."""
     memory = np.zeros(layout.nbytes + ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % ALIGNMENT + memory.ctypes.data
@@ -33,7 +34,7 @@ def expert_seconds(host: Any, layer: Any, layout: Any, num_rows: int, repeats: i
     h = np.ones((num_rows, layout.gate.shape[1]), np.float32)
     out = np.empty((num_rows, layout.down.shape[0]), np.float32)
     seconds = []
-    for _ in range(repeats + 1):  # the first time, kernels are compiled and pages are touched
+    for _ in range(REPEATS + 1):  # the first time, kernels are compiled and pages are touched
         start = perf_counter()
         host.experts(h, layer, addresses, jobs, out)
         seconds.append(perf_counter() - start)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-PIECE = 256 << 20  # bytes
+PIECE, SMALLEST_PIECE = 256 << 20, 1 << 20  # bytes
 
 
 class Pinner(Protocol):
@@ -29,15 +29,15 @@ class Arena(NamedTuple):
     nbytes: int
 
 
-def probe_limit(pinner: Pinner, arena: Arena, piece: int = PIECE, smallest: int = 1 << 20) -> int:
+def probe_limit(pinner: Pinner, arena: Arena) -> int:
     """Bytes of the arena that could be locked at once. Nothing stays locked.
 
-    Pieces are halved when one is refused, so that the answer is exact to `smallest`.
+    Pieces are halved when one is refused, so that the answer is exact to the smallest.
     """
     pinned: list[int] = []
-    at = 0
+    at, piece = 0, PIECE
     try:
-        while at < arena.nbytes and piece >= smallest:
+        while at < arena.nbytes and piece >= SMALLEST_PIECE:
             size = min(piece, arena.nbytes - at)
             if pinner.pin(arena.address + at, size):
                 pinned.append(arena.address + at)

@@ -18,7 +18,7 @@ from triton import TritonError
 
 from cpu_kernels.formats import FORMATS
 from gpu_backend.arrays import Quantized
-from gpu_backend.calibrate import calibrate, save
+from gpu_backend.calibrate import LINK_SIZES, calibrate, save
 from gpu_backend.cuda_pinner import CudaPinner
 from gpu_backend.device import TorchDevice, card_name
 from gpu_backend.launch import Launcher
@@ -46,13 +46,13 @@ def calibrate_card(device: str, file: Path, tuning_file: Path) -> dict[str, Any]
 class CudaProbe:
     """See gpu_backend.calibrate.Probe."""
 
-    def __init__(self, device: str = "cuda", host_bytes: int = 256 << 20) -> None:
+    def __init__(self, device: str) -> None:
         card = TorchDevice(device)
         self._seconds, self._device = card.seconds, card.torch_device
         torch.cuda.set_device(self._device)  # whose streams events and copies belong to
-        self._pageable = torch.ones(host_bytes, dtype=torch.uint8)
+        self._pageable = torch.ones(LINK_SIZES[-1], dtype=torch.uint8)
         self._pinned = self._pageable.pin_memory()
-        self._target = torch.empty(host_bytes, dtype=torch.uint8, device=self._device)
+        self._target = torch.empty(LINK_SIZES[-1], dtype=torch.uint8, device=self._device)
         self._small = torch.zeros(1, device=self._device)
 
     def read_memory(self, nbytes: int) -> float:

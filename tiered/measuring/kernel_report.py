@@ -20,7 +20,7 @@ def kernel_report(threads: int | None, progress: Progress) -> dict[str, Any]:
     from cpu_kernels.peak import integer_peak
 
     counts = sorted({1, threads or default_threads()})
-    kernels = list(kernel_rates(list(FORMATS), counts, progress=progress))
+    kernels = list(kernel_rates(list(FORMATS), counts, progress))
     peaks = {count: integer_peak(count) for count in counts}
     for row in kernels:
         if "gops" in row:

@@ -30,6 +30,7 @@ from tiered.user_cache import user_cache
 
 SECONDS = 1.5  # for each measurement
 LARGER_THAN_CACHES = 256 << 20  # bytes
+READERS = 4  # threads, as an engine has by default
 Progress = Callable[[str], None]
 
 
@@ -150,7 +151,7 @@ def expert_bench(
         backend.close()
 
 
-def measure_disk(path: Path | None, nbytes: int, readers: int = 4) -> Disk:
+def measure_disk(path: Path | None, nbytes: int) -> Disk:
     """Random reads of `nbytes` past the page cache, by several threads, for a moment.
 
     `path`: a file, of the disk that is measured, or a folder there, in which one is written and
@@ -159,10 +160,10 @@ def measure_disk(path: Path | None, nbytes: int, readers: int = 4) -> Disk:
     if path is not None and path.is_file():
         with suppress(OSError):
             if path.stat().st_size > 8 * nbytes:
-                return _read_disk(path, nbytes, readers)
+                return _read_disk(path, nbytes)
         path = None
     with scratch_file(path or user_cache(), min(512, max(64, 16 * nbytes >> 20))) as scratch:
-        return _read_disk(scratch, nbytes, readers)
+        return _read_disk(scratch, nbytes)
 
 
 @contextmanager
@@ -178,7 +179,7 @@ def scratch_file(folder: Path, num_mib: int) -> Iterator[Path]:
         yield Path(scratch.name)
 
 
-def _read_disk(path: Path, nbytes: int, readers: int) -> Disk:
+def _read_disk(path: Path, nbytes: int) -> Disk:
     reader = FileReader(path)
     nbytes = max(BLOCK, min(nbytes, reader.size // 8) // BLOCK * BLOCK)
     random, limit = Random(0), (reader.size - nbytes) // BLOCK
@@ -200,8 +201,8 @@ def _read_disk(path: Path, nbytes: int, readers: int) -> Disk:
         latency = (perf_counter() - start) / 16
         start = perf_counter()
         deadline = start + SECONDS
-        with ThreadPoolExecutor(readers) as pool:
-            count = sum(future.result() for future in [pool.submit(read) for _ in range(readers)])
+        with ThreadPoolExecutor(READERS) as pool:
+            count = sum(future.result() for future in [pool.submit(read) for _ in range(READERS)])
         seconds = perf_counter() - start
     finally:
         reader.close()

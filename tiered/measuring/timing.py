@@ -7,12 +7,13 @@ from time import perf_counter
 from typing import Any
 
 NUM_ROWS = 1, 128, 512  # decode, and prefill
+REPEATS = 3
 
 
-def best_seconds(calls: list[Callable[[], Any]], repeats: int = 3) -> float:
+def best_seconds(calls: list[Callable[[], Any]]) -> float:
     """The best time of running all calls, one after the other."""
     best = float("inf")
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         start = perf_counter()
         for call in calls:
             call()

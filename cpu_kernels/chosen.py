@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.atomic import call_op
 from cpu_kernels.combine import COMBINE, add_pairs
 from cpu_kernels.compiler import inner
-from cpu_kernels.experts import EXPERTS, ExpertLayer, prepare_h, run_experts
+from cpu_kernels.experts import EXPERTS, ExpertLayer, run_experts
 from cpu_kernels.lanes import store_i32
 from cpu_kernels.memory import load_i32, store_word, word
 from cpu_kernels.record import Record, fields
 from cpu_kernels.team import Team, barrier, op
 
-# `experts` and `combine` are addresses of such records, `chosen` that of the router's int32
-# [num_pairs], `table` and `uses` those of tiered.experts.ExpertTable, `places` that of int32
-# [num_experts].
-CHOSEN = fields("experts combine chosen num_pairs table uses num_experts places")
+# `run` is the address of run_experts, `experts` and `combine` those of such records, `chosen` that
+# of the router's int32 [num_pairs], `table` and `uses` those of tiered.experts.ExpertTable,
+# `places` that of int32 [num_experts].
+CHOSEN = fields("run experts combine chosen num_pairs table uses num_experts places")
 
 
 @inner
@@ -71,9 +72,7 @@ def _chosen(r, thread, num_threads, team):
     experts = word(r, CHOSEN.experts)
     if thread == num_threads - 1:
         _group(r)
-    prepare_h(experts, thread, num_threads)
-    barrier(team)
-    run_experts(experts, thread, num_threads, team)
+    call_op(word(r, CHOSEN.run), experts, thread, num_threads, team)
     barrier(team)
     add_pairs(word(r, CHOSEN.combine), thread, num_threads)
 
@@ -84,7 +83,12 @@ class ChosenExperts:
     def __init__(self, layer: ExpertLayer) -> None:
         self._layer, self._top_k = layer, 0
         self._experts, self._combine = Record(EXPERTS, **layer.facts), Record(COMBINE)
-        self._record = Record(CHOSEN, experts=self._experts.address, combine=self._combine.address)
+        self._record = Record(
+            CHOSEN,
+            run=run_experts.address,
+            experts=self._experts.address,
+            combine=self._combine.address,
+        )
         _ = _chosen.address  # compiled before the first token
 
     def run(self, team: Team, routed: Any, table: Any, out: np.ndarray, into: np.ndarray) -> None:

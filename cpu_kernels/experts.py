@@ -20,7 +20,7 @@ from cpu_kernels.isa import Isa
 from cpu_kernels.linear import FEW_ROWS, ROW_BLOCK, products_of
 from cpu_kernels.memory import call_kernel, load_f32, load_i32, word
 from cpu_kernels.record import fields
-from cpu_kernels.team import barrier, next_task, part_of, parts_of
+from cpu_kernels.team import barrier, next_task, op, part_of, parts_of
 from cpu_kernels.workspace import Workspace
 
 # What it costs to decode a row of weights, in rows of activations multiplied with it.
@@ -152,9 +152,13 @@ def _down(r, part, num_parts, team):
             call_kernel(kernel, arguments)
 
 
-@inner
+@op
 def run_experts(r, thread, num_threads, team):
-    """Everything, from prepared h to out; ends without a barrier."""
+    """Everything, from h to out. An op by itself, and called by others; ends without a barrier."""
+    hidden, num_rows = word(r, EXPERTS.hidden_size), word(r, EXPERTS.num_rows)
+    h, prepared = word(r, EXPERTS.h), word(r, EXPERTS.prepared)
+    prepare_activations(h, hidden, num_rows, hidden, prepared, thread, num_threads)
+    barrier(team)
     starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
     num_pairs = np.int64(load_i32(starts, num_jobs)) - np.int64(load_i32(starts, 0))
     size, inner = word(r, EXPERTS.expert_size), word(r, EXPERTS.gate_out)
@@ -167,18 +171,11 @@ def run_experts(r, thread, num_threads, team):
     inner_prepared = word(r, EXPERTS.inner_prepared)
     prepare_activations(inner, size, num_pairs, size, inner_prepared, thread, num_threads)
     barrier(team)
-    num_parts = parts_of(team, num_jobs * _divide_up(word(r, EXPERTS.hidden_size), ROW_BLOCK))
+    num_parts = parts_of(team, num_jobs * _divide_up(hidden, ROW_BLOCK))
     part = next_task(team, 1)
     while part < num_parts:
         _down(r, part, num_parts, team)
         part = next_task(team, 1)
-
-
-@inner
-def prepare_h(r, thread, num_threads):
-    hidden = word(r, EXPERTS.hidden_size)
-    h, num_rows = word(r, EXPERTS.h), word(r, EXPERTS.num_rows)
-    prepare_activations(h, hidden, num_rows, hidden, word(r, EXPERTS.prepared), thread, num_threads)
 
 
 class ExpertLayer:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpu_kernels.atomic import call_op
 from cpu_kernels.combine import add_scaled
-from cpu_kernels.experts import EXPERTS, ExpertLayer, prepare_h, run_experts
+from cpu_kernels.experts import EXPERTS, ExpertLayer, run_experts
 from cpu_kernels.gating import sigmoid
 from cpu_kernels.isa import Isa
 from cpu_kernels.linear import multiply
@@ -17,7 +18,7 @@ from cpu_kernels.record import Record, fields
 from cpu_kernels.team import Team, barrier, op, share
 from cpu_kernels.workspace import Workspace, room_for
 
-FEED_FORWARD = fields("experts x target norm eps scale scores")
+FEED_FORWARD = fields("run experts x target norm eps scale scores")
 
 
 @op
@@ -34,12 +35,10 @@ def _feed_forward(r, thread, num_threads, team):
             target = word(experts, EXPERTS.h) + 4 * row * hidden
             apply_norm(source, norm, target, hidden, factor)
         barrier(team)
-    prepare_h(experts, thread, num_threads)
-    barrier(team)
+    call_op(word(r, FEED_FORWARD.run), experts, thread, num_threads, team)
     if scale != 0:
         prepared = word(experts, EXPERTS.prepared)
         multiply(scale, prepared, num_rows, scores, 1, team, 2)
-    run_experts(experts, thread, num_threads, team)
     barrier(team)
     out, target = word(experts, EXPERTS.out), word(r, FEED_FORWARD.target)
     for row in range(first, last):
@@ -76,6 +75,7 @@ class FeedForwardLayer:
         self._experts = Record(EXPERTS, **self.layer.facts)
         self._record = Record(
             FEED_FORWARD,
+            run=run_experts.address,
             experts=self._experts.address,
             eps=float(config.norm_eps),
             scale=scale,

@@ -6,16 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.experts import EXPERTS, ExpertLayer, prepare_h, run_experts
+from cpu_kernels.experts import EXPERTS, ExpertLayer, run_experts
 from cpu_kernels.record import Record
-from cpu_kernels.team import Team, barrier, op
-
-
-@op
-def _experts(r, thread, num_threads, team):
-    prepare_h(r, thread, num_threads)
-    barrier(team)
-    run_experts(r, thread, num_threads, team)
+from cpu_kernels.team import Team
 
 
 class FetchedExperts:
@@ -25,7 +18,7 @@ class FetchedExperts:
         self._layer = layer
         self._asks_who = "kinds" in layer.facts or "biases" in layer.facts
         self._record = Record(EXPERTS, **layer.facts)
-        _ = _experts.address  # compiled now rather than in the first token
+        _ = run_experts.address  # compiled now rather than in the first token
 
     def run(
         self, team: Team, h: np.ndarray, addresses: np.ndarray, jobs: Any, out: np.ndarray
@@ -47,7 +40,7 @@ class FetchedExperts:
             space.place(jobs.starts, jobs.pairs)
         if self._asks_who:
             space.arrays["experts"][:num_jobs] = jobs.experts
-        team.run(_experts.address, self._record.address)
+        team.run(run_experts.address, self._record.address)
 
     def _fill(self, h: np.ndarray, out: np.ndarray, num_jobs: int, num_pairs: int) -> None:
         space, size = self._layer.workspace, self._layer.hidden_size

@@ -174,7 +174,7 @@ def test_a_damaged_model_is_one_line_and_no_traceback(tiered, tmp_path):
         assert status == 1 and "broken.gguf" in err and len(err.splitlines()) == 1
 
 
-def test_an_empty_prompt_is_refused(tiered, model, monkeypatch):
+def test_a_missing_prompt_is_refused(tiered, model, monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     status, _, err = tiered("run", model)
     assert status == 2 and "PROMPT" in err

@@ -1,4 +1,4 @@
-"""Opening an engine for a command, with a line or a bar for what takes longer than a moment."""
+"""Opening an engine for a command, with a line that says so while it takes longer than a moment."""
 
 from __future__ import annotations
 

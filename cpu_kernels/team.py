@@ -40,6 +40,7 @@ NUM_COUNTERS = 8
 PARTS = 8  # of an op's work, for each thread
 LEAST_BLOCKS = 4  # of a part, where there are enough for all threads
 SPIN_MICROSECONDS = 500.0
+MOST_THREADS = 1024  # some thousands exhaust what a process may map, and LLVM then ends it
 MOST_LINKS = 32  # of a chain; while more are prepared, workers would fall asleep
 TIMED = ("attention", "router", "experts", "head")  # that the time of chains is counted for
 OF_ATTENTION, OF_ROUTER, OF_EXPERTS, OF_HEAD = range(4)
@@ -274,8 +275,8 @@ class Team:
     """
 
     def __init__(self, num_threads: int, spin_microseconds: float = SPIN_MICROSECONDS) -> None:
-        if num_threads < 1:
-            raise ValueError(f"a team needs at least 1 thread, not {num_threads}")
+        if not 1 <= num_threads <= MOST_THREADS:
+            raise ValueError(f"a team has 1 to {MOST_THREADS} threads, not {num_threads}")
         if spin_microseconds < 0:
             raise ValueError(f"spin_microseconds must not be negative, is {spin_microseconds}")
         self.num_threads = num_threads

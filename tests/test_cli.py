@@ -150,6 +150,8 @@ def test_chat_takes_turns(tiered, model, monkeypatch, caplog):
         (["replay", "/no/such/trace", "--expert-ram", "1G"], 1, "/no/such/trace"),
         (["ppl", "MODEL", "--text", "x", "--json", "/no/such/a"], 2, "no folder /no/such"),
         (["ppl", "MODEL", "--text", "x", "--json", "/"], 2, "/ is a folder"),
+        (["ppl", "MODEL", "--text", "x", "--record", "/no/such/a"], 2, "no folder /no/such"),
+        (["trace", "MODEL", "x", "-o", "/no/such/a"], 2, "no folder /no/such"),
         (["layer-k", "MODEL", "/no/such/a", "--average", "1", "--text", "x"], 2, "/no/such"),
         (["info", "/no/such/model"], 1, "no such file"),
     ],

@@ -169,7 +169,7 @@ def test_an_interrupted_run_leaves_the_team_usable(monkeypatch):
     assert memory[:2].tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("arguments", [(0,), (-1,), (2, -1.0)])
+@pytest.mark.parametrize("arguments", [(0,), (-1,), (100_000,), (2, -1.0)])
 def test_impossible_teams_are_refused(arguments):
     with pytest.raises(ValueError, match="not"):
         Team(*arguments)

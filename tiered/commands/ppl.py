@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @opt.text_option
 @opt.text_window_options
 @opt.option("--record", metavar="TRACE", type=click.Path(path_type=Path),
+            callback=opt.file_to_write,
             help="Write the routing to a file, for --routing and `tiered replay`.")  # fmt: skip
 @opt.json_file_option
 @opt.routing_options_short

@@ -20,6 +20,7 @@ from tiered.commands.output import notes, print_json, stats_line
     "-o",
     type=click.Path(path_type=Path),
     default="routing.trace",
+    callback=opt.file_to_write,
     help="The file to write.",
 )
 @opt.option("--max-new-tokens", "-n", type=click.IntRange(1), default=128, help="Stop after these.")

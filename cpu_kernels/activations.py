@@ -7,6 +7,8 @@ of chunks of 256 values; before a last one that has fewer, zeros fill the chunk:
     2 x 128 bytes   four groups each: their four first halves, then their four second halves
     8 x float32     scales of the groups, in the order of POSITION, of 11 significant bits
     8 x float32     scale x sum of the group, the same of its first half, of its second half
+    8 x 2 int16     of each group's first half, the sum of the integers at places 0 and 1 of every
+                    four, and that of those at places 2 and 3; the same of its second half
 
 so that kernels with registers of 16, 32 and 64 bytes can all load what they multiply in one step.
 Integers and scales are those of ggml's Q8_0, whose scales are float16, but in a float32's range.
@@ -15,20 +17,23 @@ Integers and scales are those of ggml's Q8_0, whose scales are float16, but in a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 from numba.extending import register_jitable
 
 from cpu_kernels.compiler import inner
 from cpu_kernels.memory import store_word
-from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32
+from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32
 from cpu_kernels.team import share
 
 GROUP = 32
 CHUNK = 256
-CHUNK_BYTES = 384
+CHUNK_BYTES = 448
 HEADER_BYTES = 64
 GROUPS = CHUNK // GROUP
-SCALES, SUMS, FIRST_SUMS, SECOND_SUMS = 256, 288, 320, 352  # byte offsets in a chunk
+# Byte offsets in a chunk.
+SCALES, SUMS, FIRST_SUMS, SECOND_SUMS = 256, 288, 320, 352
+FIRST_PAIRS, SECOND_PAIRS = 384, 416
 # Even groups in the lower half of a 256-bit register, odd ones in the upper half: spreading the
 # scales of groups (2j, 2j + 1) over the two halves is then one shuffle inside the halves.
 POSITION = [(group >> 1) + 4 * (group & 1) for group in range(8)]
@@ -67,7 +72,10 @@ def _quantize_chunk(k, x, first, target):
     def find_largest(group: Value, position: Value) -> Value:
         return _largest(k, x + group * (4 * GROUP))
 
-    largest = _of_groups(k, first, maxima, k.maximum, find_largest)[0].view(f32(GROUPS))
+    def largest_of(*values: Value) -> Value:
+        return reduce(k.maximum, values)
+
+    largest = _of_groups(k, first, maxima, largest_of, find_largest)[0].view(f32(GROUPS))
     # Below 1e-35 its inverse might be infinite: such a group counts as zero.
     tiny, zero = largest.compare("<", 1e-35), k.constant(f32(GROUPS), 0.0)
     most = k.constant(f32(GROUPS), 127.0)
@@ -79,24 +87,36 @@ def _quantize_chunk(k, x, first, target):
         inverse = k.load(inverses + position * 4, f32(1))
         return _quantize_group(k, x + group * (4 * GROUP), inverse, bytes_at)
 
-    sums = _of_groups(k, first, totals, lambda a, b: a + b, quantize)
-    halves = [total.cast("sitofp", f32) for total in sums]
+    def pairs_of(a: Value, b: Value, c: Value, d: Value) -> Value:
+        return ((a + b) & 0xFFFF) | ((c + d) << 16)
+
+    pairs = _of_groups(k, first, totals, pairs_of, quantize)
+    halves = [_sum_of_pair(k, pair).cast("sitofp", f32) for pair in pairs]
     k.store(target + SCALES, scale)
     k.store(target + SUMS, (halves[0] + halves[1]) * scale)
     k.store(target + FIRST_SUMS, halves[0] * scale)
     k.store(target + SECOND_SUMS, halves[1] * scale)
+    k.store(target + FIRST_PAIRS, pairs[0])
+    k.store(target + SECOND_PAIRS, pairs[1])
+
+
+def _sum_of_pair(k: Emitter, pairs: Value) -> Value:
+    """Of two int16 in each word: i32."""
+    values = pairs.view(i16(2 * pairs.lanes))
+    low, high = [k.shuffle(values, mask=range(i, values.lanes, 2)) for i in (0, 1)]
+    return low.cast("sext", i32) + high.cast("sext", i32)
 
 
 def _of_groups(
     k: Emitter,
     first: Value,
     memory: Value,
-    combine: Callable[[Value, Value], Value],
+    combine: Callable[..., Value],
     write: Callable[[Value, Value], Value],
 ) -> list[Value]:
     """Numbers of all groups, in the order of POSITION: i32 [8], once or more. `write(group,
-    position)` gives for each number four lanes that are then combined, side by side; `memory` has
-    those of groups before the first one."""
+    position)` gives for each number four lanes, side by side, that `combine` makes one of; `memory`
+    has those of groups before the first one."""
     lanes = 0
     with k.loop(k.integer(GROUPS) - first) as number:
         group = first + number
@@ -108,8 +128,7 @@ def _of_groups(
     for start in range(0, GROUPS, 4):
         places = range(start, start + 4)
         vectors = [k.load(memory + place * (4 * lanes), i32(lanes)) for place in places]
-        a, b, c, d = k.transpose(vectors)
-        parts.append(combine(combine(a, b), combine(c, d)))
+        parts.append(combine(*k.transpose(vectors)))
     quarters = [
         [*range(at, at + 4), *range(lanes + at, lanes + at + 4)] for at in range(0, lanes, 4)
     ]

@@ -23,6 +23,18 @@ def wants_unsigned(isa: str) -> bool:
     return isa in _DPBUSD
 
 
+def is_centred(isa: str, format: str) -> bool:
+    """Whether panels are multiplied as if the integer that stands for 0 were 0, so that all
+    products of a scale, added, fit in 16 bits, and no offsets are needed.
+
+    They need to fit only in the end: what is taken off them at first, the centre times the
+    activations' sums, makes up for every overflow until then."""
+    layout = LAYOUTS[format]
+    products = 2 * 127 * (8 // layout.num_scales)  # of a lane, for weights of 1
+    is_too_large = products * layout.largest > _WIDEST_SUM >= products * layout.centre
+    return isa == "avx2" and layout.centre > 0 and is_too_large
+
+
 def as_on_a_gpu(isa: Isa, format: str) -> Isa:
     """Of the instruction sets that a processor with `isa` has, the one whose sums are those of a
     GPU: where signed weights get 128 added before, that is taken off again in float32."""
@@ -67,11 +79,16 @@ def multiply_tile(
     load_x: Callable[[int, int], Value],
     largest: int,
     is_signed: bool,
+    taken_off: list[Value] | None = None,
 ) -> list[list[Value]]:
     """The same for each row of activations and each of some registers of weights: i32 [n], by row
-    and register. `load_weights(step)` and `load_x(step, row)` give what a step multiplies."""
+    and register. `load_weights(step)` and `load_x(step, row)` give what a step multiplies.
+    `taken_off`, for avx2: of each row, i16 [2 * n] that the sums are less by, after which they
+    fit."""
     if isa == "avx2":
-        return _multiply_tile_avx2(k, steps, num_rows, load_weights, load_x, largest, is_signed)
+        return _multiply_tile_avx2(
+            k, steps, num_rows, load_weights, load_x, largest, is_signed, taken_off
+        )
     columns = list(zip(*[load_weights(step) for step in steps], strict=True))
     dots = []
     for row in range(num_rows):
@@ -89,11 +106,12 @@ def _multiply_tile_avx2(
     load_x: Callable[[int, int], Value],
     largest: int,
     is_signed: bool,
+    taken_off: list[Value] | None,
 ) -> list[list[Value]]:
     """Step by step, so that only sums and one step's weights need registers; and all products of a
     row before its additions: the order in which AMD's Zen spreads them evenly over its units. In
     that of LLVM's choice, it multiplies a fifth slower."""
-    room = _WIDEST_SUM // (2 * 127 * largest)
+    room = len(steps) if taken_off else _WIDEST_SUM // (2 * 127 * largest)
     dots: list[list[Value]] = []
     for start in range(0, len(steps), room):
         sums: list[list[Value]] = [[] for _ in range(num_rows)]
@@ -104,6 +122,8 @@ def _multiply_tile_avx2(
                 new = [_products_of_16_bits(k, w, x, is_signed) for w in weights]
                 if old:
                     new = [a + b for a, b in zip(old, new, strict=True)]
+                elif taken_off:
+                    new = [a - taken_off[row] for a in new]
                 sums[row] = k.keep_order(new)
         wide = [[_widen(k, total) for total in row] for row in sums]
         if dots:

@@ -8,13 +8,16 @@ caller adds to where they belong.
 
 from __future__ import annotations
 
-from cpu_kernels.activations import CHUNK_BYTES, FIRST_SUMS, SCALES, SUMS
-from cpu_kernels.dot import multiply_tile, wants_unsigned
+import operator
+from functools import reduce
+
+from cpu_kernels.activations import CHUNK_BYTES, FIRST_PAIRS, FIRST_SUMS, SCALES, SUMS
+from cpu_kernels.dot import is_centred, multiply_tile, wants_unsigned
 from cpu_kernels.groups import GROUPS, LAYOUTS
 from cpu_kernels.isa import ISAS
 from cpu_kernels.lanes import by_lanes
 from cpu_kernels.pack import STEPS, float_panel_bytes, group_bytes, num_scales, panel_bytes
-from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32, i64
+from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32, i64
 from cpu_kernels.tiles import tile_product
 
 
@@ -28,6 +31,7 @@ def multiply_panels(k, isa, format, panels, num_chunks, sources, tile):
     rows, tokens, width = ISAS[isa].panel_rows, ISAS[isa].panel_tokens, ISAS[isa].panels
     size, scales = group_bytes(isa, format), num_scales(format)
     is_signed = LAYOUTS[format].signed and not wants_unsigned(isa)
+    centre = LAYOUTS[format].centre if is_centred(isa, format) else 0
     xs = [k.load(sources + 8 * t, i64(1)) for t in range(tokens)]
     zero = k.constant(f32(rows), 0.0)
     totals = [[k.variable(zero) for _ in range(width)] for _ in range(tokens)]
@@ -49,17 +53,25 @@ def multiply_panels(k, isa, format, panels, num_chunks, sources, tile):
 
             for part in range(scales):
                 steps = range(part * STEPS // scales, (part + 1) * STEPS // scales)
+                taken_off = None
+                if centre:
+                    places = [FIRST_PAIRS + 32 * (part + i) for i in range(2 // scales)]
+                    taken_off = [
+                        _taken_off(k, [x + scales_at + place for place in places], centre, rows)
+                        for x in xs
+                    ]
                 dots = multiply_tile(
-                    k, isa, steps, tokens, load_weights, load_x, LAYOUTS[format].largest, is_signed
-                )
+                    k, isa, steps, tokens, load_weights, load_x, LAYOUTS[format].largest, is_signed,
+                    taken_off,
+                )  # fmt: skip
                 sums = SUMS if scales == 1 else FIRST_SUMS + 32 * part
                 for x, row, products in zip(xs, totals, dots, strict=True):
                     x_scale = k.splat(k.load(x + scales_at + SCALES, f32(1)), rows)
-                    x_sum = k.splat(k.load(x + scales_at + sums, f32(1)), rows)
+                    x_sum = None if centre else k.splat(k.load(x + scales_at + sums, f32(1)), rows)
                     for start, total, product in zip(starts, row, products, strict=True):
                         scale = k.load(start + 4 * rows * (STEPS + part), f32(rows)) * x_scale
                         value = k.multiply_add(product.cast("sitofp", f32), scale, total.get())
-                        if not is_signed:
+                        if not (is_signed or centre):
                             offset = k.load(start + 4 * rows * (STEPS + scales + part), f32(rows))
                             value = k.multiply_add(offset, x_sum, value)
                         total.set(value)
@@ -82,6 +94,12 @@ def multiply_float_panels(k, isa, panels, count, sources, tile):
             for weight, total in zip(weights, row, strict=True):
                 total.set(k.multiply_add(weight, value, total.get()))
     _store_tile(k, tile, [[total.get() for total in row] for row in totals])
+
+
+def _taken_off(k: Emitter, pairs: list[Value], centre: int, rows: int) -> Value:
+    """Centre times the sums of activations, of halves whose pairs are at these addresses."""
+    sums = [k.splat(k.load(at, i32(1)), rows).view(i16(2 * rows)) for at in pairs]
+    return reduce(operator.add, sums) * centre
 
 
 def _store_tile(k: Emitter, tile: Value, sums: list[list[Value]]) -> None:

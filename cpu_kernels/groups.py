@@ -40,6 +40,12 @@ class Layout(NamedTuple):
     table: tuple[int, ...] = ()  # what the bits stand for, where that is no number
     signed: bool = False  # the integers of the others are 0 or more
 
+    @property
+    def centre(self) -> int:
+        """The integer that stands for 0, where it is the same one everywhere (offsets then are
+        scales); 0: there is none, or none is needed."""
+        return 0 if self.signed or self.offset_factor >= -1 else int(-self.offset_factor)
+
 
 def _blocks(nbytes: int, start: int, groups: int = 1) -> Callable[[int, int], Piece]:
     """Blocks of so many groups: 16 bytes each, whose upper halves are the second half."""

@@ -2,12 +2,13 @@
 
 A panel has `panel_rows` rows, one in each 32-bit lane of a register: four consecutive weights of
 every row, then the next four. Of each group of 32 weights there are STEPS such registers, then the
-rows' scales, then their offsets. Panels of float32 weights have one weight per row in a register.
+rows' scales, then their offsets, if dot.is_centred does not do without. Panels of float32 weights have one weight per row in a register.
 """
 
 from __future__ import annotations
 
 from cpu_kernels.activations import FIRST_SUMS, SECOND_SUMS, SUMS
+from cpu_kernels.dot import is_centred
 from cpu_kernels.few_rows import LANE, Group, Panel
 from cpu_kernels.groups import GROUPS, LAYOUTS, row_of_chunks
 from cpu_kernels.isa import ISAS
@@ -25,7 +26,8 @@ def num_scales(format: str) -> int:
 
 def group_bytes(isa: str, format: str) -> int:
     """Of a group in a panel."""
-    return ISAS[isa].panel_rows * (4 * STEPS + 8 * num_scales(format))
+    per_scale = 4 if is_centred(isa, format) else 8
+    return ISAS[isa].panel_rows * (4 * STEPS + per_scale * num_scales(format))
 
 
 def panel_bytes(isa: str, format: str) -> int:
@@ -50,12 +52,14 @@ def pack_panel(k, isa, format, weights, row_bytes, last, num_groups, first, num_
         decoded = Panel(k, isa, format, [source.chunk(first + i) for source in sources])
         for number in range(GROUPS):
             target = panel + (i * GROUPS + number) * nbytes
-            for place, register in enumerate(_registers(k, format, decoded.group(number))):
+            for place, register in enumerate(_registers(k, isa, format, decoded.group(number))):
                 k.store(target + 4 * rows * place, register)
 
 
-def _registers(k: Emitter, format: str, group: Group) -> list[Value]:
+def _registers(k: Emitter, isa: str, format: str, group: Group) -> list[Value]:
     """What a panel has of a group."""
+    if is_centred(isa, format):
+        return [*group.integers[0], *group.integers[1], *group.scales]
     factor, nothing = LAYOUTS[format].offset_factor, k.constant(group.scales[0].type, 0.0)
     offsets = []
     for part in range(len(group.scales)):

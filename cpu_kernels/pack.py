@@ -50,23 +50,33 @@ def pack_panel(k, isa, format, weights, row_bytes, last, num_groups, first, num_
     sources = [row_of_chunks(k, format, start, num_groups) for start in starts]
     with k.loop(num_chunks) as i:
         decoded = Panel(k, isa, format, [source.chunk(first + i) for source in sources])
-        for number in range(GROUPS):
-            target = panel + (i * GROUPS + number) * nbytes
-            for place, register in enumerate(_registers(k, isa, format, decoded.group(number))):
+        targets = [panel + (i * GROUPS + number) * nbytes for number in range(GROUPS)]
+        for number, half in _by_bytes(format):
+            for word, register in enumerate(decoded._integers(number, half)):
+                k.store(targets[number] + 4 * rows * (STEPS // 2 * half + word), register)
+        for number, target in enumerate(targets):
+            for place, register in enumerate(_scales(k, isa, format, decoded.group(number)), STEPS):
                 k.store(target + 4 * rows * place, register)
 
 
-def _registers(k: Emitter, isa: str, format: str, group: Group) -> list[Value]:
-    """What a panel has of a group."""
+def _by_bytes(format: str) -> list[tuple[int, int]]:
+    """Groups and their halves, those that share bytes one after the other."""
+    piece = LAYOUTS[format].piece
+    every = [(number, half) for number in range(GROUPS) for half in (0, 1)]
+    return sorted(every, key=lambda at: (piece(*at).high, piece(*at).low))
+
+
+def _scales(k: Emitter, isa: str, format: str, group: Group) -> list[Value]:
+    """What a panel has of a group besides integers."""
     if is_centred(isa, format):
-        return [*group.integers[0], *group.integers[1], *group.scales]
+        return group.scales
     factor, nothing = LAYOUTS[format].offset_factor, k.constant(group.scales[0].type, 0.0)
     offsets = []
     for part in range(len(group.scales)):
         kinds = SUMS, (FIRST_SUMS, SECOND_SUMS)[part]
         own = [value * factor for value, sums in group.offsets if sums in kinds]
         offsets.append(own[0] if own else nothing)
-    return [*group.integers[0], *group.integers[1], *group.scales, *offsets]
+    return [*group.scales, *offsets]
 
 
 @emitted("void", "i64 i64 i64 i64")

@@ -2,7 +2,8 @@
 
 A panel has `panel_rows` rows, one in each 32-bit lane of a register: four consecutive weights of
 every row, then the next four. Of each group of 32 weights there are STEPS such registers, then the
-rows' scales, then their offsets, if dot.is_centred does not do without. Panels of float32 weights have one weight per row in a register.
+rows' scales, then their offsets, unless dot.is_centred. Panels of float32 weights have one weight
+per row in a register.
 """
 
 from __future__ import annotations
@@ -49,14 +50,22 @@ def pack_panel(k, isa, format, weights, row_bytes, last, num_groups, first, num_
     starts = [k.minimum(weights + row_bytes * row, last) for row in range(rows)]
     sources = [row_of_chunks(k, format, start, num_groups) for start in starts]
     with k.loop(num_chunks) as i:
-        decoded = Panel(k, isa, format, [source.chunk(first + i) for source in sources])
+        decoded = _Decoded(k, isa, format, [source.chunk(first + i) for source in sources])
         targets = [panel + (i * GROUPS + number) * nbytes for number in range(GROUPS)]
         for number, half in _by_bytes(format):
-            for word, register in enumerate(decoded._integers(number, half)):
+            for word, register in enumerate(decoded.integers(number, half)):
                 k.store(targets[number] + 4 * rows * (STEPS // 2 * half + word), register)
         for number, target in enumerate(targets):
             for place, register in enumerate(_scales(k, isa, format, decoded.group(number)), STEPS):
                 k.store(target + 4 * rows * place, register)
+
+
+class _Decoded(Panel):
+    """Halves of groups, each by itself, in any order."""
+
+    def integers(self, number: int, half: int) -> list[Value]:
+        """Bytes that were loaded for other halves are not loaded again."""
+        return self._integers(number, half)
 
 
 def _by_bytes(format: str) -> list[tuple[int, int]]:

@@ -163,6 +163,25 @@ def test_any_shape(format, isa, rows, groups, n, exact, offset, scale, x_scale, 
         assert_close(run_product(team, matrix, x), data, format, shape, x, exact=exact)
 
 
+@pytest.mark.parametrize("isa", ISA_NAMES)
+@pytest.mark.parametrize(
+    ("format", "integers"), [("q6_k", (0, 192)), ("q5_0", (2, 22)), ("mxfp4", (1, 17))]
+)
+def test_sums_as_large_as_they_get(format, integers, isa, teams):
+    """Many rows of formats whose sums of 16 bits overflow on the way (see dot.is_centred): all
+    integers the least or the largest, all activations alike."""
+    shape = 16, 512
+    data = random_matrix(np.random.default_rng(9), format, shape)
+    blocks = data.reshape(shape[0], -1, FORMATS[format].block_bytes)
+    blocks[:8, :, slice(*integers)] = 0
+    blocks[8:, :, slice(*integers)] = 0x77 if format == "mxfp4" else 0xFF
+    matrix = Matrix(data.reshape(-1), format, shape, ISAS[isa])
+    x = np.ones((FEW_ROWS + 2, shape[1]), np.float32)
+    x[1::2] = -1
+    x[2] = np.where(np.arange(shape[1]) % 4 < 2, 1, -1)
+    assert_close(run_product(teams[1], matrix, x), data, format, shape, x)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_rows_as_floats(format, teams):
     rng = np.random.default_rng(4)

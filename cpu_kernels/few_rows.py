@@ -59,13 +59,16 @@ class Panel:
     def group(self, number: int) -> Group:
         """Written anew each time: code that may be skipped leaves nothing behind."""
         self._loaded.clear()
-        integers = [self._integers(number, half) for half in (0, 1)]
+        integers = [self.integers(number, half) for half in (0, 1)]
+        return Group(number, integers, *self.scales(number))
+
+    def scales(self, number: int) -> tuple[list[Value], list[tuple[Value, int]]]:
+        """Scales and offsets of a group."""
         if self.block_bytes:
             scale = self._halves(self.block_bytes * number)
-            return Group(number, integers, [scale], [] if self.is_signed else [(scale, SUMS)])
+            return [scale], [] if self.is_signed else [(scale, SUMS)]
         scales = [self._kept(place, number) for place in self._scale_places]
-        offsets = [(self._kept(place, number), sums) for place, sums in self._offset_places]
-        return Group(number, integers, scales, offsets)
+        return scales, [(self._kept(place, number), sums) for place, sums in self._offset_places]
 
     def _keep_scales(self, by_row: list) -> None:
         """Scales and offsets to memory: of each kind and position, float32 [rows]."""
@@ -93,7 +96,7 @@ class Panel:
     def _kept(self, kind: int, group: int) -> Value:
         return self.k.load(self._place(kind, POSITION[group]), f32(self.rows))
 
-    def _integers(self, group: int, half: int) -> list[Value]:
+    def integers(self, group: int, half: int) -> list[Value]:
         """Half a group: four i8 [4 * rows], each with four consecutive weights of every row."""
         layout, decoded = self.layout, []
         piece = layout.piece(group, half)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from cpu_kernels.activations import FIRST_SUMS, SECOND_SUMS, SUMS
 from cpu_kernels.dot import is_centred
-from cpu_kernels.few_rows import LANE, Group, Panel
+from cpu_kernels.few_rows import LANE, Panel
 from cpu_kernels.groups import GROUPS, LAYOUTS, row_of_chunks
 from cpu_kernels.isa import ISAS
 from cpu_kernels.simd import Emitter, Value, emitted, f32
@@ -50,22 +50,15 @@ def pack_panel(k, isa, format, weights, row_bytes, last, num_groups, first, num_
     starts = [k.minimum(weights + row_bytes * row, last) for row in range(rows)]
     sources = [row_of_chunks(k, format, start, num_groups) for start in starts]
     with k.loop(num_chunks) as i:
-        decoded = _Decoded(k, isa, format, [source.chunk(first + i) for source in sources])
+        decoded = Panel(k, isa, format, [source.chunk(first + i) for source in sources])
         targets = [panel + (i * GROUPS + number) * nbytes for number in range(GROUPS)]
         for number, half in _by_bytes(format):
             for word, register in enumerate(decoded.integers(number, half)):
                 k.store(targets[number] + 4 * rows * (STEPS // 2 * half + word), register)
         for number, target in enumerate(targets):
-            for place, register in enumerate(_scales(k, isa, format, decoded.group(number)), STEPS):
+            registers = _scales(k, isa, format, *decoded.scales(number))
+            for place, register in enumerate(registers, STEPS):
                 k.store(target + 4 * rows * place, register)
-
-
-class _Decoded(Panel):
-    """Halves of groups, each by itself, in any order."""
-
-    def integers(self, number: int, half: int) -> list[Value]:
-        """Bytes that were loaded for other halves are not loaded again."""
-        return self._integers(number, half)
 
 
 def _by_bytes(format: str) -> list[tuple[int, int]]:
@@ -75,17 +68,23 @@ def _by_bytes(format: str) -> list[tuple[int, int]]:
     return sorted(every, key=lambda at: (piece(*at).high, piece(*at).low))
 
 
-def _scales(k: Emitter, isa: str, format: str, group: Group) -> list[Value]:
-    """What a panel has of a group besides integers."""
+def _scales(
+    k: Emitter,
+    isa: str,
+    format: str,
+    scales: list[Value],
+    offsets: list[tuple[Value, int]],
+) -> list[Value]:
+    """What a panel has of a group besides integers: its scales, and an offset for each."""
     if is_centred(isa, format):
-        return group.scales
-    factor, nothing = LAYOUTS[format].offset_factor, k.constant(group.scales[0].type, 0.0)
-    offsets = []
-    for part in range(len(group.scales)):
+        return scales
+    factor, nothing = LAYOUTS[format].offset_factor, k.constant(scales[0].type, 0.0)
+    for_each = []
+    for part in range(len(scales)):
         kinds = SUMS, (FIRST_SUMS, SECOND_SUMS)[part]
-        own = [value * factor for value, sums in group.offsets if sums in kinds]
-        offsets.append(own[0] if own else nothing)
-    return [*group.scales, *offsets]
+        own = [value * factor for value, sums in offsets if sums in kinds]
+        for_each.append(own[0] if own else nothing)
+    return [*scales, *for_each]
 
 
 @emitted("void", "i64 i64 i64 i64")

@@ -83,16 +83,18 @@ def pick(weights: np.ndarray, part: float) -> int:
 
     Running sums are slow: one of blocks comes first, then one of a block's weights.
     """
-    whole = len(weights) // BLOCK * BLOCK
-    sums = weights[:whole].reshape(-1, BLOCK).sum(axis=1, dtype=np.float64)
-    ends = np.append(0.0, np.cumsum(sums))
-    total = ends[-1] + weights[whole:].sum(dtype=np.float64)
-    wanted = min(part * total, np.nextafter(total, 0.0))
-    block = int(np.searchsorted(ends[1:], wanted, side="right"))
+    num_blocks = len(weights) // BLOCK
+    whole = num_blocks * BLOCK
+    ends = np.zeros(num_blocks + 1)
+    ends[1:] = weights[:whole].reshape(-1, BLOCK).sum(axis=1, dtype=np.float64)
+    ends.cumsum(out=ends)
+    total = float(ends[-1] + weights[whole:].sum(dtype=np.float64))
+    wanted = min(part * total, math.nextafter(total, 0.0))
+    block = int(ends[1:].searchsorted(wanted, side="right"))
     start = block * BLOCK
-    running = ends[block] + np.cumsum(weights[start : start + BLOCK], dtype=np.float64)
-    wanted = min(wanted, np.nextafter(running[-1], 0.0))
-    return start + int(np.searchsorted(running, wanted, side="right"))
+    running = ends[block] + weights[start : start + BLOCK].cumsum(dtype=np.float64)
+    wanted = min(wanted, math.nextafter(float(running[-1]), 0.0))
+    return start + int(running.searchsorted(wanted, side="right"))
 
 
 def penalize(logits: np.ndarray, seen: np.ndarray | list[int], penalty: float) -> np.ndarray:

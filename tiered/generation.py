@@ -137,14 +137,19 @@ class Generation:
             return MultiTokenPrediction(self.draft_layer, sequence)
         return PromptLookup(sequence.tokens)
 
+    @property
+    def watches(self) -> bool:
+        """Whether there is a draft layer, which wants to know what is computed."""
+        return self.draft_layer is not None and self.speculates
+
     def watch(self, sequence: kv_cache.Sequence, start: int, x: Array) -> None:
         """Tokens from `start` on have been computed: what a draft layer wants to know of them."""
-        if self.draft_layer is not None and self.speculates:
+        if self.draft_layer is not None and self.watches:
             self.draft_layer.watch(sequence, start, x)
 
     def catch_up(self, sequence: kv_cache.Sequence) -> None:
         """Others may begin with pages of this text: what drafts need should be in them."""
-        if self.draft_layer is not None and self.speculates:
+        if self.draft_layer is not None and self.watches:
             self.draft_layer.catch_up(sequence)
 
     def score(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:

@@ -245,9 +245,9 @@ class KVCache:
                 states,
             )
         return Batch(
-            np.concatenate([np.array(tokens, np.int32) for _, tokens in additions]),
-            np.concatenate(
-                [np.arange(s, s + n, dtype=np.int32) for s, n in zip(starts, counts, strict=True)]
+            np.array([token for _, tokens in additions for token in tokens], np.int32),
+            np.array(
+                [p for s, n in zip(starts, counts, strict=True) for p in range(s, s + n)], np.int32
             ),
             np.repeat(np.arange(len(additions), dtype=np.int32), counts),
             np.stack([sequence.pages for sequence, _ in additions]),

@@ -75,22 +75,24 @@ class Batcher:
         for job in jobs:
             job.make_draft(min(most, job.most_new(self.engine.context) - 1))
         additions = [(job, [*job.to_do, *job.draft]) for job in jobs]
-        ends = np.cumsum([len(tokens) for _, tokens in additions])
-        rows = [
-            np.arange(end - 1 - len(job.draft), end) for job, end in zip(jobs, ends, strict=True)
-        ]
-        for job in jobs:
+        rows: list[int] = []  # whose logits are wanted: of drafts, and of the token before
+        end = 0
+        for job, tokens in additions:
+            end += len(tokens)
+            rows += range(end - 1 - len(job.draft), end)
             if job.draft:
                 kv.set_mark(sequence_of(job))
         governors.begin()
-        logits = self._forward(additions, np.concatenate(rows))
-        if not any(job.draft for job in jobs):  # they compare steps that are alike
+        logits = self._forward(additions, np.array(rows))
+        if len(rows) == len(jobs):  # no drafts: they compare steps that are alike
             governors.end()
-        self.counts.decode_rows += int(ends[-1])
+        self.counts.decode_rows += end
         self.counts.decode_steps += 1
-        firsts = np.cumsum([len(part) for part in rows])[:-1]
-        for job, part in zip(jobs, np.split(logits, firsts), strict=True):
-            self._check(job, part)
+        first = 0
+        for job in jobs:
+            last = first + 1 + len(job.draft)
+            self._check(job, logits[first:last])
+            first = last
         self.prefixes.make_way()
         if self.engine.generation.speculates:
             made = self.counts.new_tokens - before
@@ -198,12 +200,13 @@ class Batcher:
         self.outbox.send()
         x = decoder.hidden(batch, kv.pages, chunk)
         logits = decoder.head(x, rows, output)
-        first = 0
-        for job, tokens in additions:
-            sequence, end = sequence_of(job), first + len(tokens)
-            start = len(sequence.tokens) - len(tokens)
-            self.engine.generation.watch(sequence, start, x[first:end])
-            first = end
+        if self.engine.generation.watches:
+            first = 0
+            for job, tokens in additions:
+                sequence, end = sequence_of(job), first + len(tokens)
+                start = len(sequence.tokens) - len(tokens)
+                self.engine.generation.watch(sequence, start, x[first:end])
+                first = end
         return logits
 
     @contextmanager

@@ -66,13 +66,13 @@ class Sampler:
         best = int(np.argmax(logits))  # of NaN, if there is one
         if not math.isfinite(logits[best]):
             raise ValueError("the model's output is not a number: its weights are damaged")
-        token = best if self.params.temperature == 0 else self._draw(logits)
+        token = best if self.params.temperature == 0 else self._draw(logits, logits[best])
         if self._penalizes:
             self._seen[token] = None
         return token
 
-    def _draw(self, logits: np.ndarray) -> int:
-        tokens, weights = candidates(logits, self.params)
+    def _draw(self, logits: np.ndarray, largest: np.float32) -> int:
+        tokens, weights = candidates(logits, largest, self.params)
         chosen = pick(weights, self._random.random())
         return chosen if tokens is None else int(tokens[chosen])
 
@@ -83,16 +83,18 @@ def pick(weights: np.ndarray, part: float) -> int:
 
     Running sums are slow: one of blocks comes first, then one of a block's weights.
     """
-    whole = len(weights) // BLOCK * BLOCK
-    sums = weights[:whole].reshape(-1, BLOCK).sum(axis=1, dtype=np.float64)
-    ends = np.append(0.0, np.cumsum(sums))
-    total = ends[-1] + weights[whole:].sum(dtype=np.float64)
-    wanted = min(part * total, np.nextafter(total, 0.0))
-    block = int(np.searchsorted(ends[1:], wanted, side="right"))
+    num_blocks = len(weights) // BLOCK
+    whole = num_blocks * BLOCK
+    ends = np.zeros(num_blocks + 1)
+    ends[1:] = weights[:whole].reshape(-1, BLOCK).sum(axis=1, dtype=np.float64)
+    ends.cumsum(out=ends)
+    total = float(ends[-1] + weights[whole:].sum(dtype=np.float64))
+    wanted = min(part * total, math.nextafter(total, 0.0))
+    block = int(ends[1:].searchsorted(wanted, side="right"))
     start = block * BLOCK
-    running = ends[block] + np.cumsum(weights[start : start + BLOCK], dtype=np.float64)
-    wanted = min(wanted, np.nextafter(running[-1], 0.0))
-    return start + int(np.searchsorted(running, wanted, side="right"))
+    running = ends[block] + weights[start : start + BLOCK].cumsum(dtype=np.float64)
+    wanted = min(wanted, math.nextafter(float(running[-1]), 0.0))
+    return start + int(running.searchsorted(wanted, side="right"))
 
 
 def penalize(logits: np.ndarray, seen: np.ndarray | list[int], penalty: float) -> np.ndarray:
@@ -103,14 +105,16 @@ def penalize(logits: np.ndarray, seen: np.ndarray | list[int], penalty: float) -
     return logits
 
 
-def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
+def candidates(
+    logits: np.ndarray, largest: np.float32, params: SamplingParams
+) -> tuple[np.ndarray | None, np.ndarray]:
     """The tokens that may follow (int64, likeliest first; None: all, in their order) and their
-    probabilities (float32), up to a common factor."""
+    probabilities (float32), up to a common factor. `largest` is that of the logits."""
     tokens = None
     if 0 < params.top_k < len(logits):
         tokens = _best(logits, int(params.top_k))
         logits = logits[tokens]
-    scaled = logits - logits.max()  # before dividing: tiny temperatures must not overflow
+    scaled = logits - largest  # before dividing: tiny temperatures must not overflow
     if params.temperature != 1:
         with np.errstate(over="ignore"):  # to -inf: probability 0
             scaled /= np.float32(max(params.temperature, LEAST_TEMPERATURE))

@@ -23,6 +23,8 @@ class StopStrings:
         """The text that can be shown now; nothing after a stop string."""
         if self.stopped:
             return ""
+        if not self._stop:
+            return piece
         text = self._held + piece
         match = self._first_match(text)
         if match is not None:

@@ -44,6 +44,7 @@ class Tokenizer:
         self._space_prefix = vocabulary.space_prefix
         self._added = self._backend.get_added_tokens_decoder()
         self._lock = threading.Lock()  # guards the backend's encode_special_tokens
+        self._bytes: dict[int, bytes] = {}  # of tokens that were asked for
         self.bos_id = vocabulary.bos_id
         self.eos_ids = tuple(dict.fromkeys([*vocabulary.eos_ids, *self._end_tokens()]))
         self.chat_template = vocabulary.chat_template
@@ -91,6 +92,14 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 of one token, often only a part of a character. Unknown ids are empty: models pad
         their output beyond the vocabulary."""
+        data = self._bytes.get(token)
+        if data is None:
+            data = self._look_up(token)
+            if data:  # as many as the vocabulary has, then
+                self._bytes[token] = data
+        return data
+
+    def _look_up(self, token: int) -> bytes:
         if token in self._added:
             return str(self._added[token]).encode()
         piece = self._backend.id_to_token(token) if token >= 0 else None

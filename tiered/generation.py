@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from tiered import kv_cache
-from tiered.backend import Array
 from tiered.config import EngineConfig
 from tiered.draft_layer import DraftLayer
 from tiered.governor import Governors
@@ -138,19 +137,9 @@ class Generation:
         return PromptLookup(sequence.tokens)
 
     @property
-    def watches(self) -> bool:
-        """Whether there is a draft layer, which wants to know what is computed."""
-        return self.draft_layer is not None and self.speculates
-
-    def watch(self, sequence: kv_cache.Sequence, start: int, x: Array) -> None:
-        """Tokens from `start` on have been computed: what a draft layer wants to know of them."""
-        if self.draft_layer is not None and self.watches:
-            self.draft_layer.watch(sequence, start, x)
-
-    def catch_up(self, sequence: kv_cache.Sequence) -> None:
-        """Others may begin with pages of this text: what drafts need should be in them."""
-        if self.draft_layer is not None and self.watches:
-            self.draft_layer.catch_up(sequence)
+    def watcher(self) -> DraftLayer | None:
+        """The draft layer, if it is to know what is computed."""
+        return self.draft_layer if self.speculates else None
 
     def score(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
         """The log-probability of each token of an answer, decoded one by one as if it had been
@@ -211,7 +200,8 @@ class Generation:
             batch = self.kv.batch([(sequence, ids)])
             x = self.decoder.hidden(batch, self.kv.pages, chunk)
             logits = self._finite(self.decoder.head(x, rows))
-            self.watch(sequence, length, x)
+            if (watcher := self.watcher) is not None:
+                watcher.watch(sequence, length, x)
             return logits
         except BaseException:
             self.kv.truncate(sequence, length)

@@ -148,7 +148,8 @@ class Batcher:
             if pooled:
                 job.pool(logits, start)
             if not job.to_do:
-                self.engine.generation.catch_up(sequence)
+                if (watcher := self.engine.generation.watcher) is not None:
+                    watcher.catch_up(sequence)  # others may begin with pages of this text
                 self.prefixes.insert(sequence)
                 job.prompt_done(self.engine.generation.drafter(sequence))
                 self._choose(job, logits[-1])
@@ -200,12 +201,12 @@ class Batcher:
         self.outbox.send()
         x = decoder.hidden(batch, kv.pages, chunk)
         logits = decoder.head(x, rows, output)
-        if self.engine.generation.watches:
+        if (watcher := self.engine.generation.watcher) is not None:
             first = 0
             for job, tokens in additions:
                 sequence, end = sequence_of(job), first + len(tokens)
                 start = len(sequence.tokens) - len(tokens)
-                self.engine.generation.watch(sequence, start, x[first:end])
+                watcher.watch(sequence, start, x[first:end])
                 first = end
         return logits
 

@@ -31,7 +31,7 @@ def naive_distribution(logits, params):
 
 
 def distribution(logits, params):
-    tokens, weights = candidates(logits, logits.max(), params)
+    tokens, weights = candidates(logits, params)
     p = np.zeros(len(logits))
     p[... if tokens is None else tokens] = weights / weights.sum(dtype=np.float64)
     return p

@@ -66,13 +66,13 @@ class Sampler:
         best = int(np.argmax(logits))  # of NaN, if there is one
         if not math.isfinite(logits[best]):
             raise ValueError("the model's output is not a number: its weights are damaged")
-        token = best if self.params.temperature == 0 else self._draw(logits, logits[best])
+        token = best if self.params.temperature == 0 else self._draw(logits)
         if self._penalizes:
             self._seen[token] = None
         return token
 
-    def _draw(self, logits: np.ndarray, largest: np.float32) -> int:
-        tokens, weights = candidates(logits, largest, self.params)
+    def _draw(self, logits: np.ndarray) -> int:
+        tokens, weights = candidates(logits, self.params)
         chosen = pick(weights, self._random.random())
         return chosen if tokens is None else int(tokens[chosen])
 
@@ -105,16 +105,14 @@ def penalize(logits: np.ndarray, seen: np.ndarray | list[int], penalty: float) -
     return logits
 
 
-def candidates(
-    logits: np.ndarray, largest: np.float32, params: SamplingParams
-) -> tuple[np.ndarray | None, np.ndarray]:
+def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
     """The tokens that may follow (int64, likeliest first; None: all, in their order) and their
-    probabilities (float32), up to a common factor. `largest` is that of the logits."""
+    probabilities (float32), up to a common factor."""
     tokens = None
     if 0 < params.top_k < len(logits):
         tokens = _best(logits, int(params.top_k))
         logits = logits[tokens]
-    scaled = logits - largest  # before dividing: tiny temperatures must not overflow
+    scaled = logits - logits.max()  # before dividing: tiny temperatures must not overflow
     if params.temperature != 1:
         with np.errstate(over="ignore"):  # to -inf: probability 0
             scaled /= np.float32(max(params.temperature, LEAST_TEMPERATURE))

@@ -134,6 +134,9 @@ class Inner(CPUDispatcher):
         return self.py_func(*arguments)
 
 
+inner = Inner
+
+
 class _Cache(FunctionCache):
     """Machine code in files. Numba would get ready to compile before it looks for them, which takes
     as long as to load all of a model's kernels, and with SciPy installed, twice as long."""
@@ -142,9 +145,6 @@ class _Cache(FunctionCache):
         rtsys.initialize(context)  # whose functions machine code names
         with self._guard_against_spurious_io_errors():
             return self._load_overload(signature, context)
-
-
-inner = Inner
 
 
 def called(*signatures: str, nogil: bool = False) -> Callable[[Callable], CPUDispatcher]:

@@ -32,6 +32,7 @@ def multiply_panels(k, isa, format, panels, num_chunks, sources, tile):
     size, scales = group_bytes(isa, format), num_scales(format)
     is_signed = LAYOUTS[format].signed and not wants_unsigned(isa)
     centre = LAYOUTS[format].centre if is_centred(isa, format) else 0
+    has_offsets = not (is_signed or centre)
     xs = [k.load(sources + 8 * t, i64(1)) for t in range(tokens)]
     zero = k.constant(f32(rows), 0.0)
     totals = [[k.variable(zero) for _ in range(width)] for _ in range(tokens)]
@@ -67,11 +68,11 @@ def multiply_panels(k, isa, format, panels, num_chunks, sources, tile):
                 sums = SUMS if scales == 1 else FIRST_SUMS + 32 * part
                 for x, row, products in zip(xs, totals, dots, strict=True):
                     x_scale = k.splat(k.load(x + scales_at + SCALES, f32(1)), rows)
-                    x_sum = None if centre else k.splat(k.load(x + scales_at + sums, f32(1)), rows)
+                    x_sum = k.splat(k.load(x + scales_at + sums, f32(1)), rows)
                     for start, total, product in zip(starts, row, products, strict=True):
                         scale = k.load(start + 4 * rows * (STEPS + part), f32(rows)) * x_scale
                         value = k.multiply_add(product.cast("sitofp", f32), scale, total.get())
-                        if not (is_signed or centre):
+                        if has_offsets:
                             offset = k.load(start + 4 * rows * (STEPS + scales + part), f32(rows))
                             value = k.multiply_add(offset, x_sum, value)
                         total.set(value)

@@ -123,6 +123,20 @@ def host_features() -> dict[str, bool]:
     return features
 
 
+@cache
+def has_quick_streams() -> bool:
+    """Whether lines of memory that are asked for early, to be used once, are there in time.
+
+    Intel's processors have a few places for them: of those that are asked for four KiB early, most
+    are gone again, and a row of weights is read at half the speed (Emerald Rapids). AMD's and ARM's
+    keep them.
+    """
+    from llvmlite import binding
+
+    is_x86 = binding.get_process_triple().startswith("x86_64")
+    return not is_x86 or binding.get_host_cpu_name().startswith("znver")
+
+
 def amx_use(isa: Isa) -> str:
     """Whether AMX multiplies prompts where these instructions were chosen, and why not."""
     features = processor_features()

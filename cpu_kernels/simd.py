@@ -23,6 +23,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from cpu_kernels.isa import has_quick_streams
+
 Type = ir.Type
 I32, I64 = ir.IntType(32), ir.IntType(64)
 SCALARS = {
@@ -176,13 +178,14 @@ class Emitter:
         return Value(self, self.builder.ptrtoint(slot, I64))
 
     def prefetch(self, address: Value, keep: bool = True) -> None:
-        """`keep=False`: used once, so that it should not push anything out of the outer caches."""
+        """`keep=False`: used once, so that it should not push anything out of the outer caches, if
+        the processor has such a way that is as quick."""
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         name = "llvm.prefetch.p0"
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         pointer = self.builder.inttoptr(address.ir, byte)
-        self.builder.call(function, [pointer, I32(0), I32(3 if keep else 0), I32(1)])  # read, data
+        self.builder.call(function, [pointer, I32(0), I32(3 if keep or not has_quick_streams() else 0), I32(1)])  # read, data
 
     # -- vectors --
 

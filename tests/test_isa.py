@@ -4,9 +4,9 @@ import ctypes
 import sys
 
 import pytest
-from llvmlite import binding
+from llvmlite import binding, ir
 
-from cpu_kernels import isa
+from cpu_kernels import isa, simd
 from cpu_kernels.isa import ISAS, VARIABLE, amx_use, available, choose, features_for_llvm
 
 HASWELL = dict.fromkeys(("avx2", "fma", "f16c"), True)
@@ -132,3 +132,25 @@ def test_arm_systems_are_asked_for_dot_products(
 def test_elsewhere_llvm_knows_all():
     if not binding.get_process_triple().startswith(("aarch64", "arm64")):
         assert features_for_llvm() == ""
+
+
+@pytest.mark.parametrize(
+    ("triple", "name", "quick"),
+    [
+        ("x86_64-unknown-linux-gnu", "znver3", True),
+        ("x86_64-pc-windows-msvc", "emeraldrapids", False),
+        ("arm64-apple-darwin23", "apple-m1", True),
+    ],
+)
+def test_lines_used_once_are_asked_for_as_the_processor_likes(monkeypatch, triple, name, quick):
+    monkeypatch.setattr(binding, "get_process_triple", lambda: triple)
+    monkeypatch.setattr(binding, "get_host_cpu_name", lambda: name)
+    assert isa.has_quick_streams.__wrapped__() is quick
+    monkeypatch.setattr(simd, "has_quick_streams", lambda: quick)
+    builder = ir.IRBuilder(
+        ir.Function(ir.Module(), ir.FunctionType(ir.VoidType(), []), "f").append_basic_block()
+    )
+    emitter = simd.Emitter(builder)
+    emitter.prefetch(emitter.integer(64), keep=False)
+    locality = 0 if quick else 3
+    assert f"i32 0, i32 {locality}, i32 1)" in str(builder.block)

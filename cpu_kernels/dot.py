@@ -10,7 +10,7 @@ from cpu_kernels.simd import Emitter, Value, i16, i32, i64
 
 # Instructions that multiply unsigned weights with signed activations, adding to 32-bit lanes.
 _DPBUSD = {
-    "amx_int8": "llvm.x86.avx512.vpdpbusd.512",
+    "amx_bf16": "llvm.x86.avx512.vpdpbusd.512",
     "avx512_vnni": "llvm.x86.avx512.vpdpbusd.512",
     "avx_vnni": "llvm.x86.avx512.vpdpbusd.256",
 }
@@ -37,9 +37,11 @@ def is_centred(isa: str, format: str) -> bool:
 
 def as_on_a_gpu(isa: Isa, format: str) -> Isa:
     """Of the instruction sets that a processor with `isa` has, the one whose sums are those of a
-    GPU: where signed weights get 128 added before, that is taken off again in float32."""
-    is_signed = format in LAYOUTS and LAYOUTS[format].signed
-    return ISAS["avx2"] if is_signed and wants_unsigned(isa.name) else isa
+    GPU: where signed weights get 128 added before, that is taken off again in float32, and AMX
+    rounds what it multiplies."""
+    if format in LAYOUTS and LAYOUTS[format].signed and wants_unsigned(isa.name):
+        return ISAS["avx2"]
+    return ISAS["avx512_vnni"] if isa.has_tiles else isa
 
 
 def multiply_bytes(

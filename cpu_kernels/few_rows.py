@@ -100,7 +100,7 @@ class Panel:
         """Half a group: four i8 [4 * rows], each with four consecutive weights of every row."""
         layout, decoded = self.layout, []
         piece = layout.piece(group, half)
-        bytes_at = self._rows if self.whole_rows else self._words
+        bytes_at = self._rows if self.whole_rows else self.words
         for word, low in enumerate(bytes_at(piece.low)):
             value = _shifted(low, -piece.low_shift)
             if layout.low_bits < 8:
@@ -117,10 +117,10 @@ class Panel:
 
     def _halves(self, offset: int) -> Value:
         """The float16 at `offset` of every row, as float32."""
-        word = self._words(offset)[0].view(i32(self.rows))
+        word = self.words(offset)[0].view(i32(self.rows))
         return word.cast("trunc", i16).view(f16(self.rows)).cast("fpext", f32)
 
-    def _words(self, offset: int) -> list[Value]:
+    def words(self, offset: int) -> list[Value]:
         """16 bytes of every row, as four words of every row."""
         rows = [own.view(i32(self.rows)) for own in self._rows(offset)]
         return [word.view(i8(4 * self.rows)) for word in self.k.transpose(rows)]

@@ -18,16 +18,12 @@ from cpu_kernels.isa import ISAS
 from cpu_kernels.lanes import by_lanes
 from cpu_kernels.pack import STEPS, float_panel_bytes, group_bytes, num_scales, panel_bytes
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32, i64
-from cpu_kernels.tiles import tile_product
 
 
 @emitted("void", "i64 i64 i64 i64")
 def multiply_panels(k, isa, format, panels, num_chunks, sources, tile):
     """tile [panel_tokens, panels * panel_rows] = panels of whole chunks times prepared rows, from
     the addresses at `sources` on."""
-    if ISAS[isa].has_tiles:
-        _store_tile(k, tile, tile_product(k, isa, format, panels, num_chunks, sources))
-        return
     rows, tokens, width = ISAS[isa].panel_rows, ISAS[isa].panel_tokens, ISAS[isa].panels
     size, scales = group_bytes(isa, format), num_scales(format)
     is_signed = LAYOUTS[format].signed and not wants_unsigned(isa)

@@ -25,7 +25,7 @@ class Isa(NamedTuple):
     in each 32-bit lane, and `panels` such panels are multiplied with `panel_tokens` tokens at a
     time, or with `float_tokens` if they are of float32: their sums and weights fill the registers.
     `rows_at_once` rows of weights are decoded for a GEMM before activations pass: their panels stay
-    in the L2 cache. `has_tiles`: AMX multiplies the panels (see tiles.py).
+    in the L2 cache. `has_tiles`: AMX multiplies them instead (see amx.py).
     """
 
     name: str
@@ -45,7 +45,7 @@ _VNNI = "avx512f", "avx512bw", "avx512vl", "avx512vnni"
 ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("amx_int8", (*_VNNI, "amx-tile", "amx-int8"), 4, 16, 1, 16, 12, 64, has_tiles=True),
+        Isa("amx_bf16", (*_VNNI, "amx-tile", "amx-bf16"), 4, 16, 1, 12, 12, has_tiles=True),
         Isa("avx512_vnni", _VNNI, 4, 16, 1, 12, 12),
         Isa("avx_vnni", ("avx2", "fma", "f16c", "avxvnni"), 2, 8, 1, 6, 6),
         Isa("avx2", ("avx2", "fma", "f16c"), 2, 8, 2, 3, 6),
@@ -142,8 +142,8 @@ def amx_use(isa: Isa) -> str:
     features = processor_features()
     if isa.has_tiles:
         return "used for prompts"
-    if not (features.get("amx-tile", False) and features.get("amx-int8", False)):
-        return "not used: the processor has none for integers"
+    if not (features.get("amx-tile", False) and features.get("amx-bf16", False)):
+        return "not used: the processor has none for bfloat16"
     if amx_refusal():
         return f"not used: the system refuses it ({amx_refusal()})"
     return f"not used: {isa.name} was asked for"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_kernels.activations import prepare_activations, prepared_bytes
+from cpu_kernels.amx_gemm import make_amx_gemm
 from cpu_kernels.compiler import inner
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.gemv import FEW_ROWS
@@ -41,7 +42,7 @@ def products_of(isa: Isa, format: str, exact: bool = False) -> tuple[int, int]:
     elif exact:
         few, many = make_exact_gemv, make_float_gemm
     else:
-        few, many = make_gemv, make_gemm
+        few, many = make_gemv, make_amx_gemm if isa.has_tiles else make_gemm
     return kernel(few, isa.name, format)[0], kernel(many, isa.name, format)[0]
 
 

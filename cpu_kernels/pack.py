@@ -52,7 +52,7 @@ def pack_panel(k, isa, format, weights, row_bytes, last, num_groups, first, num_
     with k.loop(num_chunks) as i:
         decoded = Panel(k, isa, format, [source.chunk(first + i) for source in sources])
         targets = [panel + (i * GROUPS + number) * nbytes for number in range(GROUPS)]
-        for number, half in _by_bytes(format):
+        for number, half in by_bytes(format):
             for word, register in enumerate(decoded.integers(number, half)):
                 k.store(targets[number] + 4 * rows * (STEPS // 2 * half + word), register)
         for number, target in enumerate(targets):
@@ -61,7 +61,7 @@ def pack_panel(k, isa, format, weights, row_bytes, last, num_groups, first, num_
                 k.store(target + 4 * rows * place, register)
 
 
-def _by_bytes(format: str) -> list[tuple[int, int]]:
+def by_bytes(format: str) -> list[tuple[int, int]]:
     """Groups and their halves, those that share bytes one after the other."""
     piece = LAYOUTS[format].piece
     every = [(number, half) for number in range(GROUPS) for half in (0, 1)]

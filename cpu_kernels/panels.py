@@ -27,7 +27,6 @@ from cpu_kernels.pack import (
     panel_bytes,
 )
 from cpu_kernels.products import source_row, target_row
-from cpu_kernels.tiles import begin_tiles, copies_bytes, copy_sources, end_tiles
 
 
 @inner
@@ -45,7 +44,7 @@ def _add_tile(tile, width, y, y_rows, ldy, bias, token, num_tokens, first_row, n
 
 
 @inner
-def _find_sources(sources, x, x_bytes, x_rows, divisor, first, num_tokens, n):
+def find_sources(sources, x, x_bytes, x_rows, divisor, first, num_tokens, n):
     """Addresses of the next rows of activations at `x`; the last one again after the end."""
     for t in range(num_tokens):
         row = source_row(x_rows, divisor, min(first + t, n - 1))
@@ -59,7 +58,7 @@ def make_gemm(isa: str, format: str) -> Callable:
     width = ISAS[isa].panels * panel_rows  # of a tile
     at_once = ISAS[isa].rows_at_once
     nbytes = panel_bytes(isa, format)
-    room, copies_room = str(nbytes * at_once // panel_rows), str(copies_bytes(isa))
+    room = str(nbytes * at_once // panel_rows)
 
     def gemm(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         row_bytes = k // block * block_bytes
@@ -70,8 +69,6 @@ def make_gemm(isa: str, format: str) -> Callable:
         panels = stack(room)
         tile = stack("1024")
         sources = stack("128")
-        copies = stack(copies_room)
-        begin_tiles(isa, format)
         for row in range(first, last, at_once):
             num_tiles = (min(at_once, last - row) + width - 1) // width
             ahead = weights + (row + at_once) * row_bytes
@@ -84,8 +81,7 @@ def make_gemm(isa: str, format: str) -> Callable:
                     pack_panel(isa, format, at, row_bytes, end, num_groups, start, chunks, panel)
                 for token in range(0, n, tokens):
                     at = x + start * CHUNK_BYTES
-                    _find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
-                    copy_sources(isa, sources, chunks, copies)
+                    find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
                     if start == 0:  # the rows that are packed next, little by little
                         prefetch_lines(
                             ahead + size * token // n, ahead + size * min(token + tokens, n) // n
@@ -97,7 +93,6 @@ def make_gemm(isa: str, format: str) -> Callable:
                             tile, width, y, y_rows, ldy, bias, token, min(tokens, n - token),
                             row + i * width, min(width, last - row - i * width), start == 0,
                         )  # fmt: skip
-        end_tiles(isa)
 
     return gemm
 
@@ -137,7 +132,7 @@ def make_float_gemm(isa: str, format: str) -> Callable:
                         pack_floats(isa, values, count, panel, (r - 3) % panel_rows)
                 for token in range(0, n, tokens):
                     at = x + 4 * start
-                    _find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
+                    find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
                     for i in range(num_tiles):
                         panel = panels + i * (width // panel_rows) * nbytes
                         multiply_float_panels(isa, panel, count, sources, tile)

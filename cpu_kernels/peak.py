@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from functools import cache
 
+from cpu_kernels.amx import WHOLE_PRODUCTS, multiply_whole_tiles
 from cpu_kernels.dot import multiply_tile
 from cpu_kernels.isa import ISAS, choose
 from cpu_kernels.memory import address_of, record, store_word, word
 from cpu_kernels.simd import emitted, i8, i32, i64
 from cpu_kernels.team import Op, Team, op
-from cpu_kernels.tiles import WHOLE_PRODUCTS, multiply_whole_tiles
 
 PAIRS = 8  # of registers multiplied in a step: so many sums of 4-bit weights fit in 16 bits
 COLUMNS = 2  # of such registers, with the same activations, as in a tile

@@ -185,7 +185,8 @@ class Emitter:
         name = "llvm.prefetch.p0"
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         pointer = self.builder.inttoptr(address.ir, byte)
-        self.builder.call(function, [pointer, I32(0), I32(3 if keep or not has_quick_streams() else 0), I32(1)])  # read, data
+        locality = 3 if keep or not has_quick_streams() else 0
+        self.builder.call(function, [pointer, I32(0), I32(locality), I32(1)])  # read, data
 
     # -- vectors --
 

@@ -7,6 +7,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from cpu_kernels.formats import FORMATS
+from cpu_kernels.linear import FEW_ROWS
 
 # Byte offsets of the float16 scales in a block.
 HALVES = {
@@ -96,6 +97,22 @@ def _nf4(block):
 
 
 _OURS = {"int4_g128": _int4_g128, "nf4": _nf4}
+
+
+def to_bfloat16(values):
+    """The nearest bfloat16, of two that are as near the larger, as float64."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x8000) & 0xFFFF0000).view(np.float32).astype(np.float64)
+
+
+def factors(data, format, shape, x, isa, exact=False):
+    """float64 activations and weights as kernels multiply them, with the instructions `isa`."""
+    weights = to_float64(data, format, shape)
+    if exact or FORMATS[format].is_float:
+        return x.astype(np.float64), weights
+    if isa.has_tiles and len(x) > FEW_ROWS:
+        return to_bfloat16(x), to_bfloat16(weights)
+    return quantized_activations(x).astype(np.float64), weights
 
 
 def quantized_activations(x):

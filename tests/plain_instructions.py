@@ -2,7 +2,7 @@
 run on any machine, slowly. Intel's manual (volume 2) says what each one does.
 
     with plain_instructions():
-        code = cfunc(signature)(make_gemm("amx_int8", "q4_0"))
+        code = cfunc(signature)(make_amx_gemm("amx_bf16", "q4_0"))
 
 Never with `cache=True`: the true instructions would be looked for under the same name.
 """
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from llvmlite import ir
 
-from cpu_kernels.simd import Emitter, Value, i8, i16, i32, i64
+from cpu_kernels.simd import Emitter, Value, f32, i8, i16, i32, i64
 
 TILES, TILE_BYTES, LINE = 8, 1024, 64
 
@@ -88,16 +88,30 @@ def _store(k: Emitter, memory: Value, number: Value, pointer: Value, stride: Val
         _copy(k, tile.row(row), address + row * stride, tile.row_bytes)
 
 
-def _tdpbsud(k: Emitter, memory: Value, sums: Value, left: Value, right: Value) -> None:
-    """Signed bytes of the left tile's rows times unsigned ones of the right tile's columns."""
+def _tdpbf16ps(k: Emitter, memory: Value, sums: Value, left: Value, right: Value) -> None:
+    """bfloat16 of the left tile's rows times those of the right tile's columns: products of the
+    first of each pair added in float32, those of the second, and both to the sums."""
     c, a, b = (_Tile(k, memory, number) for number in (sums, left, right))
     lanes = TILE_BYTES // LINE
+
+    def halves(pairs: Value) -> list[Value]:
+        words = [pairs << 16, pairs & -0x10000]
+        return [word.view(f32(lanes)) for word in words]
+
     with k.loop(c.rows) as row:
-        total = k.variable(k.load(c.row(row), i32(lanes)))
+        totals = [k.variable(k.constant(f32(lanes), 0.0)) for _ in range(2)]
         with k.loop(a.row_bytes >> 2) as step:
-            x = k.splat(k.load(a.row(row) + step * 4, i32(1)), lanes).view(i8(LINE))
-            total.set(_dpbusd(k, total.get(), k.load(b.row(step), i8(LINE)), x))
-        k.store(c.row(row), total.get())
+            x = halves(k.splat(k.load(a.row(row) + step * 4, i32(1)), lanes))
+            w = halves(k.load(b.row(step), i32(lanes)))
+            for total, x_half, w_half in zip(totals, x, w, strict=True):
+                total.set(_fused(k, x_half, w_half, total.get()))
+        added = totals[0].get() + totals[1].get()
+        k.store(c.row(row), k.load(c.row(row), f32(lanes)) + added)
+
+
+def _fused(k: Emitter, a: Value, b: Value, c: Value) -> Value:
+    """a * b + c, rounded once."""
+    return k.call(f"llvm.fma.v{a.lanes}f32", a.type, a, b, c)
 
 
 _VECTORS = {
@@ -112,7 +126,7 @@ _TILES = {
     "llvm.x86.tilezero": _zero,
     "llvm.x86.tileloadd64": _load,
     "llvm.x86.tilestored64": _store,
-    "llvm.x86.tdpbsud": _tdpbsud,
+    "llvm.x86.tdpbf16ps": _tdpbf16ps,
 }
 
 

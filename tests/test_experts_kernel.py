@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_formats import quantized_activations, random_matrix, to_float64
+from naive_formats import factors, random_matrix, to_float64
 
 from cpu_kernels.combine import Combine
 from cpu_kernels.experts import ExpertLayer
@@ -44,13 +44,12 @@ def silu(x):
 
 
 def expert(x, blob, layout, exact):
-    """float64 result of one expert, with activations quantized as the kernels do."""
+    """float64 result of one expert, with factors rounded as the kernels do."""
 
     def times(tensor, x):
         data = blob[tensor.offset : tensor.offset + tensor.nbytes]
-        if not (exact or FORMATS[tensor.format].is_float):
-            x = quantized_activations(x)
-        return x.astype(np.float64) @ to_float64(data, tensor.format, tensor.shape).T
+        x, weights = factors(data, tensor.format, tensor.shape, x, ISA, exact)
+        return x @ weights.T
 
     inner = silu(times(layout.gate, x)) * times(layout.up, x)
     return times(layout.down, inner.astype(np.float32))

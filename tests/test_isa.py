@@ -11,7 +11,7 @@ from cpu_kernels.isa import ISAS, VARIABLE, amx_use, available, choose, features
 
 HASWELL = dict.fromkeys(("avx2", "fma", "f16c"), True)
 ICE_LAKE = HASWELL | dict.fromkeys(("avx512f", "avx512bw", "avx512vl", "avx512vnni"), True)
-SAPPHIRE_RAPIDS = ICE_LAKE | {"amx-tile": True, "amx-int8": True}
+SAPPHIRE_RAPIDS = ICE_LAKE | {"amx-tile": True, "amx-bf16": True}
 ALDER_LAKE = HASWELL | {"avxvnni": True}
 NEOVERSE = {"neon": True, "dotprod": True}
 
@@ -19,8 +19,8 @@ NEOVERSE = {"neon": True, "dotprod": True}
 @pytest.mark.parametrize(
     ("features", "name"),
     [
-        (SAPPHIRE_RAPIDS, "amx_int8"),
-        (SAPPHIRE_RAPIDS | {"amx-int8": False}, "avx512_vnni"),
+        (SAPPHIRE_RAPIDS, "amx_bf16"),
+        (SAPPHIRE_RAPIDS | {"amx-bf16": False}, "avx512_vnni"),
         (ICE_LAKE, "avx512_vnni"),
         (ALDER_LAKE, "avx_vnni"),
         (HASWELL, "avx2"),
@@ -61,21 +61,21 @@ def processor(monkeypatch):
 
 def test_amx_needs_permission(processor):
     processor(SAPPHIRE_RAPIDS)
-    assert choose().name == "amx_int8"
+    assert choose().name == "amx_bf16"
     assert amx_use(choose()) == "used for prompts"
     assert "avx512_vnni was asked for" in amx_use(choose("avx512_vnni"))
     processor(SAPPHIRE_RAPIDS, "Operation not supported")
-    assert choose().name == "avx512_vnni" and "amx_int8" not in available()
+    assert choose().name == "avx512_vnni" and "amx_bf16" not in available()
     assert "the system refuses it (Operation not supported)" in amx_use(choose())
     with pytest.raises(ValueError, match="lacks amx-tile"):
-        choose("amx_int8")
+        choose("amx_bf16")
 
 
 def test_nobody_is_asked_for_what_the_processor_lacks(processor, monkeypatch):
     processor(ICE_LAKE)
     monkeypatch.setattr(isa, "amx_refusal", lambda: pytest.fail("the system was asked"))
     assert choose().name == "avx512_vnni"
-    assert amx_use(choose()) == "not used: the processor has none for integers"
+    assert amx_use(choose()) == "not used: the processor has none for bfloat16"
 
 
 def test_the_system_refuses_what_the_processor_lacks():

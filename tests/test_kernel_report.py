@@ -24,9 +24,9 @@ def test_the_peak_of_tiles():
 
         @njit
         def multiply(steps, seed):
-            return _multiply("amx_int8", steps, seed)
+            return _multiply("amx_bf16", steps, seed)
 
-        assert multiply(100, 3) == sum_of_products("amx_int8")
+        assert multiply(100, 3) == sum_of_products("amx_bf16")
 
 
 def sum_of_products(name):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_formats import quantized_activations, random_matrix, to_float64
+from naive_formats import factors, random_matrix, to_float64
 
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import ISAS, available
@@ -65,20 +65,14 @@ def run_product(team, matrix, x):
     return y
 
 
-def expected(data, format, shape, x, exact=False):
-    if not (exact or FORMATS[format].is_float):
-        x = quantized_activations(x)
-    weights = to_float64(data, format, shape)
-    return x.astype(np.float64) @ weights.T, np.abs(x).astype(np.float64) @ np.abs(weights).T
-
-
-def assert_close(got, data, format, shape, x, bias=None, exact=False):
+def assert_close(got, data, format, shape, x, bias=None, isa=ISA_NAMES[0], exact=False):
     """Sums of float32 products: the error is bounded by that of the sum of their magnitudes.
 
     Formats with an offset add and subtract more than the weight itself (at most 17 times as much:
     a q4_0 weight of 1 is 9 - 8), which is the rest of the tolerance.
     """
-    want, magnitude = expected(data, format, shape, x, exact)
+    x, weights = factors(data, format, shape, x, ISAS[isa], exact)
+    want, magnitude = x @ weights.T, np.abs(x) @ np.abs(weights).T
     if bias is not None:
         want, magnitude = want + bias, magnitude + np.abs(bias)
     tolerance = 1e-5 * magnitude + 1e-5 * magnitude.mean() + 1e-30
@@ -96,7 +90,7 @@ def test_product(format, isa, teams):
     for n in (1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 70):
         x = rng.standard_normal((n, shape[1])).astype(np.float32)
         one, two = (run_product(teams[threads], matrix, x) for threads in (1, 2))
-        assert_close(one, data, format, shape, x, bias)
+        assert_close(one, data, format, shape, x, bias, isa)
         assert (one == two).all()
 
 
@@ -119,6 +113,21 @@ def test_few_rows_are_as_one_row(format, isa, teams):
         for n in (2, 3, 4, 5, PANELS_FROM - 1, PANELS_FROM, FEW_ROWS):
             got = run_product(teams[2], matrix, x[:n])
             np.testing.assert_array_equal(got, np.concatenate(single[:n]))
+
+
+@pytest.mark.parametrize("isa", ISA_NAMES)
+@pytest.mark.parametrize("format", ["q4_k", "q8_0", "q6_k", "bf16"])
+def test_rows_are_the_same_among_any_number_of_others(format, isa, teams):
+    """From FEW_ROWS + 1 on, and however many fit at once: a long row is cut where many are."""
+    rng = np.random.default_rng(7)
+    for shape, most in (((40, 2560), 300), ((33, 256), 40)):
+        data = random_matrix(rng, format, shape).reshape(-1)
+        bias = rng.standard_normal(shape[0]).astype(np.float32)
+        matrix = Matrix(data, format, shape, ISAS[isa], bias)
+        x = rng.standard_normal((most, shape[1])).astype(np.float32)
+        all_rows = run_product(teams[2], matrix, x)
+        for n in (FEW_ROWS + 1, 33, most - 1):
+            np.testing.assert_array_equal(run_product(teams[1], matrix, x[-n:]), all_rows[-n:])
 
 
 @pytest.mark.parametrize("format", [f for f in FORMATS if not FORMATS[f].is_float])
@@ -160,7 +169,8 @@ def test_any_shape(format, isa, rows, groups, n, exact, offset, scale, x_scale, 
     x[rng.random(x.shape) < 0.1] = 0
     x[:, :32] *= rng.choice([0, 1e-3, 1])
     with Team(1) as team:
-        assert_close(run_product(team, matrix, x), data, format, shape, x, exact=exact)
+        got = run_product(team, matrix, x)
+        assert_close(got, data, format, shape, x, isa=isa, exact=exact)
 
 
 @pytest.mark.parametrize("isa", ISA_NAMES)
@@ -179,7 +189,7 @@ def test_sums_as_large_as_they_get(format, integers, isa, teams):
     x = np.ones((FEW_ROWS + 2, shape[1]), np.float32)
     x[1::2] = -1
     x[2] = np.where(np.arange(shape[1]) % 4 < 2, 1, -1)
-    assert_close(run_product(teams[1], matrix, x), data, format, shape, x)
+    assert_close(run_product(teams[1], matrix, x), data, format, shape, x, isa=isa)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -212,10 +222,14 @@ def test_not_a_number_stays_one(bits, teams):
     x = np.ones((1, 64), np.float32)
     x.view(np.uint32)[0, 5] = bits
     matrix = Matrix(data.reshape(-1), "q4_0", shape, ISAS[ISA_NAMES[0]])
+    many = np.ones((FEW_ROWS + 1, 64), np.float32)
     assert np.isnan(run_product(teams[1], matrix, x)).all()
-    data[2, :2] = np.array([np.nan], np.float16).view(np.uint8)
-    y = run_product(teams[1], matrix, np.ones((1, 64)))
-    assert (np.isnan(y[0]) == (np.arange(8) == 2)).all()
+    rows = run_product(teams[1], matrix, np.concatenate([many, x]))
+    assert np.isnan(rows[-1]).all() and not np.isnan(rows[:-1]).any()
+    data[2, :2] = np.array([bits >> 16], np.uint16).view(np.uint8)
+    for ones in (many, many[:1]):
+        y = run_product(teams[1], matrix, ones)
+        assert (np.isnan(y) == (np.arange(8) == 2)).all()
 
 
 def test_wrong_matrices_are_refused():

@@ -5,16 +5,16 @@ import pytest
 from llvmlite import ir
 from numba import njit, types
 
-from cpu_kernels import few_rows, gemm, gemv
+from cpu_kernels import amx, few_rows, gemm, gemv
 from cpu_kernels.atomic import atomic_add, atomic_exchange, atomic_load, atomic_store
 from cpu_kernels.groups import LAYOUTS
 from cpu_kernels.isa import ISAS
 from cpu_kernels.simd import Emitter, Value, f32
 
 I64 = ir.IntType(64)
-TILES = "tdpbsud", "tmm"  # instruction and registers of panels, where there are tiles
+TILES = "tdpbf16ps", "tmm"  # instruction and registers of prompts, where there are tiles
 PROCESSORS = {
-    "amx_int8": ("x86_64-unknown-linux-gnu", "sapphirerapids", "vpdpbusd", "zmm"),
+    "amx_bf16": ("x86_64-unknown-linux-gnu", "sapphirerapids", "vpdpbusd", "zmm"),
     "avx512_vnni": ("x86_64-unknown-linux-gnu", "icelake-server", "vpdpbusd", "zmm"),
     "avx_vnni": ("x86_64-unknown-linux-gnu", "alderlake", "vpdpbusd", "ymm"),
     "avx2": ("x86_64-unknown-linux-gnu", "haswell", "vpmaddubsw", "ymm"),
@@ -57,6 +57,9 @@ def test_kernels_use_the_instruction_they_are_for(isa, format):
     def many(k, panel, num_chunks, sources, tile):
         gemm.multiply_panels.write(k, isa, format, panel, num_chunks, sources, tile)
 
+    def tiles(k, *values):
+        amx.multiply_and_pack.write(k, isa, format, *values)
+
     def few(k, weights, num_groups, sources, num_rows, targets, offset):
         added = k.constant(f32(1), 0.0)
         rows = weights, num_groups, sources, num_rows
@@ -65,8 +68,9 @@ def test_kernels_use_the_instruction_they_are_for(isa, format):
     def several(k, *values):
         few_rows.multiply_few.write(k, isa, format, *values)
 
-    for write, num_values in ((one, 4), (few, 6), (several, 8), (many, 4)):
-        if write is many and ISAS[isa].has_tiles:
+    last = (tiles, 9) if ISAS[isa].has_tiles else (many, 4)
+    for write, num_values in ((one, 4), (few, 6), (several, 8), last):
+        if write is tiles:
             instruction, register = TILES
         try:
             text = assembly(write, num_values, triple, cpu)

@@ -1,8 +1,9 @@
 """Activations as the kernels want them: int8 groups of 32 with a scale each, computed once per row.
 
 Prepared memory starts with a header of int64 (address of the float32 rows, bytes between them,
-their number, their length, bytes of a prepared row) and continues with the rows. A row is a run
-of chunks of 256 values; before a last one that has fewer, zeros fill the chunk:
+their number, their length, bytes of a prepared row; address of the rounded rows, bytes of one) and
+continues with the rows. A row is a run of chunks of 256 values; before a last one that has fewer,
+zeros fill the chunk:
 
     2 x 128 bytes   four groups each: their four first halves, then their four second halves
     8 x float32     scales of the groups, in the order of POSITION, of 11 significant bits
@@ -12,6 +13,8 @@ of chunks of 256 values; before a last one that has fewer, zeros fill the chunk:
 
 so that kernels with registers of 16, 32 and 64 bytes can all load what they multiply in one step.
 Integers and scales are those of ggml's Q8_0, whose scales are float16, but in a float32's range.
+Where there is AMX, and for more than FEW_ROWS rows, all rows follow once more, rounded to bfloat16:
+chunks of 256 values, as many and with the same zeros.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from functools import reduce
 
 from numba.extending import register_jitable
 
+from cpu_kernels.bfloat16 import plain_nan, side_by_side
 from cpu_kernels.compiler import inner
+from cpu_kernels.isa import available
 from cpu_kernels.memory import store_word
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32
 from cpu_kernels.team import share
@@ -30,6 +35,9 @@ GROUP = 32
 CHUNK = 256
 CHUNK_BYTES = 448
 HEADER_BYTES = 64
+FEW_ROWS = 16  # of activations, at most: their sums stay in the first-level cache
+HAS_TILES = "amx_bf16" in available()
+ROWS_OF_TILES = 32  # that AMX multiplies at once: so many can be read, if not used, at the end
 GROUPS = CHUNK // GROUP
 # Byte offsets in a chunk.
 SCALES, SUMS, FIRST_SUMS, SECOND_SUMS = 256, 288, 320, 352
@@ -50,9 +58,17 @@ def prepared_row_bytes(k: int) -> int:
 
 
 @register_jitable
+def _rounded_row_bytes(k: int) -> int:
+    """With a line more: rows that are a power of two apart share few places of a cache."""
+    return (k + CHUNK - 1) // CHUNK * (2 * CHUNK) + 64
+
+
 def prepared_bytes(n: int, k: int) -> int:
     """Bytes that `prepare_activations` needs for n rows of k values."""
-    return HEADER_BYTES + n * prepared_row_bytes(k)
+    nbytes = HEADER_BYTES + n * prepared_row_bytes(k)
+    if HAS_TILES and n > FEW_ROWS:
+        nbytes += (n + ROWS_OF_TILES - 1) * _rounded_row_bytes(k)
+    return nbytes
 
 
 @emitted("void", "i64 i64 i64")
@@ -169,6 +185,18 @@ def _to_11_bits(k: Emitter, scale: Value) -> Value:
     return k.select(bits.compare(">", 0x7F800000), bits, rounded).view(scale.type)
 
 
+@emitted("void", "i64 i64 i64")
+def _round_chunk(k, x, first, target):
+    """The same rounded, two bytes each."""
+    with k.loop(first) as group:
+        k.store(target + group * (2 * GROUP), k.constant(i16(GROUP), 0))
+    with k.loop(k.integer(GROUPS) - first) as number:
+        group = first + number
+        at = x + group * (4 * GROUP)
+        halves = [plain_nan(k, k.load(at + 64 * half, f32(16))) for half in (0, 1)]
+        k.store(target + group * (2 * GROUP), side_by_side(k, *halves))
+
+
 @inner
 def prepare_activations(x, ldx, n, k, prepared, thread, num_threads):
     """This thread's share of quantizing n float32 rows of k values, `ldx` values apart.
@@ -177,13 +205,16 @@ def prepare_activations(x, ldx, n, k, prepared, thread, num_threads):
     stay as they are while `prepared` is used: kernels of float formats read them. A barrier must
     follow, before anything is multiplied.
     """
-    row_bytes = prepared_row_bytes(k)
+    row_bytes, rounded_bytes = prepared_row_bytes(k), _rounded_row_bytes(k)
+    rounded = prepared + HEADER_BYTES + n * row_bytes
     if thread == 0:
         store_word(prepared, 0, x)
         store_word(prepared, 1, 4 * ldx)
         store_word(prepared, 2, n)
         store_word(prepared, 3, k)
         store_word(prepared, 4, row_bytes)
+        store_word(prepared, 5, rounded)
+        store_word(prepared, 6, rounded_bytes)
     num_chunks = (k + CHUNK - 1) // CHUNK
     first, last = share(n * num_chunks, thread, num_threads)
     for i in range(first, last):
@@ -194,4 +225,8 @@ def prepare_activations(x, ldx, n, k, prepared, thread, num_threads):
         num_left = min(k - chunk * CHUNK, CHUNK)
         source = x + 4 * (row * ldx + start)
         target = prepared + HEADER_BYTES + row * row_bytes + chunk * CHUNK_BYTES
-        _quantize_chunk(source, GROUPS - num_left // GROUP, target)
+        missing = GROUPS - num_left // GROUP
+        _quantize_chunk(source, missing, target)
+        if HAS_TILES and n > FEW_ROWS:
+            target = rounded + row * rounded_bytes + chunk * (2 * CHUNK)
+            _round_chunk(source, missing, target)

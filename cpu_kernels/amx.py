@@ -6,31 +6,31 @@ in a group. Products are added in float32 inside the tiles, along the whole row.
 group's sums would have to be scaled and added by the vector units, which takes several times as
 long as the products.
 
-A tile is 16 lines of 64 bytes. One of activations has 32 values of 16 rows; one of weights has, in
-each line, two consecutive ones of 16 rows side by side, so that a product takes the 32 weights of a
-group. Each sum is one chain along its row, whatever else is in the tiles.
+A tile is 16 lines of 64 bytes. One of activations (see activations.py) has 32 values of 16 rows;
+one of weights has, in each line, two consecutive ones of 16 rows side by side, so that a product
+takes the 32 weights of a group. Each sum is one chain along its row, whatever else is in the tiles.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import chain
 
 from llvmlite import ir
 
-from cpu_kernels.activations import GROUP, SUMS
+from cpu_kernels.activations import ROWS_OF_TILES, SUMS
+from cpu_kernels.bfloat16 import in_pairs, plain_nan, rounded
 from cpu_kernels.few_rows import Panel
 from cpu_kernels.groups import GROUPS, LAYOUTS, row_of_chunks
 from cpu_kernels.pack import by_bytes
-from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32, i64
+from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32, i64
 
 SIDE = 16  # rows of activations, and of weights, of a tile
 LINE = 64
 TILE_BYTES = SIDE * LINE
-ROWS = TOKENS = 2 * SIDE  # of weights, and of activations, that are multiplied at once
+TOKENS = ROWS_OF_TILES
+ROWS = 2 * SIDE  # of weights that are multiplied at once
 PANEL_BYTES = GROUPS * TILE_BYTES  # of a chunk of SIDE rows of weights
-SOURCE_BYTES = 2 * PANEL_BYTES  # of a chunk of TOKENS rows of activations
 SUM_BYTES = 4 * TILE_BYTES  # of TOKENS x ROWS
 _PERMUTE = "llvm.x86.avx512.permvar.sf.512"
 
@@ -65,39 +65,11 @@ def end_tiles(k):
     _amx(k, "tilerelease")
 
 
-def _rounded(value: Value) -> Value:
-    """float32 whose upper halves are the nearest bfloat16: i16 [2 * lanes]. What is not a number
-    must have been made _plain."""
-    return (value.view(i32(value.lanes)) + 0x8000).view(i16(2 * value.lanes))
-
-
-def _plain(k: Emitter, value: Value) -> Value:
-    """What is not a number with bits that stay so when they are rounded, like all computed from
-    it."""
-    return k.select(value.compare("==", value), value, k.constant(value.type, math.nan))
-
-
-@emitted("void", "i64 i64 i64 i64")
-def copy_activations(k, sources, num_rows, num_groups, copies):
-    """Round `num_groups` groups of `num_rows` rows of float32, from the addresses at `sources` on,
-    to tiles at `copies`: of each group, one of the first 16 rows, then one of the others. Zeros
-    come before the groups of a last chunk that has fewer, as its weights begin earlier, too (see
-    groups.Row)."""
-    odd = [2 * i + 1 for i in range(2 * SIDE)]
-    missing = (k.integer(0) - num_groups) & (GROUPS - 1)
-    whole = num_groups + missing - GROUPS  # groups of whole chunks, if any are missing
-    with k.loop(missing) as group:
-        at = copies + (whole + group) * (2 * TILE_BYTES)
-        for line in range(0, 2 * TILE_BYTES, LINE):
-            k.store(at + line, k.constant(i8(LINE), 0))
-    with k.loop(num_rows) as row:
-        source = k.load(sources + row * 8, i64(1))
-        target = copies + (row >> 4) * TILE_BYTES + (row & 15) * LINE
-        with k.loop(num_groups) as group:
-            at = source + group * (4 * GROUP)
-            halves = [_rounded(_plain(k, k.load(at + 64 * half, f32(SIDE)))) for half in (0, 1)]
-            moved = k.select(group.compare(">=", whole), missing, k.integer(0))
-            k.store(target + (group + moved) * (2 * TILE_BYTES), k.shuffle(*halves, mask=odd))
+@emitted("void", "i64 i64 i64")
+def copy_lines(k, source, target, count):
+    """`count` times LINE bytes."""
+    with k.loop(count) as line:
+        k.store(target + line * LINE, k.load(source + line * LINE, i8(LINE)))
 
 
 @emitted("void", "i64")
@@ -108,10 +80,11 @@ def clear_row(k, address):
 
 
 class _Product:
-    """Sums [TOKENS, ROWS] in four tiles, and a chunk that is added to them group by group."""
+    """Sums [TOKENS, ROWS] in four tiles, and a chunk that is added to them group by group: of rows
+    of activations, from `x` on and `x_bytes` apart, and of two panels."""
 
-    def __init__(self, k: Emitter, panels: Value, x: Value, sums: Value) -> None:
-        self.k, self.panels, self.x = k, panels, x
+    def __init__(self, k: Emitter, panels: Value, x: Value, x_bytes: Value, sums: Value) -> None:
+        self.k, self.panels, self.x, self.x_bytes = k, panels, x, x_bytes
         self.places = [(t, p, sums + LINE * (ROWS * t + p)) for t in (0, 1) for p in (0, 1)]
         for t, p, place in self.places:
             _amx(k, "tileloadd64", 2 * t + p, k.pointer(place), k.integer(2 * LINE))
@@ -120,42 +93,47 @@ class _Product:
         """Eight instructions, each written when the iterator is asked for the next."""
         for t, p in ((0, 0), (0, 1), (1, 0), (1, 1)):
             if p == 0:
-                yield self._load(4 + t, self.x + group * (2 * TILE_BYTES) + TILE_BYTES * t)
+                yield self._load(
+                    4 + t, self.x + group * LINE + self.x_bytes * (SIDE * t), self.x_bytes
+                )
             if t == 0:
-                yield self._load(6 + p, self.panels + group * TILE_BYTES + PANEL_BYTES * p)
+                at = self.panels + group * TILE_BYTES + PANEL_BYTES * p
+                yield self._load(6 + p, at, self.k.integer(LINE))
             yield _amx(self.k, "tdpbf16ps", 2 * t + p, 4 + t, 6 + p)
 
-    def _load(self, tile: int, address: Value) -> None:
-        _amx(self.k, "tileloadd64", tile, self.k.pointer(address), self.k.integer(LINE))
+    def _load(self, tile: int, address: Value, apart: Value) -> None:
+        _amx(self.k, "tileloadd64", tile, self.k.pointer(address), apart)
 
     def store(self) -> None:
         for t, p, place in self.places:
             _amx(self.k, "tilestored64", 2 * t + p, self.k.pointer(place), self.k.integer(2 * LINE))
 
 
-@emitted("void", "i64 i64 i64")
-def multiply_chunk(k, panels, x, sums):
-    """sums (float32 [TOKENS, ROWS]) += a chunk of TOKENS rows of activations times two panels."""
-    product = _Product(k, panels, x, sums)
-    with k.loop(k.integer(GROUPS)) as group:
-        for _ in product.add(group):
+@emitted("void", "i64 i64 i64 i64 i64 i64")
+def multiply_groups(k, panels, x, x_bytes, sums, first, count):
+    """sums (float32 [TOKENS, ROWS]) += TOKENS rows of activations, `x_bytes` apart, times two
+    panels: so many groups of a chunk, from number `first`."""
+    product = _Product(k, panels, x, x_bytes, sums)
+    with k.loop(count) as i:
+        for _ in product.add(first + i):
             pass
     product.store()
 
 
-@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64 i64")
+@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64 i64 i64 i64")
 def multiply_and_pack(
-    k, isa, format, panels, x, sums, weights, row_bytes, last, num_groups, chunk, panel
-):
-    """The same, while the vector units, which have nothing to do for it, decode chunk number
-    `chunk` of 16 rows of weights, which begin at `weights` and are `row_bytes` apart, into another
-    `panel`. The row at `last` comes again where there are none left.
+    k, isa, format, panels, x, x_bytes, sums, first, weights, row_bytes, last, num_groups, chunk,
+    panel,
+):  # fmt: skip
+    """The same with half the groups, while the vector units, which have nothing to do for it,
+    decode chunk number `chunk` of 16 rows of weights, which begin at `weights` and are `row_bytes`
+    apart, into another `panel`. The row at `last` comes again where there are none left.
 
     Instructions of both kinds take turns one by one: the core has few spare tiles, and what comes
     after the next one to be loaded has to wait until there is one.
     """
-    product = _Product(k, panels, x, sums)
-    steps = chain.from_iterable(product.add(k.integer(group)) for group in range(GROUPS))
+    product = _Product(k, panels, x, x_bytes, sums)
+    steps = chain.from_iterable(product.add(first + i) for i in range(GROUPS // 2))
     starts = [k.minimum(weights + row_bytes * row, last) for row in range(SIDE)]
     places = [row_of_chunks(k, format, start, num_groups).chunk(chunk) for start in starts]
     decoded = Panel(k, isa, format, places)
@@ -164,9 +142,11 @@ def multiply_and_pack(
         tile = panel + (TILE_BYTES * number + TILE_BYTES // 2 * half)
         for step, values in enumerate(_values(k, decoded, number, half)):
             scaled = [_scaled(k, value, *factors[number][half]) for value in values]
-            for place, pair in enumerate(_bfloats(k, scaled), 2 * step):
-                k.store(tile + LINE * place, pair)
-            next(steps)
+            for place in (0, 1):
+                pairs = in_pairs(k, *scaled[2 * place : 2 * place + 2])
+                k.store(tile + LINE * (2 * step + place), pairs)
+            if step % 2:
+                next(steps)
         for line in range(0, decoded.nbytes, LINE):  # the next rows'
             k.prefetch(places[index] + row_bytes * ROWS + line)
     product.store()
@@ -191,13 +171,6 @@ def _scaled(k: Emitter, value: Value, scale: Value, offset: Value | None) -> Val
     return value * scale if offset is None else k.multiply_add(value, scale, offset)
 
 
-def _bfloats(k: Emitter, values: list[Value]) -> list[Value]:
-    """Consecutive weights of 16 rows: two by two as bfloat16, side by side."""
-    mask = [lane for i in range(SIDE) for lane in (2 * i + 1, 2 * SIDE + 2 * i + 1)]
-    rounded = [_rounded(value) for value in values]
-    return [k.shuffle(*rounded[i : i + 2], mask=mask) for i in (0, 2)]
-
-
 def _factors(
     k: Emitter, format: str, scales: list[Value], offsets: list[tuple[Value, int]]
 ) -> list[tuple[Value, Value | None]]:
@@ -207,11 +180,11 @@ def _factors(
         offsets = []
     halves: list[tuple[Value, Value | None]] = []
     for half in (0, 1):
-        scale = _plain(k, scales[half % len(scales)])
+        scale = plain_nan(k, scales[half % len(scales)])
         own = [value for value, sums in offsets if sums == SUMS]
         if not own and offsets:
             own = [offsets[half][0]]
-        halves.append((scale, _plain(k, own[0]) * factor if own else None))
+        halves.append((scale, plain_nan(k, own[0]) * factor if own else None))
     return halves
 
 
@@ -223,7 +196,7 @@ WHOLE_PRODUCTS = WHOLE_TILES * SIDE * SIDE * LINE // 2
 def multiply_whole_tiles(k: Emitter, steps: Value, seed: Value) -> Value:
     """The largest tiles full of `seed`, multiplied `steps` times: the sum of all products, i64."""
     memory, line = k.stack(TILE_BYTES), k.integer(LINE)
-    value = _rounded(k.splat(seed.cast("sitofp", f32), SIDE)).view(i32(SIDE)) >> 16
+    value = rounded(k.splat(seed.cast("sitofp", f32), SIDE)).view(i32(SIDE)) >> 16
     for row in range(SIDE):
         k.store(memory + LINE * row, value | (value << 16))
     _shape_tiles(k)

@@ -2,7 +2,8 @@
 
 Rows of weights are taken ROWS at a time, and decoded chunk by chunk while the chunk before is
 multiplied with all activations: in all, weights are read once, in order, and what they become never
-leaves the first-level cache. Activations stay in the second-level one: SOURCES_ROOM bytes of them.
+leaves the first-level cache. Activations stay in the second-level one, as many as it has room for;
+rows that do not follow each other are copied, as tiles are loaded from equal distances.
 """
 
 from __future__ import annotations
@@ -11,28 +12,38 @@ from collections.abc import Callable
 
 from cpu_kernels.activations import CHUNK, GROUP, GROUPS
 from cpu_kernels.amx import (
+    LINE,
     PANEL_BYTES,
     ROWS,
     SIDE,
-    SOURCE_BYTES,
     SUM_BYTES,
     TOKENS,
     begin_tiles,
     clear_row,
-    copy_activations,
+    copy_lines,
     end_tiles,
     multiply_and_pack,
-    multiply_chunk,
+    multiply_groups,
 )
 from cpu_kernels.compiler import inner
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.gemm import copy_row
 from cpu_kernels.memory import stack, word
-from cpu_kernels.panels import find_sources
-from cpu_kernels.products import target_row
+from cpu_kernels.products import source_row, target_row
 
-SOURCES_ROOM = 1 << 20  # half of the second-level cache of processors with AMX
-TOKENS_AT_ONCE = 256  # rows of activations, of 2048 columns
+TOKENS_AT_ONCE = 256
+CHUNKS_AT_ONCE = 64  # of TOKENS rows of activations: half of the second-level cache
+CHUNK_BYTES = 2 * CHUNK
+COPIES_ROOM = TOKENS * (CHUNKS_AT_ONCE * CHUNK_BYTES + TOKENS_AT_ONCE // TOKENS * LINE)
+
+
+@inner
+def _are_in_order(x_rows, divisor, n):
+    """Whether so many rows of activations follow each other in memory."""
+    first, num_in_order = source_row(x_rows, divisor, 0), 0
+    for i in range(n):
+        num_in_order += source_row(x_rows, divisor, i) == first + i
+    return num_in_order == n
 
 
 @inner
@@ -58,32 +69,32 @@ def _end_sums(sums, y, y_rows, ldy, token, num_tokens, first_row, num_rows):
 def make_amx_gemm(isa: str, format: str) -> Callable:
     """Quantized weights with activations as bfloat16, by AMX."""
     block, block_bytes = FORMATS[format].block_size, FORMATS[format].block_bytes
-    room, sums_room = str(4 * PANEL_BYTES), str((TOKENS_AT_ONCE // TOKENS + 1) * SUM_BYTES)
-    copies_room = str(SOURCES_ROOM)
+    room, sums_room = str(4 * PANEL_BYTES), str(TOKENS_AT_ONCE // TOKENS * SUM_BYTES)
+    copies_room = str(COPIES_ROOM)
 
     def amx_gemm(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         row_bytes = k // block * block_bytes
         num_groups = k // GROUP
         num_chunks = (k + CHUNK - 1) // CHUNK
-        x = word(prepared, 0)
-        x_bytes = word(prepared, 1)
+        rows, rows_bytes = word(prepared, 5), word(prepared, 6)
         end = weights + row_bytes * (last - 1)
         panels, sums, copies = stack(room), stack(sums_room), stack(copies_room)
-        sources = stack("256")
+        in_order = _are_in_order(x_rows, divisor, n)
         begin_tiles()
         for begin in range(0, n, TOKENS_AT_ONCE):
             stop = min(begin + TOKENS_AT_ONCE, n)
             num_tiles = (stop - begin + TOKENS - 1) // TOKENS
-            at_once = min(SOURCES_ROOM // SOURCE_BYTES // num_tiles, num_chunks)
+            at_once = min(CHUNKS_AT_ONCE // num_tiles, num_chunks)
             for start in range(0, num_chunks, at_once):
                 chunks = min(at_once, num_chunks - start)
-                groups = min(chunks * GROUPS, num_groups - start * GROUPS)
-                for t in range(num_tiles):
-                    token = begin + TOKENS * t
-                    tokens = min(TOKENS, stop - token)
-                    at = x + 4 * CHUNK * start
-                    find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
-                    copy_activations(sources, tokens, groups, copies + SOURCE_BYTES * chunks * t)
+                x, x_bytes = rows + source_row(x_rows, divisor, begin) * rows_bytes, rows_bytes
+                x += CHUNK_BYTES * start
+                if not in_order:
+                    x, x_bytes = copies, CHUNK_BYTES * chunks + LINE
+                    for i in range(stop - begin):
+                        row = rows + source_row(x_rows, divisor, begin + i) * rows_bytes
+                        at = row + CHUNK_BYTES * start
+                        copy_lines(at, copies + x_bytes * i, CHUNK_BYTES // LINE * chunks)
                 num_steps = (last - first + ROWS - 1) // ROWS * chunks
                 for step in range(-1, num_steps):  # before the first one, weights are packed
                     row, chunk = first + ROWS * (step // chunks), step % chunks
@@ -92,28 +103,30 @@ def make_amx_gemm(isa: str, format: str) -> Callable:
                     next_chunk = start + (step + 1) % chunks
                     panel = panels + 2 * PANEL_BYTES * (step & 1)
                     next_panel = panels + 2 * PANEL_BYTES * ((step + 1) & 1)
-                    for t in range(max(used, 2)):
+                    source = x + CHUNK_BYTES * chunk
+                    for t in range(used if chunk == 0 else 0):
                         token, total = begin + TOKENS * t, sums + SUM_BYTES * t
                         tokens = min(TOKENS, stop - token)
-                        source = copies  # whatever it has, if nothing is multiplied
-                        if t < used:
-                            source += SOURCE_BYTES * (chunks * t + chunk)
-                        if t < used and chunk == 0:
-                            _begin_sums(
-                                total, y, y_rows, ldy, bias, token, tokens, row, num_rows,
-                                start == 0,
-                            )  # fmt: skip
-                        begin_row = next_row + SIDE * t
-                        if t < 2 and step + 1 < num_steps and begin_row < last:
+                        _begin_sums(
+                            total, y, y_rows, ldy, bias, token, tokens, row, num_rows, start == 0
+                        )
+                    for half in range(2):
+                        group, begin_row = GROUPS // 2 * half, next_row + SIDE * half
+                        if step + 1 < num_steps and begin_row < last:
                             at = weights + row_bytes * begin_row
                             multiply_and_pack(
-                                isa, format, panel, source, total, at, row_bytes, end, num_groups,
-                                next_chunk, next_panel + PANEL_BYTES * t,
+                                isa, format, panel, source, x_bytes, sums, group, at, row_bytes,
+                                end, num_groups, next_chunk, next_panel + PANEL_BYTES * half,
                             )  # fmt: skip
-                        elif t < used:
-                            multiply_chunk(panel, source, total)
-                        if t < used and chunk == chunks - 1:
-                            _end_sums(total, y, y_rows, ldy, token, tokens, row, num_rows)
+                        else:
+                            multiply_groups(panel, source, x_bytes, sums, group, GROUPS // 2)
+                    for t in range(1, used):
+                        source += x_bytes * TOKENS
+                        multiply_groups(panel, source, x_bytes, sums + SUM_BYTES * t, 0, GROUPS)
+                    for t in range(used if chunk == chunks - 1 else 0):
+                        token, total = begin + TOKENS * t, sums + SUM_BYTES * t
+                        tokens = min(TOKENS, stop - token)
+                        _end_sums(total, y, y_rows, ldy, token, tokens, row, num_rows)
         end_tiles()
 
     return amx_gemm

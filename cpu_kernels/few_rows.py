@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cpu_kernels.activations import CHUNK_BYTES, POSITION, SCALES, SUMS, byte_offset
+from cpu_kernels.activations import CHUNK_BYTES, FEW_ROWS, POSITION, SCALES, SUMS, byte_offset
 from cpu_kernels.dot import keeps_rows_whole, multiply_bytes, row_dots, wants_unsigned
-from cpu_kernels.gemv import FEW_ROWS, PREFETCH_BYTES, prefetch_chunk
+from cpu_kernels.gemv import PREFETCH_BYTES, prefetch_chunk
 from cpu_kernels.groups import GROUPS, LAYOUTS, chunk_bytes, look_up
 from cpu_kernels.isa import ISAS
 from cpu_kernels.scales import block_of_a_group, scales_and_offsets

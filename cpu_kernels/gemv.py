@@ -10,7 +10,7 @@ once for all rows of activations. few_rows.py does the same additions in the sam
 
 from __future__ import annotations
 
-from cpu_kernels.activations import CHUNK_BYTES, SCALES, byte_offset
+from cpu_kernels.activations import CHUNK_BYTES, FEW_ROWS, SCALES, byte_offset
 from cpu_kernels.dot import group_dots, wants_unsigned
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.groups import GROUPS, LAYOUTS, Chunk, row_of_chunks
@@ -21,7 +21,6 @@ from cpu_kernels.simd import Emitter, Value, emitted, f16, f32, i16, i32, i64
 # the caches is the interpreter, whose turn comes between two layers.
 PREFETCH_BYTES = 4096
 LINE = 64
-FEW_ROWS = 16  # of activations, at most: their sums stay in the first-level cache
 
 
 class _Decoded:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpu_kernels.activations import prepare_activations, prepared_bytes
+from cpu_kernels.activations import FEW_ROWS, prepare_activations, prepared_bytes
 from cpu_kernels.amx_gemm import make_amx_gemm
 from cpu_kernels.compiler import inner
 from cpu_kernels.formats import FORMATS
-from cpu_kernels.gemv import FEW_ROWS
 from cpu_kernels.isa import Isa
 from cpu_kernels.memory import address_of, call_kernel, load_i32, word
 from cpu_kernels.panels import make_float_gemm, make_gemm

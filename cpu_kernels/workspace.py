@@ -42,7 +42,7 @@ class Workspace:
         self, num_rows: int, hidden_size: int, num_pairs: int, expert_size: int, num_jobs: int = 1
     ) -> None:
         prepared = prepared_bytes(num_rows, hidden_size)
-        inner = num_pairs * max(4 * expert_size, prepared_bytes(1, expert_size))
+        inner = max(4 * num_pairs * expert_size, prepared_bytes(num_pairs, expert_size))
         size = prepared, inner, max(num_pairs, num_jobs + 1)
         if all(new <= old for new, old in zip(size, self._reserved, strict=True)):
             return

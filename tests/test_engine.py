@@ -84,11 +84,13 @@ def test_mapped_and_tiered_are_the_same_bits(model):
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 16])
 def test_prefill_in_pieces_agrees(model, expected, chunk):
-    """Within what rounding an activation to the other int8 value can do."""
+    """Within what rounding an activation to the other int8 value can do, or where there is AMX, of
+    more than a few rows to bfloat16."""
     with Engine(model, threads=2, prefill_chunk=chunk) as engine:
         got = engine.logits(PROMPT)
+        tolerance = 8e-2 if engine.backend.isa.has_tiles else 2e-2
     reference = expected[3]
-    assert np.abs(got - reference).max() <= 2e-2 * np.ptp(reference)
+    assert np.abs(got - reference).max() <= tolerance * np.ptp(reference)
 
 
 def test_exact_weights_agree_with_plain_numpy(model):

@@ -36,7 +36,7 @@ def workspace_bytes(config: ModelConfig, chunk: int) -> int:
     heads = max((config.num_heads + 2 * s.num_kv_heads) * s.head_dim for s in shapes)
     width = max(config.ffn_size, config.shared_expert_size, config.expert_size * config.top_k)
     per_token = 4 * (4 * config.hidden_size + 2 * heads + config.hidden_size * config.top_k)
-    per_token += 4 * 2 * width + 2 * max(config.hidden_size, width)
+    per_token += 4 * 2 * width + 4 * max(config.hidden_size, width)
     if config.num_draft_layers:  # hidden states that wait, and what they are joined to
         per_token += 4 * 6 * config.hidden_size
     return chunk * per_token + 4 * config.vocab_size

@@ -17,7 +17,15 @@ from cpu_kernels.memory import call_kernel, load_f32, load_i32, word
 from cpu_kernels.products import kernel
 from cpu_kernels.record import fields
 from cpu_kernels.simd import emitted
-from cpu_kernels.softmax import HEADER, empty_row, finish, merge, scale_row, softmax_row
+from cpu_kernels.softmax import (
+    HEADER,
+    empty_row,
+    finish,
+    limit_row,
+    merge,
+    scale_row,
+    weigh_row,
+)
 from cpu_kernels.team import barrier, next_task
 
 BLOCK_ROWS = 64
@@ -169,6 +177,28 @@ def _table(layer, row):
     return word(batch, BATCH.tables) + 4 * sequence * word(batch, BATCH.max_pages)
 
 
+@inner
+def _softmax(layer, first_query, count, start, first, last, scores, partials):
+    """Of rows of scores, in vectors first to last - 1; a row is limited before the one above it is
+    weighed."""
+    batch, group = word(layer, ATTENTION.batch), word(layer, ATTENTION.group)
+    positions, size = word(batch, BATCH.positions), partial_bytes(word(layer, ATTENTION.padded_dim))
+    above_lo, above_hi = 0, 0
+    for i in range(count + 1):
+        lo, hi, row, partial = 0, 0, scores + 4 * CHUNK * i, partials + i * size
+        if i < count:
+            position = load_i32(positions, (first_query + i) // group)
+            lo = max(first_visible(layer, position) - start, 0)
+            hi = min(position + 1 - start, CHUNK)
+            if lo < hi:
+                limit_row(row, first, last, lo, hi, partial)
+            else:
+                empty_row(row, first, last, partial)
+        if above_lo < above_hi:
+            weigh_row(row - 4 * CHUNK, first, last, above_lo, above_hi, partial - size)
+        above_lo, above_hi = lo, hi
+
+
 def _attend_chunk(
     layer, workspace, first_row, num_rows, head, chunk, out, accumulate, next, _9, _10, _11
 ):
@@ -212,15 +242,7 @@ def _attend_chunk(
             _scores_from_pages(kv, table, head, start, lo, hi, q, count, scores)
         if kind == 2:
             _apply_scales(kv, table, head, start, lo, hi, 0, scores, count)
-        for i in range(count):
-            position = load_i32(positions, first_row + (strip + i) // group)
-            row_lo = max(first_visible(layer, position) - start, 0)
-            row_hi = min(position + 1 - start, CHUNK)
-            row, partial = scores + 4 * CHUNK * i, target + i * size
-            if row_lo < row_hi:
-                softmax_row(row, first, last, row_lo, row_hi, partial)
-            else:
-                empty_row(row, first, last, partial)
+        _softmax(layer, first_row * group + strip, count, start, first, last, scores, target)
         if kind == 2:
             _apply_scales(kv, table, head, start, lo, hi, 1, scores, count)
         if is_packed:

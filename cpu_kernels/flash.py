@@ -178,18 +178,25 @@ def _table(layer, row):
 
 
 @inner
-def _softmax(layer, first_query, count, start, first, last, scores, partials):
+def _seen(layer, chunk, first_row, last_row):
+    """Positions [lo, hi) of a chunk, counted from its start, that rows first to last see."""
+    positions, start = word(word(layer, ATTENTION.batch), BATCH.positions), chunk * CHUNK
+    lo = first_visible(layer, load_i32(positions, first_row)) - start
+    hi = load_i32(positions, last_row) + 1 - start
+    return min(max(lo, 0), CHUNK), min(max(hi, 0), CHUNK)
+
+
+@inner
+def _softmax(layer, chunk, first_query, count, first, last, scores, partials):
     """Of rows of scores, in vectors first to last - 1; a row is limited before the one above it is
     weighed."""
-    batch, group = word(layer, ATTENTION.batch), word(layer, ATTENTION.group)
-    positions, size = word(batch, BATCH.positions), partial_bytes(word(layer, ATTENTION.padded_dim))
+    group, size = word(layer, ATTENTION.group), partial_bytes(word(layer, ATTENTION.padded_dim))
     above_lo, above_hi = 0, 0
     for i in range(count + 1):
         lo, hi, row, partial = 0, 0, scores + 4 * CHUNK * i, partials + i * size
         if i < count:
-            position = load_i32(positions, (first_query + i) // group)
-            lo = max(first_visible(layer, position) - start, 0)
-            hi = min(position + 1 - start, CHUNK)
+            this_row = (first_query + i) // group
+            lo, hi = _seen(layer, chunk, this_row, this_row)
             if lo < hi:
                 limit_row(row, first, last, lo, hi, partial)
             else:
@@ -210,13 +217,8 @@ def _attend_chunk(
     batch, kv = word(layer, ATTENTION.batch), word(layer, ATTENTION.kv)
     group, padded_dim = word(layer, ATTENTION.group), word(layer, ATTENTION.padded_dim)
     head_dim, kind = word(kv, KV.head_dim), word(kv, KV.kind)
-    positions = word(batch, BATCH.positions)
     table = _table(layer, first_row)
     start, size = chunk * CHUNK, partial_bytes(padded_dim)
-    lo = max(first_visible(layer, load_i32(positions, first_row)) - start, 0)
-    lo = lo // LANES * LANES
-    hi = min(load_i32(positions, first_row + num_rows - 1) + 1 - start, CHUNK)
-    first, last = lo // LANES, (hi + LANES - 1) // LANES  # vectors of positions
     num_queries, query_bytes = num_rows * group, 4 * padded_dim
     queries = word(batch, BATCH.queries)
     queries += (head * word(batch, BATCH.num_rows) + first_row) * group * query_bytes
@@ -226,9 +228,14 @@ def _attend_chunk(
     parts = scores + 4 * CHUNK * STRIP
     is_packed, multiply = num_queries >= PACK_FROM, word(layer, ATTENTION.multiply)
     if is_packed:
+        lo, hi = _seen(layer, chunk, first_row, first_row + num_rows - 1)
         _pack_chunk(kv, table, head, start, lo, hi, packed_keys, packed_values)
     for strip in range(0, num_queries, STRIP):
         count = min(STRIP, num_queries - strip)
+        last_row = first_row + (strip + count - 1) // group
+        lo, hi = _seen(layer, chunk, first_row + strip // group, last_row)
+        lo = lo // LANES * LANES
+        first, last = lo // LANES, (hi + LANES - 1) // LANES  # vectors of positions
         target = parts if accumulate else out + strip * size
         q = queries + strip * query_bytes
         if is_packed:
@@ -242,7 +249,7 @@ def _attend_chunk(
             _scores_from_pages(kv, table, head, start, lo, hi, q, count, scores)
         if kind == 2:
             _apply_scales(kv, table, head, start, lo, hi, 0, scores, count)
-        _softmax(layer, first_row * group + strip, count, start, first, last, scores, target)
+        _softmax(layer, chunk, first_row * group + strip, count, first, last, scores, target)
         if kind == 2:
             _apply_scales(kv, table, head, start, lo, hi, 1, scores, count)
         if is_packed:

@@ -1,6 +1,6 @@
 """Attention over the pages of the KV cache: blocks of rows against chunks of positions.
 
-A block is up to BLOCK_ROWS consecutive rows (tokens) of one sequence; a chunk is CHUNK positions.
+A block is some consecutive rows (tokens) of one sequence; a chunk is CHUNK positions.
 Chunks begin at multiples of CHUNK and are merged in order, and the arithmetic of one row knows
 nothing of the other rows. So a token's result has the same bits in prefill and in decode, in any
 batch, and on any number of threads.
@@ -28,7 +28,8 @@ from cpu_kernels.softmax import (
 )
 from cpu_kernels.team import barrier, next_task
 
-BLOCK_ROWS = 64
+BLOCK_ROWS = 64  # of a block: as many at most, or more
+BLOCK_QUERIES = 128  # where these are so many query heads: a chunk is copied for each block
 STRIP = 32  # query heads whose scores are kept at once: 32 KiB, the first-level cache
 PACK_FROM = 24  # query heads from which it pays to copy a chunk's keys and values to float32
 
@@ -53,10 +54,16 @@ def partial_bytes(padded_dim):
 
 
 @inner
+def block_rows(group):
+    """At most, where `group` query heads share one of keys."""
+    return max(BLOCK_ROWS, BLOCK_QUERIES // group)
+
+
+@inner
 def workspace_bytes(padded_dim, group):
     """Bytes that one thread needs: packed keys, packed values, scores, partials, totals."""
     packed = 2 * 4 * CHUNK * padded_dim
-    rows = STRIP + BLOCK_ROWS * group
+    rows = STRIP + block_rows(group) * group
     return packed + 4 * CHUNK * STRIP + rows * partial_bytes(padded_dim)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels.compiler import called
-from cpu_kernels.flash import BATCH, BLOCK_ROWS, partial_bytes, workspace_bytes
+from cpu_kernels.flash import BATCH, block_rows, partial_bytes, workspace_bytes
 from cpu_kernels.kv import CHUNK, KV, KVPages
 from cpu_kernels.memory import load_i32, store_word, word
 from cpu_kernels.record import Record, Scratch
@@ -25,8 +25,8 @@ _REASONS = {
 
 
 @called()
-def _plan(batch, kv, num_sequences):
-    """Write the blocks; returns the largest position, or what is wrong."""
+def _plan(batch, kv, num_sequences, most_rows):
+    """Write the blocks, of so many rows at most; returns the largest position, or what is wrong."""
     num_rows, max_pages = word(batch, BATCH.num_rows), word(batch, BATCH.max_pages)
     positions, sequences = word(batch, BATCH.positions), word(batch, BATCH.sequences)
     page_size, num_pages = word(kv, KV.page_size), word(kv, KV.num_pages)
@@ -40,7 +40,7 @@ def _plan(batch, kv, num_sequences):
         largest = max(largest, np.int64(position))
         if (
             row + 1 < num_rows
-            and row + 1 - first < BLOCK_ROWS
+            and row + 1 - first < most_rows
             and load_i32(sequences, row + 1) == sequence
             and load_i32(positions, row + 1) > position
         ):
@@ -102,7 +102,8 @@ class PreparedBatch:
         # Copied, because that is quicker than to ask for the addresses of new arrays.
         self._positions[:], self._sequences[:] = batch.positions, batch.sequences
         self._tables[:] = batch.page_tables
-        largest = _plan(self.record.address, kv.any_record.address, num_sequences)
+        most_rows = block_rows(geometry.num_heads // geometry.num_kv_heads)
+        largest = _plan(self.record.address, kv.any_record.address, num_sequences, most_rows)
         if largest < 0:
             raise ValueError(f"attention cannot use this batch: {_REASONS[largest]}")
         self.num_positions = largest + 1

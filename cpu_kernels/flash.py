@@ -1,6 +1,6 @@
 """Attention over the pages of the KV cache: blocks of rows against chunks of positions.
 
-A block is up to BLOCK_ROWS consecutive rows (tokens) of one sequence; a chunk is CHUNK positions.
+A block is some consecutive rows (tokens) of one sequence; a chunk is CHUNK positions.
 Chunks begin at multiples of CHUNK and are merged in order, and the arithmetic of one row knows
 nothing of the other rows. So a token's result has the same bits in prefill and in decode, in any
 batch, and on any number of threads.
@@ -17,10 +17,19 @@ from cpu_kernels.memory import call_kernel, load_f32, load_i32, word
 from cpu_kernels.products import kernel
 from cpu_kernels.record import fields
 from cpu_kernels.simd import emitted
-from cpu_kernels.softmax import HEADER, empty_row, finish, merge, scale_row, softmax_row
+from cpu_kernels.softmax import (
+    HEADER,
+    empty_row,
+    finish,
+    limit_row,
+    merge,
+    scale_row,
+    weigh_row,
+)
 from cpu_kernels.team import barrier, next_task
 
-BLOCK_ROWS = 64
+BLOCK_ROWS = 64  # of a block: as many at most, or more
+BLOCK_QUERIES = 128  # where these are so many query heads: a chunk is copied for each block
 STRIP = 32  # query heads whose scores are kept at once: 32 KiB, the first-level cache
 PACK_FROM = 24  # query heads from which it pays to copy a chunk's keys and values to float32
 
@@ -45,10 +54,16 @@ def partial_bytes(padded_dim):
 
 
 @inner
+def block_rows(group):
+    """At most, where `group` query heads share one of keys."""
+    return max(BLOCK_ROWS, BLOCK_QUERIES // group)
+
+
+@inner
 def workspace_bytes(padded_dim, group):
     """Bytes that one thread needs: packed keys, packed values, scores, partials, totals."""
     packed = 2 * 4 * CHUNK * padded_dim
-    rows = STRIP + BLOCK_ROWS * group
+    rows = STRIP + block_rows(group) * group
     return packed + 4 * CHUNK * STRIP + rows * partial_bytes(padded_dim)
 
 
@@ -169,6 +184,35 @@ def _table(layer, row):
     return word(batch, BATCH.tables) + 4 * sequence * word(batch, BATCH.max_pages)
 
 
+@inner
+def _seen(layer, chunk, first_row, last_row):
+    """Positions [lo, hi) of a chunk, counted from its start, that rows first to last see."""
+    positions, start = word(word(layer, ATTENTION.batch), BATCH.positions), chunk * CHUNK
+    lo = first_visible(layer, load_i32(positions, first_row)) - start
+    hi = load_i32(positions, last_row) + 1 - start
+    return min(max(lo, 0), CHUNK), min(max(hi, 0), CHUNK)
+
+
+@inner
+def _softmax(layer, chunk, first_query, count, first, last, scores, partials):
+    """Of rows of scores, in vectors first to last - 1; a row is limited before the one above it is
+    weighed."""
+    group, size = word(layer, ATTENTION.group), partial_bytes(word(layer, ATTENTION.padded_dim))
+    above_lo, above_hi = 0, 0
+    for i in range(count + 1):
+        lo, hi, row, partial = 0, 0, scores + 4 * CHUNK * i, partials + i * size
+        if i < count:
+            this_row = (first_query + i) // group
+            lo, hi = _seen(layer, chunk, this_row, this_row)
+            if lo < hi:
+                limit_row(row, first, last, lo, hi, partial)
+            else:
+                empty_row(row, first, last, partial)
+        if above_lo < above_hi:
+            weigh_row(row - 4 * CHUNK, first, last, above_lo, above_hi, partial - size)
+        above_lo, above_hi = lo, hi
+
+
 def _attend_chunk(
     layer, workspace, first_row, num_rows, head, chunk, out, accumulate, next, _9, _10, _11
 ):
@@ -180,13 +224,8 @@ def _attend_chunk(
     batch, kv = word(layer, ATTENTION.batch), word(layer, ATTENTION.kv)
     group, padded_dim = word(layer, ATTENTION.group), word(layer, ATTENTION.padded_dim)
     head_dim, kind = word(kv, KV.head_dim), word(kv, KV.kind)
-    positions = word(batch, BATCH.positions)
     table = _table(layer, first_row)
     start, size = chunk * CHUNK, partial_bytes(padded_dim)
-    lo = max(first_visible(layer, load_i32(positions, first_row)) - start, 0)
-    lo = lo // LANES * LANES
-    hi = min(load_i32(positions, first_row + num_rows - 1) + 1 - start, CHUNK)
-    first, last = lo // LANES, (hi + LANES - 1) // LANES  # vectors of positions
     num_queries, query_bytes = num_rows * group, 4 * padded_dim
     queries = word(batch, BATCH.queries)
     queries += (head * word(batch, BATCH.num_rows) + first_row) * group * query_bytes
@@ -196,9 +235,14 @@ def _attend_chunk(
     parts = scores + 4 * CHUNK * STRIP
     is_packed, multiply = num_queries >= PACK_FROM, word(layer, ATTENTION.multiply)
     if is_packed:
+        lo, hi = _seen(layer, chunk, first_row, first_row + num_rows - 1)
         _pack_chunk(kv, table, head, start, lo, hi, packed_keys, packed_values)
     for strip in range(0, num_queries, STRIP):
         count = min(STRIP, num_queries - strip)
+        last_row = first_row + (strip + count - 1) // group
+        lo, hi = _seen(layer, chunk, first_row + strip // group, last_row)
+        lo = lo // LANES * LANES
+        first, last = lo // LANES, (hi + LANES - 1) // LANES  # vectors of positions
         target = parts if accumulate else out + strip * size
         q = queries + strip * query_bytes
         if is_packed:
@@ -212,15 +256,7 @@ def _attend_chunk(
             _scores_from_pages(kv, table, head, start, lo, hi, q, count, scores)
         if kind == 2:
             _apply_scales(kv, table, head, start, lo, hi, 0, scores, count)
-        for i in range(count):
-            position = load_i32(positions, first_row + (strip + i) // group)
-            row_lo = max(first_visible(layer, position) - start, 0)
-            row_hi = min(position + 1 - start, CHUNK)
-            row, partial = scores + 4 * CHUNK * i, target + i * size
-            if row_lo < row_hi:
-                softmax_row(row, first, last, row_lo, row_hi, partial)
-            else:
-                empty_row(row, first, last, partial)
+        _softmax(layer, chunk, first_row * group + strip, count, first, last, scores, target)
         if kind == 2:
             _apply_scales(kv, table, head, start, lo, hi, 1, scores, count)
         if is_packed:

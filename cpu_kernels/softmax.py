@@ -19,11 +19,10 @@ FLOOR = -3e38  # scores are kept within +-3e38, so that differences of infinitie
 
 
 @emitted("void", "i64 i64 i64 i64 i64 i64")
-def softmax_row(k, scores, first, last, lo, hi, partial):
-    """Turn the scores of positions lo to hi - 1 into exp(score - largest), and into 0 those
-    outside, in vectors first to last - 1; set the header of `partial`. lo < hi."""
+def limit_row(k, scores, first, last, lo, hi, partial):
+    """Keep the scores of positions lo to hi - 1 within limits, set those outside to the lower one,
+    in vectors first to last - 1; put the largest into the header of `partial`. lo < hi."""
     most = k.variable(k.constant(f32(LANES), FLOOR))
-    total = k.variable(k.constant(f32(LANES), 0.0))
 
     def limit(at, lanes, visible):
         floor = k.constant(f32(lanes), FLOOR)
@@ -35,7 +34,16 @@ def softmax_row(k, scores, first, last, lo, hi, partial):
             most.set(larger(k, part, most.get()))
 
     _each_vector(k, limit, scores, first, last, lo, hi)
-    largest = k.largest(most.get())
+    k.store(partial + LARGEST, k.largest(most.get()))
+
+
+@emitted("void", "i64 i64 i64 i64 i64 i64")
+def weigh_row(k, scores, first, last, lo, hi, partial):
+    """Turn what limit_row left into exp(score - largest), and into 0 outside; put the sum into the
+    header. A function of its own, so that a row's largest score is known well before it is needed:
+    the row before is weighed meanwhile."""
+    largest = k.load(partial + LARGEST, f32(1))
+    total = k.variable(k.constant(f32(LANES), 0.0))
 
     def weigh(at, lanes, visible):
         value = exp(k, k.load(at, f32(lanes), align=4) - k.splat(largest, lanes))
@@ -46,7 +54,6 @@ def softmax_row(k, scores, first, last, lo, hi, partial):
             total.set(total.get() + part)
 
     _each_vector(k, weigh, scores, first, last, lo, hi)
-    k.store(partial + LARGEST, largest)
     k.store(partial + SUM, k.sum(total.get()))
 
 

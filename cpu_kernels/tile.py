@@ -17,21 +17,25 @@ from cpu_kernels.products import kernel
 from cpu_kernels.record import fields
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i64
 
-MOST_ROWS = 4  # of a tile
-
 
 class Registers(NamedTuple):
     """What a processor's registers hold: columns of a tile come in units of `lanes`, and a tile of
-    1, 2, 3 and 4 rows has so many units at most."""
+    1, 2, 3 ... rows, up to the most, has so many units at most."""
 
     lanes: int
-    most_units: tuple[int, int, int, int]
+    most_units: tuple[int, ...]
+
+    @property
+    def most_rows(self) -> int:
+        return len(self.most_units)
 
 
 # Enough sums to hide how long a multiply-add takes, and what rows and columns need besides.
 REGISTERS = {
     "avx2": Registers(8, (8, 4, 3, 3)),  # 16 of 8 lanes
-    "avx512": Registers(16, (4, 4, 4, 4)),  # 32 of 16
+    # 32 of 16. Many rows rather than many units: what turns units into float32 keeps multiply-adds
+    # waiting, and fewer columns stay in the first-level cache until the last tile below.
+    "avx512": Registers(16, (4, 4, 4, 4, 4, 4, 2, 2)),
     "neon": Registers(8, (8, 4, 3, 2)),  # 32 of 4
 }
 
@@ -137,6 +141,8 @@ def make_multiply(registers: str, kind: str) -> Callable:
     """A kernel (see cpu_kernels.products) that multiplies float32 rows with a matrix whose elements
     are of `kind`."""
 
+    most_rows = REGISTERS[registers].most_rows
+
     def multiply(a, a_row, num_rows, b, b_panel, num_panels, depth, c, c_row, fresh, next, _11):
         """C [num_rows, 16 * num_panels] = A [num_rows, depth] B, or C += A B if not `fresh`.
 
@@ -144,7 +150,7 @@ def make_multiply(registers: str, kind: str) -> Callable:
         16], which are b_panel bytes apart. As much as B has is prefetched from `next` on, each
         tile its share: misses of one tile's all at once would be too many.
         """
-        product, num_tiles = stack("48"), (num_rows + MOST_ROWS - 1) // MOST_ROWS
+        product, num_tiles = stack("48"), (num_rows + most_rows - 1) // most_rows
         store_word(product, PRODUCT.a_row, a_row)
         store_word(product, PRODUCT.b, b)
         store_word(product, PRODUCT.b_panel, b_panel)

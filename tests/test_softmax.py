@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from numba import njit
 
-from cpu_kernels.softmax import softmax_row
+from cpu_kernels.softmax import limit_row, weigh_row
 
 
 @njit
 def run(scores, first, last, lo, hi, partial):
-    softmax_row(scores, first, last, lo, hi, partial)
+    limit_row(scores, first, last, lo, hi, partial)
+    weigh_row(scores, first, last, lo, hi, partial)
 
 
 BORDERS = 0, 1, 15, 16, 17, 31, 32, 33, 40, 48, 63, 64, 80, 95, 96

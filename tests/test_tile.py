@@ -18,7 +18,7 @@ def multiply(registers, kind, *arguments):
 @pytest.mark.parametrize("registers", REGISTERS)
 def test_products_of_all_shapes(registers, kind):
     random = np.random.default_rng(0)
-    for num_rows in (1, 2, 3, 4, 5, 7, 8, 11):
+    for num_rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 17):
         for num_panels in (1, 2, 3, 5, 8):
             depth, columns = 33, 16 * num_panels
             a = random.standard_normal((num_rows, depth)).astype(np.float32)

@@ -46,8 +46,8 @@ ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
         Isa("amx_int8", (*_VNNI, "amx-tile", "amx-int8"), 4, 16, 1, 16, 12, 64, has_tiles=True),
-        Isa("avx512_vnni", _VNNI, 4, 16, 1, 12, 12),
-        Isa("avx_vnni", ("avx2", "fma", "f16c", "avxvnni"), 2, 8, 1, 6, 6),
+        Isa("avx512_vnni", _VNNI, 4, 16, 2, 7, 8),
+        Isa("avx_vnni", ("avx2", "fma", "f16c", "avxvnni"), 2, 8, 2, 3, 6),
         Isa("avx2", ("avx2", "fma", "f16c"), 2, 8, 2, 3, 6),
         Isa("neon_dotprod", ("neon", "dotprod"), 1, 4, 1, 8, 8),
         Isa("portable", (), 1, 4, 1, 4, 4),

@@ -158,7 +158,7 @@ def _values(k: Emitter, panel: Panel, number: int, half: int) -> list[list[Value
     if layout.low_bits == 4 and not layout.high_bits:  # straight from a table in a register
         table = k.constant(f32(SIDE), [float(v) for v in layout.table or range(SIDE)])
         piece = layout.piece(number, half)
-        words = [word.view(i32(SIDE)) >> piece.low_shift for word in panel.words(piece.low)]
+        words = [word >> piece.low_shift for word in panel.words(piece.low)]
         return [
             [k.call(_PERMUTE, f32(SIDE), table, word >> (8 * i)) for i in range(4)]
             for word in words

@@ -91,12 +91,39 @@ def multiply_tile(
         return _multiply_tile_avx2(
             k, steps, num_rows, load_weights, load_x, largest, is_signed, taken_off
         )
+    if isa in _DPBUSD:
+        return _multiply_tile_vnni(k, isa, steps, num_rows, load_weights, load_x)
     columns = list(zip(*[load_weights(step) for step in steps], strict=True))
     dots = []
     for row in range(num_rows):
         xs = [load_x(step, row) for step in steps]
         pairs = [list(zip(column, xs, strict=True)) for column in columns]
         dots.append([multiply_bytes(k, isa, p, largest, is_signed) for p in pairs])
+    return dots
+
+
+def _multiply_tile_vnni(
+    k: Emitter,
+    isa: str,
+    steps: range,
+    num_rows: int,
+    load_weights: Callable[[int], list[Value]],
+    load_x: Callable[[int, int], Value],
+) -> list[list[Value]]:
+    """Step by step: activations are loaded once for all registers of weights. In the order of
+    LLVM's choice they are loaded for each, and a core multiplies no faster than it loads."""
+    dots: list[list[Value]] = []
+    for step in steps:
+        weights = load_weights(step)
+        zeros = [k.constant(i32(w.lanes // 4), 0) for w in weights]
+        dots = dots or [zeros] * num_rows
+        for row, old in enumerate(dots):
+            x = load_x(step, row)
+            new = [
+                k.call(_DPBUSD[isa], total.type, total, w, x)
+                for total, w in zip(old, weights, strict=True)
+            ]
+            dots[row] = k.keep_order(new)
     return dots
 
 

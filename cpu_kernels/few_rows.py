@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cpu_kernels.activations import CHUNK_BYTES, FEW_ROWS, POSITION, SCALES, SUMS, byte_offset
+from cpu_kernels.activations import CHUNK_BYTES, FEW_ROWS, POSITION, SCALES, byte_offset
 from cpu_kernels.dot import keeps_rows_whole, multiply_bytes, row_dots, wants_unsigned
 from cpu_kernels.gemv import PREFETCH_BYTES, prefetch_chunk
 from cpu_kernels.groups import GROUPS, LAYOUTS, chunk_bytes, look_up
 from cpu_kernels.isa import ISAS
-from cpu_kernels.scales import block_of_a_group, scales_and_offsets
-from cpu_kernels.simd import Emitter, Value, emitted, f16, f32, i8, i16, i32, i64
+from cpu_kernels.panel_scales import panel_scales
+from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32, i64
 
 LANE = 4  # words of 32 bits in 128 bits, inside which shuffles are cheap
 
@@ -52,9 +52,7 @@ class Panel:
         self.flip = wants_unsigned(isa) and self.layout.signed
         self.is_signed = self.layout.signed and not self.flip
         self._loaded: dict[int, list[Value]] = {}  # side by side
-        self.block_bytes = block_of_a_group(format)
-        if not self.block_bytes:
-            self._keep_scales([scales_and_offsets(k, format, address) for address in addresses])
+        self._scales = panel_scales(k, format, self.words)
 
     def group(self, number: int) -> Group:
         """Written anew each time: code that may be skipped leaves nothing behind."""
@@ -64,43 +62,14 @@ class Panel:
 
     def scales(self, number: int) -> tuple[list[Value], list[tuple[Value, int]]]:
         """Scales and offsets of a group."""
-        if self.block_bytes:
-            scale = self._halves(self.block_bytes * number)
-            return [scale], [] if self.is_signed else [(scale, SUMS)]
-        scales = [self._kept(place, number) for place in self._scale_places]
-        return scales, [(self._kept(place, number), sums) for place, sums in self._offset_places]
-
-    def _keep_scales(self, by_row: list) -> None:
-        """Scales and offsets to memory: of each kind and position, float32 [rows]."""
-        k, distinct = self.k, []
-        for scales, offsets in by_row:
-            distinct.append(list(dict.fromkeys([*scales, *[value for value, _ in offsets]])))
-        self._scale_places = [distinct[-1].index(value) for value in scales]
-        self._offset_places = [(distinct[-1].index(value), sums) for value, sums in offsets]
-        if self.is_signed:
-            self._offset_places = []
-        num_kinds = len(distinct[0])
-        self._memory = k.stack(4 * self.rows * GROUPS * num_kinds)
-        for kind in range(num_kinds):
-            rows = [values[kind] for values in distinct]
-            blocks = [k.transpose(rows[i : i + LANE]) for i in range(0, self.rows, LANE)]
-            for position in range(GROUPS):
-                half, column = divmod(position, LANE)
-                mask = range(half * LANE, (half + 1) * LANE)
-                parts = [k.shuffle(block[column], mask=mask) for block in blocks]
-                k.store(self._place(kind, position), k.concatenate(parts))
-
-    def _place(self, kind: int, position: int) -> Value:
-        return self._memory + 4 * self.rows * (kind * GROUPS + position)
-
-    def _kept(self, kind: int, group: int) -> Value:
-        return self.k.load(self._place(kind, POSITION[group]), f32(self.rows))
+        scales, offsets = self._scales(number)
+        return scales, [] if self.is_signed else offsets
 
     def integers(self, group: int, half: int) -> list[Value]:
         """Half a group: four i8 [4 * rows], each with four consecutive weights of every row."""
         layout, decoded = self.layout, []
         piece = layout.piece(group, half)
-        bytes_at = self._rows if self.whole_rows else self.words
+        bytes_at = self._rows if self.whole_rows else self._bytes
         for word, low in enumerate(bytes_at(piece.low)):
             value = _shifted(low, -piece.low_shift)
             if layout.low_bits < 8:
@@ -115,15 +84,12 @@ class Panel:
             decoded.append(value ^ 0x80 if self.flip else value)
         return decoded
 
-    def _halves(self, offset: int) -> Value:
-        """The float16 at `offset` of every row, as float32."""
-        word = self.words(offset)[0].view(i32(self.rows))
-        return word.cast("trunc", i16).view(f16(self.rows)).cast("fpext", f32)
+    def _bytes(self, offset: int) -> list[Value]:
+        return [word.view(i8(4 * self.rows)) for word in self.words(offset)]
 
     def words(self, offset: int) -> list[Value]:
         """16 bytes of every row, as four words of every row."""
-        rows = [own.view(i32(self.rows)) for own in self._rows(offset)]
-        return [word.view(i8(4 * self.rows)) for word in self.k.transpose(rows)]
+        return self.k.transpose([own.view(i32(self.rows)) for own in self._rows(offset)])
 
     def _rows(self, offset: int) -> list[Value]:
         """The same, as the 16 bytes of every fourth row, four times."""

@@ -25,7 +25,8 @@ class Isa(NamedTuple):
     in each 32-bit lane, and `panels` such panels are multiplied with `panel_tokens` tokens at a
     time, or with `float_tokens` if they are of float32: their sums and weights fill the registers.
     `rows_at_once` rows of weights are decoded for a GEMM before activations pass: their panels stay
-    in the L2 cache. `has_tiles`: AMX multiplies them instead (see amx.py).
+    in the L2 cache. `panels_from` rows of activations, or more, are worth panels of weights without
+    a GEMM, too (see few_rows.py). `has_tiles`: AMX multiplies prompts instead (see amx.py).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Isa(NamedTuple):
     panel_tokens: int
     float_tokens: int
     rows_at_once: int = 32
+    panels_from: int = 2
     has_tiles: bool = False
 
 
@@ -45,12 +47,12 @@ _VNNI = "avx512f", "avx512bw", "avx512vl", "avx512vnni"
 ISAS: dict[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("amx_bf16", (*_VNNI, "amx-tile", "amx-bf16"), 4, 16, 1, 12, 12, has_tiles=True),
-        Isa("avx512_vnni", _VNNI, 4, 16, 1, 12, 12),
-        Isa("avx_vnni", ("avx2", "fma", "f16c", "avxvnni"), 2, 8, 1, 6, 6),
-        Isa("avx2", ("avx2", "fma", "f16c"), 2, 8, 2, 3, 6),
-        Isa("neon_dotprod", ("neon", "dotprod"), 1, 4, 1, 8, 8),
-        Isa("portable", (), 1, 4, 1, 4, 4),
+        Isa("amx_bf16", (*_VNNI, "amx-tile", "amx-bf16"), 4, 16, 2, 7, 8, has_tiles=True),
+        Isa("avx512_vnni", _VNNI, 4, 16, 2, 7, 8),
+        Isa("avx_vnni", ("avx2", "fma", "f16c", "avxvnni"), 2, 8, 2, 3, 6, panels_from=9),
+        Isa("avx2", ("avx2", "fma", "f16c"), 2, 8, 2, 3, 6, panels_from=9),
+        Isa("neon_dotprod", ("neon", "dotprod"), 1, 4, 1, 8, 8, panels_from=9),
+        Isa("portable", (), 1, 4, 1, 4, 4, panels_from=9),
     )
 }
 

@@ -42,7 +42,6 @@ from cpu_kernels.memory import (
 )
 from cpu_kernels.scales import block_of_a_group
 
-PANELS_FROM = 9  # rows of activations, see _panels_from
 FLOATS_BLOCK = 8  # rows of float weights that are multiplied with all activations, then the next
 
 
@@ -58,18 +57,18 @@ def target_row(y, y_rows, ldy, i):
 
 
 @inner
-def _panels_from(num_groups, least_part):
+def _panels_from(num_groups, least_part, usually):
     """Rows of activations for which weights are worth being put into panels: two, if a whole last
     chunk, of which those need only the groups that are left, is a `least_part`-th of the work or
-    more."""
+    more; else, as many as `usually`."""
     all_groups = (num_groups + GROUPS - 1) // GROUPS * GROUPS
-    return 2 if least_part * (all_groups - num_groups) >= all_groups else PANELS_FROM
+    return 2 if least_part * (all_groups - num_groups) >= all_groups else usually
 
 
 def make_gemv(isa: str, format: str) -> Callable:
     """Quantized weights and activations, few rows of activations."""
     block, block_bytes = FORMATS[format].block_size, FORMATS[format].block_bytes
-    width = ISAS[isa].panel_rows
+    width, panels_from = ISAS[isa].panel_rows, ISAS[isa].panels_from
     # Scales that are the first of their group's bytes are quickly had, also by panels.
     least_part = 10 if block_of_a_group(format) else 5
 
@@ -79,7 +78,7 @@ def make_gemv(isa: str, format: str) -> Callable:
         x_bytes = word(prepared, 4)
         x = prepared + HEADER_BYTES
         in_panels = 0
-        if num_groups >= GROUPS and n >= _panels_from(num_groups, least_part):
+        if num_groups >= GROUPS and n >= _panels_from(num_groups, least_part, panels_from):
             in_panels = (last - first) // width * width
         sources, targets, zeros = stack("128"), stack("128"), stack("64")
         for i in range(n):

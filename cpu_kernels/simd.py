@@ -256,7 +256,7 @@ class Emitter:
         written. Nothing but an empty line of assembly, which LLVM does not look into."""
         types = [value.type for value in values]
         kind = ir.FunctionType(ir.LiteralStructType(types), types)
-        constraints = ["=x"] * len(values) + [str(index) for index in range(len(values))]
+        constraints = ["=v"] * len(values) + [str(index) for index in range(len(values))]
         empty = ir.InlineAsm(kind, "", ",".join(constraints), side_effect=True)
         same = self.builder.call(empty, [value.ir for value in values])
         return [

@@ -17,7 +17,6 @@ from cpu_kernels.linear import (
     prepared_bytes,
 )
 from cpu_kernels.memory import address_of, aligned_bytes, record, word
-from cpu_kernels.products import PANELS_FROM
 from cpu_kernels.team import Team, barrier, op
 
 ISA_NAMES = available()
@@ -110,7 +109,8 @@ def test_few_rows_are_as_one_row(format, isa, teams):
         matrix = Matrix(data, format, shape, ISAS[isa], bias)
         x = rng.standard_normal((FEW_ROWS, shape[1])).astype(np.float32)
         single = [run_product(teams[1], matrix, x[i : i + 1]) for i in range(FEW_ROWS)]
-        for n in (2, 3, 4, 5, PANELS_FROM - 1, PANELS_FROM, FEW_ROWS):
+        panels_from = ISAS[isa].panels_from
+        for n in (2, 3, 4, 5, panels_from - 1, panels_from, FEW_ROWS):
             got = run_product(teams[2], matrix, x[:n])
             np.testing.assert_array_equal(got, np.concatenate(single[:n]))
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny
+from instructions import SAME_INTEGERS
 from test_speculation import PLAIN, REPEATING, always_on, cut_short
 
 from cpu_kernels.backend import CpuBackend
@@ -143,7 +144,10 @@ def test_what_is_foreseen_takes_fewer_steps(model_type, tmp_path):
 
 def test_a_conversation_goes_on(model):
     """From where it was, from an earlier place, and from the beginning."""
-    with Engine(model, speculate="auto") as engine, Engine(model) as plain:
+    with (
+        Engine(model, isa=SAME_INTEGERS, speculate="auto") as engine,
+        Engine(model, isa=SAME_INTEGERS) as plain,
+    ):
         always_on(engine)
         sequence = engine.open_sequence()
         for length in (30, 33):

@@ -108,10 +108,11 @@ def test_a_mix_of_experts(isa, num_tokens):
 
 def test_signed_weights_are_multiplied_as_on_a_gpu():
     """Where signed weights get 128 added before, which is taken off in float32 afterwards, bits
-    differ; processors that do so have AVX2, too."""
+    differ, and with AMX; processors that do so have AVX2, too, and AVX-512 VNNI."""
     signed = {format for format, layout in LAYOUTS.items() if layout.signed}
     assert signed == SIGNED == {name for name, layout in GPU_LAYOUTS.items() if layout.signed}
     for isa in ISAS.values():
         for format in (*LAYOUTS, "f16"):
+            same = ISAS["avx512_vnni"] if isa.has_tiles else isa
             changes = wants_unsigned(isa.name) and format in SIGNED
-            assert as_on_a_gpu(isa, format) is (ISAS["avx2"] if changes else isa)
+            assert as_on_a_gpu(isa, format) is (ISAS["avx2"] if changes else same)

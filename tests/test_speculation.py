@@ -7,6 +7,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from instructions import SAME_INTEGERS
 
 from tiered import Engine
 from tiered.governor import Governor
@@ -101,7 +102,10 @@ def test_the_context_ends_where_it_would(model):
 
 def test_a_conversation_goes_on_from_a_text_that_was_cut_short(model):
     """Whoever stops listening leaves drafts behind; they are not taken for what was said."""
-    with Engine(model, speculate="lookup") as engine, Engine(model) as plain:
+    with (
+        Engine(model, isa=SAME_INTEGERS, speculate="lookup") as engine,
+        Engine(model, isa=SAME_INTEGERS) as plain,
+    ):
         always_on(engine)
         sequence = engine.open_sequence()
         for length in (30, 31, 33, 40):

@@ -6,7 +6,7 @@ import weakref
 
 import numpy as np
 import pytest
-from instructions import SAME_INTEGERS
+from instructions import AS_ON_A_GPU
 from naive import NaiveBackend
 
 from cpu_kernels.backend import CpuBackend
@@ -90,7 +90,7 @@ def test_logits_are_the_same_bits_whatever_is_resident(int4_model, expected, num
 def test_near_the_cpu_engine(int4_model, expected):
     """The same integers, other orders of float additions: an activation may round to the next
     int8 value, which is 1/254 of its group's largest."""
-    with Engine(int4_model, threads=2, kv_dtype="f32", isa=SAME_INTEGERS) as engine:
+    with Engine(int4_model, threads=2, kv_dtype="f32", isa=AS_ON_A_GPU) as engine:
         logits = engine.logits(PROMPT)
     assert np.abs(expected[1] - logits).max() <= 2e-2 * np.ptp(logits)
 

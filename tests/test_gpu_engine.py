@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from instructions import SAME_INTEGERS
+from instructions import AS_ON_A_GPU
 
 from tiered import Engine
 from tiered.demo import random_tiny_model
@@ -52,6 +52,6 @@ def test_too_little_vram_names_what_works(model):
 
 
 def test_the_cpu_engine_is_near(model, expected):
-    with Engine(model, device="cpu", threads=2, isa=SAME_INTEGERS) as engine:
+    with Engine(model, device="cpu", threads=2, isa=AS_ON_A_GPU) as engine:
         logits = engine.logits(PROMPT)
     assert np.abs(logits - expected[0][0]).max() <= 2e-2 * np.ptp(logits)

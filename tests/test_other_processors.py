@@ -68,7 +68,7 @@ def test_kernels_use_the_instruction_they_are_for(isa, format):
     def several(k, *values):
         few_rows.multiply_few.write(k, isa, format, *values)
 
-    last = (tiles, 9) if ISAS[isa].has_tiles else (many, 4)
+    last = (tiles, 11) if ISAS[isa].has_tiles else (many, 4)
     for write, num_values in ((one, 4), (few, 6), (several, 8), last):
         if write is tiles:
             instruction, register = TILES

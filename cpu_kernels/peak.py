@@ -1,4 +1,5 @@
-"""The processor's peak: products of bytes when nothing has to be loaded, decoded or scaled."""
+"""The processor's peak: products of bytes, or with AMX of bfloat16, when nothing has to be loaded,
+decoded or scaled."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def _products(isa: str) -> Op:
     return multiply
 
 
-def integer_peak(num_threads: int) -> float:
+def product_peak(num_threads: int) -> float:
     """Operations per second (a product and its addition are two) of so many threads: the best of
     some runs of a few milliseconds."""
     name = choose("auto").name

@@ -17,11 +17,11 @@ def kernel_report(threads: int | None, progress: Progress) -> dict[str, Any]:
     from cpu_kernels.bandwidth import read_bandwidth
     from cpu_kernels.bench import SHAPES, kernel_rates
     from cpu_kernels.formats import FORMATS
-    from cpu_kernels.peak import integer_peak
+    from cpu_kernels.peak import product_peak
 
     counts = sorted({1, threads or default_threads()})
     kernels = list(kernel_rates(list(FORMATS), counts, progress))
-    peaks = {count: integer_peak(count) for count in counts}
+    peaks = {count: product_peak(count) for count in counts}
     for row in kernels:
         if "gops" in row:
             row["peak_gops"] = peaks[row["threads"]] / 1e9

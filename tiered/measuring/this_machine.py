@@ -49,13 +49,13 @@ def measure_host(
     it; OSError if it cannot."""
     from cpu_kernels.bandwidth import read_bandwidth
     from cpu_kernels.isa import choose
-    from cpu_kernels.peak import integer_peak
+    from cpu_kernels.peak import product_peak
 
     counts = sorted({1, threads or default_threads()})
     progress("memory")
     bandwidth = {count: read_bandwidth(count) / GB for count in counts}
     progress("arithmetic")
-    peak = {count: integer_peak(count) / 1e9 for count in counts}
+    peak = {count: product_peak(count) / 1e9 for count in counts}
     progress("disk")
     with scratch_file(disk_folder, SCRATCH_MIB) as file:
         disks = {nbytes: measure_disk(file, nbytes) for nbytes in READ_SIZES}

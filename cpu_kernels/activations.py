@@ -63,10 +63,11 @@ def _rounded_row_bytes(k: int) -> int:
     return (k + CHUNK - 1) // CHUNK * (2 * CHUNK) + 64
 
 
-def prepared_bytes(n: int, k: int) -> int:
-    """Bytes that `prepare_activations` needs for n rows of k values."""
+def prepared_bytes(n: int, k: int, rounds: bool = HAS_TILES) -> int:
+    """Bytes that `prepare_activations` needs for n rows of k values; with `rounds`, those that
+    `prepare_rows` needs to round them."""
     nbytes = HEADER_BYTES + n * prepared_row_bytes(k)
-    if HAS_TILES and n > FEW_ROWS:
+    if rounds and n > FEW_ROWS:
         nbytes += (n + ROWS_OF_TILES - 1) * _rounded_row_bytes(k)
     return nbytes
 
@@ -198,13 +199,8 @@ def _round_chunk(k, x, first, target):
 
 
 @inner
-def prepare_activations(x, ldx, n, k, prepared, thread, num_threads):
-    """This thread's share of quantizing n float32 rows of k values, `ldx` values apart.
-
-    `x` and `prepared` (prepared_bytes(n, k) of room, aligned to 64) are addresses. The rows must
-    stay as they are while `prepared` is used: kernels of float formats read them. A barrier must
-    follow, before anything is multiplied.
-    """
+def prepare_rows(x, ldx, n, k, prepared, thread, num_threads, rounds):
+    """What prepare_activations does; more than FEW_ROWS rows are rounded, too, if it `rounds`."""
     row_bytes, rounded_bytes = prepared_row_bytes(k), _rounded_row_bytes(k)
     rounded = prepared + HEADER_BYTES + n * row_bytes
     if thread == 0:
@@ -227,6 +223,17 @@ def prepare_activations(x, ldx, n, k, prepared, thread, num_threads):
         target = prepared + HEADER_BYTES + row * row_bytes + chunk * CHUNK_BYTES
         missing = GROUPS - num_left // GROUP
         _quantize_chunk(source, missing, target)
-        if HAS_TILES and n > FEW_ROWS:
+        if rounds and n > FEW_ROWS:
             target = rounded + row * rounded_bytes + chunk * (2 * CHUNK)
             _round_chunk(source, missing, target)
+
+
+@inner
+def prepare_activations(x, ldx, n, k, prepared, thread, num_threads):
+    """This thread's share of quantizing n float32 rows of k values, `ldx` values apart.
+
+    `x` and `prepared` (prepared_bytes(n, k) of room, aligned to 64) are addresses. The rows must
+    stay as they are while `prepared` is used: kernels of float formats read them. A barrier must
+    follow, before anything is multiplied.
+    """
+    prepare_rows(x, ldx, n, k, prepared, thread, num_threads, HAS_TILES)

@@ -44,7 +44,7 @@ def _add_tile(tile, width, y, y_rows, ldy, bias, token, num_tokens, first_row, n
 
 
 @inner
-def find_sources(sources, x, x_bytes, x_rows, divisor, first, num_tokens, n):
+def _find_sources(sources, x, x_bytes, x_rows, divisor, first, num_tokens, n):
     """Addresses of the next rows of activations at `x`; the last one again after the end."""
     for t in range(num_tokens):
         row = source_row(x_rows, divisor, min(first + t, n - 1))
@@ -81,7 +81,7 @@ def make_gemm(isa: str, format: str) -> Callable:
                     pack_panel(isa, format, at, row_bytes, end, num_groups, start, chunks, panel)
                 for token in range(0, n, tokens):
                     at = x + start * CHUNK_BYTES
-                    find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
+                    _find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
                     if start == 0:  # the rows that are packed next, little by little
                         prefetch_lines(
                             ahead + size * token // n, ahead + size * min(token + tokens, n) // n
@@ -132,7 +132,7 @@ def make_float_gemm(isa: str, format: str) -> Callable:
                         pack_floats(isa, values, count, panel, (r - 3) % panel_rows)
                 for token in range(0, n, tokens):
                     at = x + 4 * start
-                    find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
+                    _find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
                     for i in range(num_tiles):
                         panel = panels + i * (width // panel_rows) * nbytes
                         multiply_float_panels(isa, panel, count, sources, tile)

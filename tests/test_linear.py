@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_formats import factors, random_matrix, to_float64
 
+from cpu_kernels.activations import HAS_TILES, prepare_rows
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import ISAS, available
 from cpu_kernels.linear import (
@@ -13,7 +14,6 @@ from cpu_kernels.linear import (
     Matrix,
     gather_rows,
     multiply,
-    prepare_activations,
     prepared_bytes,
 )
 from cpu_kernels.memory import address_of, aligned_bytes, record, word
@@ -24,10 +24,10 @@ ISA_NAMES = available()
 
 @op
 def product(arguments, thread, num_threads, team):
-    """matrix, x, n, k, prepared, y, rows"""
+    """matrix, x, n, k, prepared, y, rows, whether x is rounded"""
     x, n, k = word(arguments, 1), word(arguments, 2), word(arguments, 3)
     prepared = word(arguments, 4)
-    prepare_activations(x, k, n, k, prepared, thread, num_threads)
+    prepare_rows(x, k, n, k, prepared, thread, num_threads, word(arguments, 7))
     barrier(team)
     rows = word(arguments, 6)
     multiply(word(arguments, 0), prepared, n, word(arguments, 5), rows, team, 0)
@@ -52,13 +52,13 @@ def teams():
         yield {1: one, 2: two}
 
 
-def run_product(team, matrix, x):
+def run_product(team, matrix, x, rounds=HAS_TILES):
     x = np.ascontiguousarray(x, np.float32)
     n, k = x.shape
     y = np.full((n, matrix.shape[0]), np.nan, np.float32)
-    prepared = aligned_bytes(prepared_bytes(n, k))
+    prepared = aligned_bytes(prepared_bytes(n, k, rounds))
     words = record(
-        matrix.address, address_of(x), n, k, address_of(prepared), address_of(y), y.shape[1]
+        matrix.address, address_of(x), n, k, address_of(prepared), address_of(y), y.shape[1], rounds
     )
     team.run(product.address, address_of(words))
     return y

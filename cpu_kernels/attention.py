@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpu_kernels.batch import PreparedBatch
+from cpu_kernels.chain import OF_ATTENTION, Chain, before_each_run
 from cpu_kernels.compiler import inner
 from cpu_kernels.flash import (
     ATTENTION,
@@ -32,7 +33,7 @@ from cpu_kernels.norm import (
 )
 from cpu_kernels.record import Record, floats
 from cpu_kernels.rope import RopeTable, rotate_adjacent, rotate_half, rotation
-from cpu_kernels.team import OF_ATTENTION, Team, barrier, before_each_run, op, share
+from cpu_kernels.team import barrier, op, share
 from cpu_kernels.tile import multiply_kernel
 
 
@@ -268,9 +269,9 @@ class Attention:
     One call of `run` at a time.
     """
 
-    def __init__(self, team: Team) -> None:
-        self._team = team
-        self._batch = PreparedBatch(team)
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._batch = PreparedBatch(chain)
         self._ropes: dict[Any, RopeTable] = {}
 
     def layer(self, weights: Any, config: Any, index: int) -> AttentionLayer:
@@ -288,7 +289,7 @@ class Attention:
             return
         self._batch.prepare(x, batch, kv, layer.geometry)
         self._use(layer, kv, index)
-        self._team.queue(layer.op.address, layer.record.address, OF_ATTENTION, before_each_run)
+        self._chain.queue(layer.op.address, layer.record.address, OF_ATTENTION, before_each_run)
 
     @property
     def batch(self) -> tuple[Any, ...]:
@@ -318,7 +319,7 @@ class Attention:
                     f"the KV cache has {heads} heads of {size} values, "
                     f"the layer {g.num_kv_heads} of {g.head_dim}"
                 )
-            self._team.forget()  # it may wait to be run as it is
+            self._chain.forget()  # it may wait to be run as it is
             record.set(kv=kv.records[index].address, coarse=rope.coarse)
             record.mark_filled_for(kv.records[index], rope.coarse)
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpu_kernels.attention import Attention, AttentionLayer, kv_pages
+from cpu_kernels.chain import Chain
 from cpu_kernels.chosen import ChosenExperts
 from cpu_kernels.combine import Combine, Weighted
-from cpu_kernels.delta import DeltaLayer, DeltaNet
+from cpu_kernels.delta import DELTA_BATCH, DeltaLayer
 from cpu_kernels.embed import Embedding
 from cpu_kernels.experts import ExpertLayer
 from cpu_kernels.feed_forward import FeedForwardLayer
@@ -27,12 +28,12 @@ from cpu_kernels.join import Join, JoinLayer
 from cpu_kernels.kv import KVPages
 from cpu_kernels.latent import LatentAttentionLayer
 from cpu_kernels.linear import FEW_ROWS, Matrix
-from cpu_kernels.mamba2 import Mamba2, Mamba2Layer
+from cpu_kernels.mamba2 import MAMBA_BATCH, Mamba2Layer
 from cpu_kernels.merge import Merge, MergeLayer
 from cpu_kernels.record import Scratch
-from cpu_kernels.recurrent import RecurrentState
+from cpu_kernels.recurrent import RecurrentLayers, RecurrentState
 from cpu_kernels.route import Router, RouterLayer, Routing
-from cpu_kernels.short_conv import ConvLayer, ShortConv
+from cpu_kernels.short_conv import CONV_BATCH, ConvLayer
 from cpu_kernels.team import Team
 from cpu_kernels.workspace import Workspace, room_for
 
@@ -69,21 +70,27 @@ class CpuBackend:
         self._workspace = Workspace()
         self._scratch = Scratch()
         self._team = Team(threads)
-        self._embedding = Embedding(self._team)
-        self._attention = Attention(self._team)
-        self._delta = DeltaNet(self._team)
-        self._conv = ShortConv(self._team)
-        self._mamba2 = Mamba2(self._team)
-        self._router = Router(self._team)
+        self._chain = Chain(self._team)
+        self._embedding = Embedding(self._chain)
+        self._attention = Attention(self._chain)
+        self._recurrent = {
+            kind: RecurrentLayers(self._chain, batch)
+            for kind, batch in (
+                (DeltaLayer, DELTA_BATCH),
+                (ConvLayer, CONV_BATCH),
+                (Mamba2Layer, MAMBA_BATCH),
+            )
+        }
+        self._router = Router(self._chain)
         # Look-ahead may run beside the forward pass, and must not use its memory.
-        self._guesser = Router(self._team)
+        self._guesser = Router(self._chain)
         self._combine = Combine()
         self._weighted = Weighted()
-        self._merge = Merge(self._team)
-        self._join = Join(self._team)
-        self._head = Head(self._team)
+        self._merge = Merge(self._chain)
+        self._join = Join(self._chain)
+        self._head = Head(self._chain)
         self._hidden_size = 0
-        self._known: tuple[Any, ...] = ()  # what the team's last chain was for
+        self._known: tuple[Any, ...] = ()  # what the last chain was for
         self._row_seconds = float("inf")  # of the last pass of many rows
 
     def matrix(
@@ -102,13 +109,13 @@ class CpuBackend:
         return self._attention.latent_layer(weights, config, index)
 
     def delta_layer(self, weights: Any, config: Any, number: int) -> DeltaLayer:
-        return self._delta.layer(weights, config, number)
+        return DeltaLayer(weights, config, number, self._recurrent[DeltaLayer].batch)
 
     def conv_layer(self, weights: Any, config: Any, number: int) -> ConvLayer:
-        return self._conv.layer(weights, config, number)
+        return ConvLayer(weights, config, number, self._recurrent[ConvLayer].batch)
 
     def mamba2_layer(self, weights: Any, config: Any, number: int) -> Mamba2Layer:
-        return self._mamba2.layer(weights, config, number)
+        return Mamba2Layer(weights, config, number, self._recurrent[Mamba2Layer].batch)
 
     def recurrent_state(self, config: Any) -> RecurrentState:
         return RecurrentState(config)
@@ -158,14 +165,14 @@ class CpuBackend:
 
     @contextmanager
     def chain(self, num_tokens: int, layers: Sequence[Any]) -> Iterator[None]:
-        with self._timed(num_tokens), self._team.chain(num_tokens):
+        with self._timed(num_tokens), self._chain.opened(num_tokens):
             yield
         self._known = room_for(num_tokens), list(layers), *self._attention.batch
 
     def again(
         self, layers: Sequence[Any], table: Matrix, batch: Any, kv: KVPages, scale: float = 1.0
     ) -> np.ndarray | None:
-        if not self._team.is_known or not self._is_short(len(batch.tokens)):
+        if not self._chain.is_known or not self._is_short(len(batch.tokens)):
             return None
         most_rows, known, x, _, known_kv, geometry = self._known
         if len(batch.tokens) > most_rows:
@@ -175,10 +182,10 @@ class CpuBackend:
         new = self._embedding.fill(table, batch.tokens, scale)
         if new.base is not x.base or not self._attention.again(new, batch, kv, geometry):
             return None
-        if not self._team.resize(len(new)):
+        if not self._chain.resize(len(new)):
             return None
         with self._timed(len(new)):
-            self._team.again()
+            self._chain.again()
         return new
 
     def _is_short(self, num_tokens: int) -> bool:
@@ -192,7 +199,7 @@ class CpuBackend:
             self._row_seconds = (self._team.seconds - start) / num_tokens
 
     def chained_seconds(self) -> dict[str, float]:
-        return self._team.take_seconds()
+        return self._chain.take_seconds()
 
     def embed(self, table: Matrix, tokens: np.ndarray, scale: float = 1.0) -> np.ndarray:
         return self._embedding.run(table, tokens, scale)
@@ -202,13 +209,9 @@ class CpuBackend:
 
     def attention(self, x: np.ndarray, layer: Any, kv: KVPages, index: int, batch: Any) -> None:
         if len(x) > FEW_ROWS:
-            self._team.finish()  # of many rows a layer at a time: an interrupt waits for one
-        if isinstance(layer, DeltaLayer):
-            self._delta.run(x, layer, batch)
-        elif isinstance(layer, ConvLayer):
-            self._conv.run(x, layer, batch)
-        elif isinstance(layer, Mamba2Layer):
-            self._mamba2.run(x, layer, batch)
+            self._chain.finish()  # of many rows a layer at a time: an interrupt waits for one
+        if (recurrent := self._recurrent.get(type(layer))) is not None:
+            recurrent.run(x, layer, batch)
         else:
             self._attention.run(x, layer, kv, index, batch)
 
@@ -226,7 +229,7 @@ class CpuBackend:
         jobs: Any,
         out: np.ndarray,
     ) -> None:
-        layer.fetched.run(self._team, h, addresses, jobs, out)
+        layer.fetched.run(self._chain, h, addresses, jobs, out)
 
     def routed_experts(
         self,
@@ -238,11 +241,11 @@ class CpuBackend:
     ) -> np.ndarray:
         routed = self._router.choose(x, router)
         out = self._scratch.room("pairs", 4 * routed.experts.size * self._hidden_size)
-        layer.chosen.run(self._team, routed, table, out, into)
+        layer.chosen.run(self._chain, routed, table, out, into)
         return routed.h[: len(x)]
 
     def weighted(self, h: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return self._weighted.run(self._team, h, weights)
+        return self._weighted.run(self._chain, h, weights)
 
     def hidden_states(self, num_tokens: int) -> np.ndarray:
         return self._scratch.floats("hidden states", num_tokens, self._hidden_size)
@@ -251,7 +254,7 @@ class CpuBackend:
         return self._scratch.floats("pairs", num_pairs, self._hidden_size)
 
     def combine(self, x: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
-        self._combine.run(self._team, x, out, weights)
+        self._combine.run(self._chain, x, out, weights)
 
     def feed_forward(
         self,
@@ -260,7 +263,7 @@ class CpuBackend:
         layer: FeedForwardLayer,
         into: np.ndarray | None = None,
     ) -> None:
-        layer.run(self._team, x, h, into)
+        layer.run(self._chain, x, h, into)
 
     def branches(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._merge.branches(x)

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.chain import Chain
 from cpu_kernels.compiler import called
 from cpu_kernels.flash import BATCH, block_rows, partial_bytes, workspace_bytes
 from cpu_kernels.kv import CHUNK, KV, KVPages
 from cpu_kernels.memory import load_i32, store_word, word
 from cpu_kernels.record import Record, Scratch
-from cpu_kernels.team import Team
 
 SPLIT_ROWS = 16  # up to this many rows, chunks of positions are spread over the threads
 SPLIT_BYTES = 64 << 20  # unless their partial results need more memory than this
@@ -60,10 +60,10 @@ def _plan(batch, kv, num_sequences, most_rows):
 class PreparedBatch:
     """The record of the batch at hand, which all layers share, and the memory they work in."""
 
-    def __init__(self, team: Team) -> None:
+    def __init__(self, chain: Chain) -> None:
         self.record = Record(BATCH)
         self.num_positions = 0
-        self._team = team
+        self._chain = chain
         self._scratch = Scratch()
         self.current: tuple[Any, ...] = (None,) * 4
         self._reserved: tuple[Any, ...] = ()
@@ -78,7 +78,7 @@ class PreparedBatch:
         old_x, old_batch, old_kv, old_geometry = self.current
         if x is old_x and batch is old_batch and kv is old_kv and geometry == old_geometry:
             return
-        self._team.finish_batch()  # layers that wait use the record
+        self._chain.finish_batch()  # layers that wait use the record
         self.current = (None,) * 4
         num_rows = len(x)
         _check(x, "x", np.float32, (num_rows, geometry.hidden_size))
@@ -124,7 +124,7 @@ class PreparedBatch:
             split=int(split),
             normed=room("normed", 4 * num_rows * g.hidden_size),
             queries=room("queries", 4 * num_rows * g.num_heads * g.padded_dim),
-            workspaces=room("workspaces", self._team.num_threads * workspace),
+            workspaces=room("workspaces", self._chain.num_threads * workspace),
             workspace_bytes=workspace,
             partials=room("partials", partials if split else 0),
             out=room("out", 4 * num_rows * g.hidden_size),

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from cpu_kernels.atomic import call_op
+from cpu_kernels.chain import Chain
 from cpu_kernels.combine import COMBINE, add_pairs
 from cpu_kernels.compiler import inner
 from cpu_kernels.experts import EXPERTS, ExpertLayer, run_experts
 from cpu_kernels.lanes import store_i32
 from cpu_kernels.memory import load_i32, store_word, word
 from cpu_kernels.record import Record, fields
-from cpu_kernels.team import Team, barrier, op
+from cpu_kernels.team import barrier, op
 
 # `run` is the address of run_experts, `experts` and `combine` those of such records, `chosen` that
 # of the router's int32 [num_pairs], `table` and `uses` those of tiered.experts.ExpertTable,
@@ -91,7 +92,7 @@ class ChosenExperts:
         )
         _ = _chosen.address  # compiled before the first token
 
-    def run(self, team: Team, routed: Any, table: Any, out: np.ndarray, into: np.ndarray) -> None:
+    def run(self, chain: Chain, routed: Any, table: Any, out: np.ndarray, into: np.ndarray) -> None:
         """into (float32 [num_tokens, hidden_size]) += what the experts say of so many first rows
         of `routed` (see cpu_kernels.route.Routed), weighted. What is routed may be known only when
         this is run. `table` has `addresses` and `uses`: how often each expert was used, however
@@ -102,9 +103,9 @@ class ChosenExperts:
             self._record.is_filled_for(routed, table, out, version)
             and self._combine.points_to(x=into)
         ):
-            self._fill(team, routed, table, out, into)
+            self._fill(chain, routed, table, out, into)
         self.resize(len(into))
-        team.queue(_chosen.address, self._record.address, resize=self.resize)
+        chain.queue(_chosen.address, self._record.address, resize=self.resize)
 
     def resize(self, num_rows: int) -> None:
         """So many tokens are there when this is run next."""
@@ -112,8 +113,10 @@ class ChosenExperts:
         self._combine.resize(num_rows=num_rows)
         self._record.resize(num_pairs=num_rows * self._top_k)
 
-    def _fill(self, team: Team, routed: Any, table: Any, out: np.ndarray, into: np.ndarray) -> None:
-        team.forget()  # it may wait to be run as it is
+    def _fill(
+        self, chain: Chain, routed: Any, table: Any, out: np.ndarray, into: np.ndarray
+    ) -> None:
+        chain.forget()  # it may wait to be run as it is
         layer, (most_rows, top_k) = self._layer, routed.experts.shape
         self._top_k, most_pairs, size = top_k, most_rows * top_k, layer.hidden_size
         for name, array, shape in (

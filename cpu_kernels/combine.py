@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from cpu_kernels.chain import Chain
 from cpu_kernels.compiler import inner
 from cpu_kernels.lanes import by_lanes
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import scaled_copy
 from cpu_kernels.record import Record, Scratch, fields
 from cpu_kernels.simd import emitted, f32
-from cpu_kernels.team import Team, op, share
+from cpu_kernels.team import op, share
 
 COMBINE = fields("x out weights num_rows top_k hidden_size")
 WEIGHTED = fields("h out weights num_rows top_k hidden_size")
@@ -67,9 +68,9 @@ class Combine:
         self._weights = np.zeros((0, 0), np.float32)
         self.record = Record(COMBINE)
 
-    def run(self, team: Team, x: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
+    def run(self, chain: Chain, x: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
         num_rows, top_k = weights.shape
-        team.finish()  # one that waits has other weights
+        chain.finish()  # one that waits has other weights
         if not self.record.is_filled_for(x, out, num_rows, top_k):
             if x.shape[0] != num_rows or out.shape != (num_rows * top_k, x.shape[1]):
                 raise ValueError(
@@ -83,7 +84,7 @@ class Combine:
             self.record.mark_filled_for(x, out, num_rows, top_k)
         # Copied, because that is quicker than to ask for the address of a new array.
         self._weights[:] = weights
-        team.queue(_combine.address, self.record.address)
+        chain.queue(_combine.address, self.record.address)
 
 
 class Weighted:
@@ -93,7 +94,7 @@ class Weighted:
         self._scratch = Scratch()
         self._record = Record(WEIGHTED)
 
-    def run(self, team: Team, h: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    def run(self, chain: Chain, h: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """float32 [num_tokens * top_k, hidden_size], until the next call."""
         num_rows, top_k = weights.shape
         if h.dtype != np.float32 or len(h) != num_rows:
@@ -105,5 +106,5 @@ class Weighted:
             h=h, out=out, weights=np.ascontiguousarray(weights, np.float32), num_rows=num_rows,
             top_k=top_k, hidden_size=h.shape[1],
         )  # fmt: skip
-        team.run(_weighted.address, self._record.address)
+        chain.run(_weighted.address, self._record.address)
         return out

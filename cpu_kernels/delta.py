@@ -17,9 +17,9 @@ from cpu_kernels.gating import sigmoid, silu_multiply
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, store_f32, word
 from cpu_kernels.norm import add, apply_norm, rms_norm_rows, rms_scale, scaled_copy
-from cpu_kernels.record import Record, Scratch, fields, floats
-from cpu_kernels.recurrent import RUNS, convolve, run_at, runs_of
-from cpu_kernels.team import OF_ATTENTION, Team, barrier, next_task, op, share
+from cpu_kernels.record import Record, fields, floats
+from cpu_kernels.recurrent import RUNS, check_shapes, convolve, run_at
+from cpu_kernels.team import barrier, next_task, op, share
 
 # A batch; `runs` is a record of RUNS.
 DELTA_BATCH = fields(
@@ -165,7 +165,7 @@ def state_layout(config: Any) -> StateLayout:
 
 
 class DeltaLayer:
-    """A layer's weights, ready for `DeltaNet.run`. `weights` has the attributes of
+    """A layer's weights, ready for `RecurrentLayers.run`. `weights` has the attributes of
     tiered.backend.DeltaWeights, its matrices are Matrix; `number` counts such layers from 0."""
 
     def __init__(self, weights: Any, config: Any, number: int, batch: Record) -> None:
@@ -176,20 +176,16 @@ class DeltaLayer:
                 f"{d.num_value_heads} of them a multiple of {d.num_key_heads} heads of keys"
             )
         self.delta, self.hidden_size = d, hidden
-        values = d.num_value_heads * d.value_dim
-        for name, shape in (
-            ("qkv", (d.channels, hidden)),
-            ("z", (values, hidden)),
-            ("b", (d.num_value_heads, hidden)),
-            ("a", (d.num_value_heads, hidden)),
-            ("conv", (d.conv_size, d.channels)),
-            ("o", (hidden, values)),
-        ):
-            if tuple(getattr(w, name).shape) != shape:
-                raise ValueError(
-                    f"delta weight {name} must have shape {shape}, "
-                    f"not {tuple(getattr(w, name).shape)}"
-                )
+        self.width = values = d.num_value_heads * d.value_dim
+        shapes = {
+            "qkv": (d.channels, hidden),
+            "z": (values, hidden),
+            "b": (d.num_value_heads, hidden),
+            "a": (d.num_value_heads, hidden),
+            "conv": (d.conv_size, d.channels),
+            "o": (hidden, values),
+        }
+        check_shapes("delta", w, shapes)
         layout = state_layout(config)
         start = 4 * number * layout.per_layer
         self._weights = w  # the record has only their addresses
@@ -214,53 +210,24 @@ class DeltaLayer:
             history=start,
             state=start + 4 * layout.history,
         )
-        _ = delta_net.address  # compiled before the first token
+        self.op = delta_net
+        _ = self.op.address  # compiled before the first token
 
-
-class DeltaNet:
-    """Runs such layers; one call at a time."""
-
-    def __init__(self, team: Team) -> None:
-        self._team = team
-        self._scratch = Scratch()
-        self._runs = Record(RUNS)
-        self._batch = Record(DELTA_BATCH, runs=self._runs.address)
-
-    def layer(self, weights: Any, config: Any, number: int) -> DeltaLayer:
-        return DeltaLayer(weights, config, number, self._batch)
-
-    def run(self, x: np.ndarray, layer: DeltaLayer, batch: Any) -> None:
-        """x += delta_net(norm(x)): float32 [num_tokens, hidden_size]; `batch.states` (one of each
-        sequence) go on by its tokens."""
-        if not len(x):
-            return
-        if not self._batch.is_filled_for(x, batch):
-            self._fill(x, layer, batch)
-        self._team.queue(delta_net.address, layer.record.address, OF_ATTENTION)
-
-    def _fill(self, x: np.ndarray, layer: DeltaLayer, batch: Any) -> None:
-        self._team.forget()  # layers that wait use the record
-        self._batch.mark_filled_for()
-        n, d = len(x), layer.delta
-        if x.dtype != np.float32 or x.shape != (n, layer.hidden_size):
-            raise ValueError(f"x must be float32 [num_tokens, {layer.hidden_size}]")
-        runs, width = runs_of(batch), d.num_value_heads * d.value_dim
-        self._runs.set(count=len(runs), runs=runs, positions=batch.positions)
-        room = self._scratch.room
-        self._batch.set(
-            x=x,
-            num_rows=n,
-            normed=room("normed", 4 * n * layer.hidden_size),
-            prepared=room("prepared", prepared_bytes(n, max(layer.hidden_size, width))),
-            mixed_in=room("mixed_in", 4 * n * d.channels),
-            mixed=room("mixed", 4 * n * d.channels),
-            z=room("z", 4 * n * width),
-            b=room("b", 4 * n * d.num_value_heads),
-            a=room("a", 4 * n * d.num_value_heads),
-            decays=room("decays", 4 * n * d.num_value_heads),
-            betas=room("betas", 4 * n * d.num_value_heads),
-            products=room("products", 4 * n * d.num_key_heads),
-            out=room("out", 4 * n * layer.hidden_size),
-            values=room("values", 4 * n * width),
-        )
-        self._batch.mark_filled_for(x, batch)
+    def rooms(self, n: int) -> dict[str, int]:
+        """Bytes that n tokens need."""
+        d, hidden, width = self.delta, self.hidden_size, self.width
+        values = {
+            "normed": hidden,
+            "mixed_in": d.channels,
+            "mixed": d.channels,
+            "z": width,
+            "b": d.num_value_heads,
+            "a": d.num_value_heads,
+            "decays": d.num_value_heads,
+            "betas": d.num_value_heads,
+            "products": d.num_key_heads,
+            "values": width,
+            "out": hidden,
+        }
+        rooms = {name: 4 * n * count for name, count in values.items()}
+        return {**rooms, "prepared": prepared_bytes(n, max(hidden, width))}

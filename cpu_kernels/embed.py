@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.chain import OF_ATTENTION, Chain, before_each_run
 from cpu_kernels.linear import gather_rows
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import scaled_copy
 from cpu_kernels.record import Record, Scratch, fields
-from cpu_kernels.team import OF_ATTENTION, Team, barrier, before_each_run, op, share
+from cpu_kernels.team import barrier, op, share
 from cpu_kernels.workspace import room_for
 
 EMBED = fields("table tokens num_rows out hidden_size scale")
@@ -33,8 +34,8 @@ def embed(r, thread, num_threads, team):
 class Embedding:
     """Looks tokens up; one call at a time."""
 
-    def __init__(self, team: Team) -> None:
-        self._team = team
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
         self._scratch = Scratch()
         self._record = Record(EMBED)
         self._tokens = np.empty(0, np.int32)
@@ -46,7 +47,7 @@ class Embedding:
         x = self.fill(table, tokens, scale)
         if len(tokens):
             record = self._record.address
-            self._team.queue(embed.address, record, OF_ATTENTION, before_each_run)
+            self._chain.queue(embed.address, record, OF_ATTENTION, before_each_run)
         return x
 
     def fill(self, table: Any, tokens: np.ndarray, scale: float) -> np.ndarray:
@@ -60,7 +61,7 @@ class Embedding:
         self._scratch.room("x", 4 * room_for(num_rows) * hidden_size)  # in one place
         x = self._scratch.floats("x", num_rows, hidden_size)
         if not self._record.is_filled_for(x, table, scale):
-            self._team.finish_batch()
+            self._chain.finish_batch()
             self._tokens = np.empty(num_rows, np.int32)
             self._record.set(
                 table=table.address, tokens=self._tokens, num_rows=num_rows, out=x,

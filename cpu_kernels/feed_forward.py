@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cpu_kernels.atomic import call_op
+from cpu_kernels.chain import Chain
 from cpu_kernels.combine import add_scaled
 from cpu_kernels.experts import EXPERTS, ExpertLayer, run_experts
 from cpu_kernels.gating import sigmoid
@@ -15,7 +16,7 @@ from cpu_kernels.linear import multiply
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import apply_norm, rms_scale
 from cpu_kernels.record import Record, fields
-from cpu_kernels.team import Team, barrier, op, share
+from cpu_kernels.team import barrier, op, share
 from cpu_kernels.workspace import Workspace, room_for
 
 FEED_FORWARD = fields("run experts x target norm eps scale scores")
@@ -85,7 +86,7 @@ class FeedForwardLayer:
         _ = _feed_forward.address
 
     def run(
-        self, team: Team, x: np.ndarray, h: np.ndarray | None, into: np.ndarray | None = None
+        self, chain: Chain, x: np.ndarray, h: np.ndarray | None, into: np.ndarray | None = None
     ) -> None:
         target, num_rows = x if into is None else into, len(x)
         if not (
@@ -94,19 +95,19 @@ class FeedForwardLayer:
             and self._record.points_to(x=x, target=target)
             and (h is None or self._experts.points_to(h=h))
         ):
-            self._fill(team, x, h, target)
+            self._fill(chain, x, h, target)
         self.resize(num_rows)
-        team.queue(_feed_forward.address, self._record.address, resize=self.resize)
+        chain.queue(_feed_forward.address, self._record.address, resize=self.resize)
 
     def resize(self, num_rows: int) -> None:
         """So many rows are there when this is run next."""
         self._experts.resize(num_rows=num_rows)
         self._starts[1] = num_rows
 
-    def _fill(self, team: Team, x: np.ndarray, h: np.ndarray | None, target: np.ndarray) -> None:
+    def _fill(self, chain: Chain, x: np.ndarray, h: np.ndarray | None, target: np.ndarray) -> None:
         if h is None and self.norm is None:
             raise ValueError("this feed-forward was prepared without a norm: give it h")
-        team.forget()  # it may wait to be run as it is
+        chain.forget()  # it may wait to be run as it is
         space, hidden = self.workspace, x.shape[1]
         self._most_rows = most = max(self._most_rows, room_for(len(x)))
         space.reserve(most, hidden, most, self.layer.expert_size)

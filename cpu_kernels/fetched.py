@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.chain import Chain
 from cpu_kernels.experts import EXPERTS, ExpertLayer, run_experts
 from cpu_kernels.record import Record
-from cpu_kernels.team import Team
 
 
 class FetchedExperts:
@@ -21,7 +21,7 @@ class FetchedExperts:
         _ = run_experts.address  # compiled now rather than in the first token
 
     def run(
-        self, team: Team, h: np.ndarray, addresses: np.ndarray, jobs: Any, out: np.ndarray
+        self, chain: Chain, h: np.ndarray, addresses: np.ndarray, jobs: Any, out: np.ndarray
     ) -> None:
         """See Backend.experts. `jobs` has `experts`, `starts` and `pairs`; of the last two nobody
         may change what they hold."""
@@ -30,7 +30,7 @@ class FetchedExperts:
             return
         if addresses.shape != (num_jobs, 3) or addresses.dtype != np.int64:
             raise ValueError(f"addresses must be int64 [{num_jobs}, 3]")
-        team.finish()  # other layers that wait use the workspace, too
+        chain.finish()  # other layers that wait use the workspace, too
         space = self._layer.workspace
         if not self._record.is_filled_for(h, out, num_jobs, num_pairs, space.version):
             self._fill(h, out, num_jobs, num_pairs)
@@ -40,7 +40,7 @@ class FetchedExperts:
             space.place(jobs.starts, jobs.pairs)
         if self._asks_who:
             space.arrays["experts"][:num_jobs] = jobs.experts
-        team.run(run_experts.address, self._record.address)
+        chain.run(run_experts.address, self._record.address)
 
     def _fill(self, h: np.ndarray, out: np.ndarray, num_jobs: int, num_pairs: int) -> None:
         space, size = self._layer.workspace, self._layer.hidden_size

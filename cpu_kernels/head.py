@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.chain import OF_HEAD, Chain
 from cpu_kernels.gating import soft_cap
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, word
 from cpu_kernels.norm import apply_norm, layer_norm, norm_vectors, rms_scale
 from cpu_kernels.record import Record, Scratch, fields
-from cpu_kernels.team import OF_HEAD, Team, barrier, op, share
+from cpu_kernels.team import barrier, op, share
 
 HEAD = fields(
     "x rows num_rows norm norm_bias eps hidden_size normed prepared head logits vocab_size softcap"
@@ -56,8 +57,8 @@ class OutputLayer:
 class Head:
     """Runs output layers; one call at a time."""
 
-    def __init__(self, team: Team) -> None:
-        self._team = team
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
         self._scratch = Scratch()
         self._record = Record(HEAD)
         self._rows = np.empty(0, np.int32)
@@ -79,7 +80,7 @@ class Head:
         # Copied, because that is quicker than to ask for the address of a new array.
         self._rows[:] = numbers
         self._record.set(logits=logits)
-        self._team.run(head.address, self._record.address, OF_HEAD)
+        self._chain.run(head.address, self._record.address, OF_HEAD)
         return logits
 
     def _fill(self, x: np.ndarray, layer: OutputLayer, num_rows: int) -> None:

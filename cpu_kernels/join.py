@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.chain import Chain
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import apply_norm, rms_scale
 from cpu_kernels.record import Record, Scratch, fields, floats
-from cpu_kernels.team import Team, barrier, op, share
+from cpu_kernels.team import barrier, op, share
 
 JOIN = fields(
     "x hidden num_rows hidden_size embedding_norm last_norm hidden_norm eps joined prepared "
@@ -64,8 +65,8 @@ class JoinLayer:
 class Join:
     """Runs join layers; one call at a time."""
 
-    def __init__(self, team: Team) -> None:
-        self._team = team
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
         self._scratch = Scratch()
 
     def run(self, x: np.ndarray, hidden: np.ndarray, layer: JoinLayer) -> None:
@@ -82,4 +83,4 @@ class Join:
             joined=room("joined", 4 * len(x) * columns),
             prepared=room("prepared", prepared_bytes(len(x), columns)),
         )
-        self._team.run(join.address, layer.record.address)
+        self._chain.run(join.address, layer.record.address)

@@ -18,10 +18,10 @@ from cpu_kernels.lanes import LANES
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, store_f32, word
 from cpu_kernels.norm import add, apply_norm, rms_norm_rows, rms_scale
-from cpu_kernels.record import Record, Scratch, fields, floats
-from cpu_kernels.recurrent import RUNS, convolve, run_at, runs_of
+from cpu_kernels.record import Record, fields, floats
+from cpu_kernels.recurrent import RUNS, check_shapes, convolve, run_at
 from cpu_kernels.simd import emitted, f32
-from cpu_kernels.team import OF_ATTENTION, Team, barrier, next_task, op, share
+from cpu_kernels.team import barrier, next_task, op, share
 
 COLUMNS = LANES  # of a head's state that are computed at once
 
@@ -144,7 +144,7 @@ def mamba2(layer, thread, num_threads, team):
 
 
 class Mamba2Layer:
-    """A layer's weights, ready for `Mamba2.run`. `weights` has the attributes of
+    """A layer's weights, ready for `RecurrentLayers.run`. `weights` has the attributes of
     tiered.backend.Mamba2Weights, its matrices are Matrix; `number` counts such layers from 0."""
 
     def __init__(self, weights: Any, config: Any, number: int, batch: Record) -> None:
@@ -155,18 +155,14 @@ class Mamba2Layer:
                 f"{m.num_heads} of them a multiple of {m.num_groups} groups"
             )
         self.mamba2, self.hidden_size = m, hidden
-        for name, shape in (
-            ("z", (m.inner_size, hidden)),
-            ("xbc", (m.channels, hidden)),
-            ("dt", (m.num_heads, hidden)),
-            ("conv", (m.conv_size, m.channels)),
-            ("o", (hidden, m.inner_size)),
-        ):
-            if tuple(getattr(w, name).shape) != shape:
-                raise ValueError(
-                    f"Mamba weight {name} must have shape {shape}, "
-                    f"not {tuple(getattr(w, name).shape)}"
-                )
+        shapes = {
+            "z": (m.inner_size, hidden),
+            "xbc": (m.channels, hidden),
+            "dt": (m.num_heads, hidden),
+            "conv": (m.conv_size, m.channels),
+            "o": (hidden, m.inner_size),
+        }
+        check_shapes("Mamba", w, shapes)
         start = 4 * number * m.state_values
         self._weights = w  # the record has only their addresses
         self.record = Record(
@@ -192,49 +188,21 @@ class Mamba2Layer:
             history=start,
             state=start + 4 * (m.conv_size - 1) * m.channels,
         )
-        _ = mamba2.address  # compiled before the first token
+        self.op = mamba2
+        _ = self.op.address  # compiled before the first token
 
-
-class Mamba2:
-    """Runs such layers; one call at a time."""
-
-    def __init__(self, team: Team) -> None:
-        self._team = team
-        self._scratch = Scratch()
-        self._runs = Record(RUNS)
-        self._batch = Record(MAMBA_BATCH, runs=self._runs.address)
-
-    def layer(self, weights: Any, config: Any, number: int) -> Mamba2Layer:
-        return Mamba2Layer(weights, config, number, self._batch)
-
-    def run(self, x: np.ndarray, layer: Mamba2Layer, batch: Any) -> None:
-        """x += mamba2(norm(x)): float32 [num_tokens, hidden_size]; `batch.states` (one of each
-        sequence) go on by its tokens."""
-        if not len(x):
-            return
-        if not self._batch.is_filled_for(x, batch):
-            self._fill(x, layer, batch)
-        self._team.queue(mamba2.address, layer.record.address, OF_ATTENTION)
-
-    def _fill(self, x: np.ndarray, layer: Mamba2Layer, batch: Any) -> None:
-        self._team.forget()  # layers that wait use the record
-        self._batch.mark_filled_for()
-        n, m = len(x), layer.mamba2
-        if x.dtype != np.float32 or x.shape != (n, layer.hidden_size):
-            raise ValueError(f"x must be float32 [num_tokens, {layer.hidden_size}]")
-        runs, room = runs_of(batch), self._scratch.room
-        self._runs.set(count=len(runs), runs=runs, positions=batch.positions)
-        self._batch.set(
-            x=x,
-            num_rows=n,
-            normed=room("normed", x.nbytes),
-            prepared=room("prepared", prepared_bytes(n, max(layer.hidden_size, m.inner_size))),
-            mixed_in=room("mixed_in", 4 * n * m.channels),
-            mixed=room("mixed", 4 * n * m.channels),
-            z=room("z", 4 * n * m.inner_size),
-            steps=room("steps", 4 * n * m.num_heads),
-            decays=room("decays", 4 * n * m.num_heads),
-            values=room("values", 4 * n * m.inner_size),
-            out=room("out", x.nbytes),
-        )
-        self._batch.mark_filled_for(x, batch)
+    def rooms(self, n: int) -> dict[str, int]:
+        """Bytes that n tokens need."""
+        m, hidden = self.mamba2, self.hidden_size
+        values = {
+            "normed": hidden,
+            "mixed_in": m.channels,
+            "mixed": m.channels,
+            "z": m.inner_size,
+            "steps": m.num_heads,
+            "decays": m.num_heads,
+            "values": m.inner_size,
+            "out": hidden,
+        }
+        rooms = {name: 4 * n * count for name, count in values.items()}
+        return {**rooms, "prepared": prepared_bytes(n, max(hidden, m.inner_size))}

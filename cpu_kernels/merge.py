@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.chain import Chain
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import add, apply_norm, rms_scale, scaled_copy
 from cpu_kernels.record import Record, Scratch, fields, floats
-from cpu_kernels.team import Team, op, share
+from cpu_kernels.team import op, share
 
 MERGE = fields("x dense routed num_rows hidden_size dense_norm routed_norm norm eps scale")
 
@@ -49,13 +50,13 @@ class MergeLayer:
 class Merge:
     """Runs merge layers; one call at a time."""
 
-    def __init__(self, team: Team) -> None:
-        self._team = team
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
         self._scratch = Scratch()
 
     def branches(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Two arrays like x, filled with zeros, until the next call."""
-        self._team.forget()  # a layer before may use them
+        self._chain.forget()  # a layer before may use them
         dense, routed = (self._scratch.floats(name, *x.shape) for name in ("dense", "routed"))
         dense[:], routed[:] = 0.0, 0.0
         return dense, routed
@@ -67,4 +68,4 @@ class Merge:
                 raise ValueError(f"shapes differ: {x.shape}, {dense.shape}, {routed.shape}")
             layer.record.set(x=x, dense=dense, routed=routed, num_rows=len(x))
             layer.record.mark_filled_for(x, dense, routed)
-        self._team.queue(_merge.address, layer.record.address)
+        self._chain.queue(_merge.address, layer.record.address)

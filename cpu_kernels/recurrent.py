@@ -1,4 +1,5 @@
-"""What recurrent layers share: a text's state, runs of its tokens in a batch, convolutions."""
+"""What recurrent layers share: a text's state, runs of its tokens in a batch, how they are run,
+convolutions."""
 
 from __future__ import annotations
 
@@ -6,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from cpu_kernels.chain import OF_ATTENTION, Chain
 from cpu_kernels.compiler import inner
 from cpu_kernels.delta_rule import add_product, clear
 from cpu_kernels.gating import silu
 from cpu_kernels.memory import load_i32, word
 from cpu_kernels.norm import add, scaled_copy
-from cpu_kernels.record import fields
+from cpu_kernels.record import Record, Scratch, fields
 from cpu_kernels.team import share
 
 # `runs` has int64 [count, 3]: the first of rows that follow each other in one text, how many, and
@@ -26,6 +28,46 @@ class RecurrentState:
         """`config` has the attributes of tiered.config.ModelConfig."""
         self.values = np.empty(len(config.recurrent_layers) * config.state_values, np.float32)
         self.address: int = self.values.ctypes.data
+
+
+def check_shapes(kind: str, weights: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError if one of the `weights` has another shape."""
+    for name, shape in shapes.items():
+        own = tuple(getattr(weights, name).shape)
+        if own != shape:
+            raise ValueError(f"{kind} weight {name} must have shape {shape}, not {own}")
+
+
+class RecurrentLayers:
+    """Runs the layers of one kind; one call at a time. They have an `op`, the `record` that it
+    takes, a `hidden_size`, and `rooms`: bytes of memory, by the names that they have in the batch's
+    record (its fields are `batch_fields`), for so many tokens."""
+
+    def __init__(self, chain: Chain, batch_fields: Any) -> None:
+        self._chain = chain
+        self._scratch = Scratch()
+        self._runs = Record(RUNS)
+        self.batch = Record(batch_fields, runs=self._runs.address)  # what all layers are given
+
+    def run(self, x: np.ndarray, layer: Any, batch: Any) -> None:
+        """x += what the layer makes of norm(x): float32 [num_tokens, hidden_size]; `batch.states`
+        (one of each sequence) go on by its tokens."""
+        if not len(x):
+            return
+        if not self.batch.is_filled_for(x, batch):
+            self._fill(x, layer, batch)
+        self._chain.queue(layer.op.address, layer.record.address, OF_ATTENTION)
+
+    def _fill(self, x: np.ndarray, layer: Any, batch: Any) -> None:
+        self._chain.forget()  # layers that wait use the record
+        self.batch.mark_filled_for()
+        if x.dtype != np.float32 or x.shape != (len(x), layer.hidden_size):
+            raise ValueError(f"x must be float32 [num_tokens, {layer.hidden_size}]")
+        runs, room = runs_of(batch), self._scratch.room
+        self._runs.set(count=len(runs), runs=runs, positions=batch.positions)
+        rooms = {name: room(name, nbytes) for name, nbytes in layer.rooms(len(x)).items()}
+        self.batch.set(x=x, num_rows=len(x), **rooms)
+        self.batch.mark_filled_for(x, batch)
 
 
 def runs_of(batch: Any) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpu_kernels.chain import OF_ROUTER, Chain
 from cpu_kernels.compiler import inner
 from cpu_kernels.exponential import exp
 from cpu_kernels.lanes import LANES, by_lanes, larger, store_i32
@@ -22,7 +23,7 @@ from cpu_kernels.memory import load_f32, load_i32, store_f32, word
 from cpu_kernels.norm import norm_rows, norm_vectors, rms_norm_rows
 from cpu_kernels.record import Record, Scratch, fields, floats
 from cpu_kernels.simd import emitted, f32
-from cpu_kernels.team import OF_ROUTER, Team, barrier, op, share
+from cpu_kernels.team import barrier, op, share
 from cpu_kernels.workspace import room_for
 
 ROUTER = fields(
@@ -292,22 +293,22 @@ class Routed(NamedTuple):
 class Router:
     """Runs router layers; one call at a time. (To guess in another thread takes another Router.)"""
 
-    def __init__(self, team: Team) -> None:
-        self._team = team
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
         self._scratch = Scratch()
         self._routed: Routed | None = None
 
     def route(self, x: np.ndarray, layer: RouterLayer) -> tuple[np.ndarray, Routing]:
         """h = norm(x), which stays until the next call, and the experts chosen for it."""
-        self._team.forget()  # the layer may wait to be run for other rows
+        self._chain.forget()  # the layer may wait to be run for other rows
         routed = self._prepare(x, layer)
         return routed.h[: len(x)], self._run(layer.record, routed, len(x))
 
     def choose(self, x: np.ndarray, layer: RouterLayer) -> Routed:
-        """The same where only ops want to know: it is there when the team has done what waits, and
+        """The same where only ops want to know: it is there when what waits is done, and
         until the next call. Another call returns the same object, while memory suffices."""
         routed = self._prepare(x, layer)
-        self._team.queue(route.address, layer.record.address, OF_ROUTER, layer.resize)
+        self._chain.queue(route.address, layer.record.address, OF_ROUTER, layer.resize)
         return routed
 
     def guess(self, x: np.ndarray, h: np.ndarray, layer: RouterLayer) -> Routing:
@@ -323,14 +324,14 @@ class Router:
         """Have the layer's record say that x is routed."""
         routed, record = self._room(len(x), layer), layer.record
         if not (record.is_filled_for(routed) and record.points_to(x=x)):
-            self._team.forget()  # the layer may wait to be run as it is
+            self._chain.forget()  # the layer may wait to be run as it is
             self._fill(record, routed, layer, x=x, h=routed.h)
             record.set(**layer.norm)
         layer.resize(len(x))
         return routed
 
     def _run(self, record: Record, routed: Routed, num_rows: int) -> Routing:
-        self._team.run(route.address, record.address, OF_ROUTER)
+        self._chain.run(route.address, record.address, OF_ROUTER)
         # Copies, because look-ahead and traces keep them; quicker than the address of new arrays.
         return Routing(routed.experts[:num_rows].copy(), routed.weights[:num_rows].copy())
 

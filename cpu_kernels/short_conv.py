@@ -11,9 +11,9 @@ import numpy as np
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import add, apply_norm, rms_norm_rows
-from cpu_kernels.record import Record, Scratch, fields, floats
-from cpu_kernels.recurrent import RUNS, convolve, runs_of
-from cpu_kernels.team import OF_ATTENTION, Team, barrier, op, share
+from cpu_kernels.record import Record, fields, floats
+from cpu_kernels.recurrent import check_shapes, convolve
+from cpu_kernels.team import barrier, op, share
 
 CONV_BATCH = fields("x num_rows runs normed prepared gates gated mixed out")
 CONV = fields("batch hidden_size eps norm gates conv conv_size history o")
@@ -56,21 +56,17 @@ def short_conv(layer, thread, num_threads, team):
 
 
 class ConvLayer:
-    """A layer's weights, ready for `ShortConv.run`. `weights` has the attributes of
+    """A layer's weights, ready for `RecurrentLayers.run`. `weights` has the attributes of
     tiered.backend.ConvWeights, its matrices are Matrix; `number` counts such layers from 0."""
 
     def __init__(self, weights: Any, config: Any, number: int, batch: Record) -> None:
         size, w = config.hidden_size, weights
-        for name, shape in (
-            ("gates", (3 * size, size)),
-            ("conv", (config.conv_size, size)),
-            ("o", (size, size)),
-        ):
-            if tuple(getattr(w, name).shape) != shape:
-                raise ValueError(
-                    f"convolution weight {name} must have shape {shape}, "
-                    f"not {tuple(getattr(w, name).shape)}"
-                )
+        shapes = {
+            "gates": (3 * size, size),
+            "conv": (config.conv_size, size),
+            "o": (size, size),
+        }
+        check_shapes("convolution", w, shapes)
         self.hidden_size = size
         self._weights = w  # the record has only their addresses
         self.record = Record(
@@ -85,42 +81,11 @@ class ConvLayer:
             history=4 * number * config.state_values,
             o=w.o.address,
         )
-        _ = short_conv.address  # compiled before the first token
+        self.op = short_conv
+        _ = self.op.address  # compiled before the first token
 
-
-class ShortConv:
-    """Runs such layers; one call at a time."""
-
-    def __init__(self, team: Team) -> None:
-        self._team = team
-        self._scratch = Scratch()
-        self._runs = Record(RUNS)
-        self._batch = Record(CONV_BATCH, runs=self._runs.address)
-
-    def layer(self, weights: Any, config: Any, number: int) -> ConvLayer:
-        return ConvLayer(weights, config, number, self._batch)
-
-    def run(self, x: np.ndarray, layer: ConvLayer, batch: Any) -> None:
-        """x += short_conv(norm(x)): float32 [num_tokens, hidden_size]; `batch.states` (one of each
-        sequence) go on by its tokens."""
-        if not len(x):
-            return
-        if not self._batch.is_filled_for(x, batch):
-            self._fill(x, layer.hidden_size, batch)
-        self._team.queue(short_conv.address, layer.record.address, OF_ATTENTION)
-
-    def _fill(self, x: np.ndarray, size: int, batch: Any) -> None:
-        self._team.forget()  # layers that wait use the record
-        self._batch.mark_filled_for()
-        if x.dtype != np.float32 or x.shape != (len(x), size):
-            raise ValueError(f"x must be float32 [num_tokens, {size}]")
-        runs, room = runs_of(batch), self._scratch.room
-        self._runs.set(count=len(runs), runs=runs, positions=batch.positions)
-        self._batch.set(
-            x=x,
-            num_rows=len(x),
-            prepared=room("prepared", prepared_bytes(len(x), size)),
-            gates=room("gates", 3 * x.nbytes),
-            **{name: room(name, x.nbytes) for name in ("normed", "gated", "mixed", "out")},
-        )
-        self._batch.mark_filled_for(x, batch)
+    def rooms(self, n: int) -> dict[str, int]:
+        """Bytes that n tokens need."""
+        size = self.hidden_size
+        rooms = dict.fromkeys(("normed", "gated", "mixed", "out"), 4 * n * size)
+        return {**rooms, "gates": 12 * n * size, "prepared": prepared_bytes(n, size)}

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from naive_attention import NaiveAttention
 
 from cpu_kernels.attention import Attention, kv_pages
+from cpu_kernels.chain import Chain
 from cpu_kernels.isa import choose
 from cpu_kernels.kv import KVPages
 from cpu_kernels.linear import Matrix
@@ -16,9 +17,9 @@ from tiered.config import ModelConfig, RopeConfig
 
 
 @pytest.fixture(scope="module")
-def teams():
+def chains():
     with Team(1) as one, Team(2) as two, Team(3) as three:
-        yield {1: one, 2: two, 3: three}
+        yield {1: Chain(one), 2: Chain(two), 3: Chain(three)}
 
 
 def config(num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=32, **other):
@@ -84,8 +85,8 @@ def prepared(weights):
 class Runner:
     """A layer with its KV cache; pages of all sequences are shuffled."""
 
-    def __init__(self, team, c, weights, dtype="f32", page_size=32, max_tokens=600, sequences=1):
-        self.attention = Attention(team)
+    def __init__(self, chain, c, weights, dtype="f32", page_size=32, max_tokens=600, sequences=1):
+        self.attention = Attention(chain)
         self.layer = self.attention.layer(prepared(weights), c, 0)
         max_pages = -(-max_tokens // page_size)
         pages = np.random.default_rng(1).permutation(max_pages * sequences)
@@ -117,18 +118,18 @@ def check(got, x, reference, tolerance=2e-5):
     [(1, 1, 16), (4, 4, 64), (4, 2, 80), (8, 1, 128), (6, 2, 24), (3, 1, 2), (32, 1, 16)],
 )
 @pytest.mark.parametrize("num_rows", [1, 5, 40])
-def test_shapes(teams, num_heads, num_kv_heads, head_dim, num_rows):
+def test_shapes(chains, num_heads, num_kv_heads, head_dim, num_rows):
     c = config(num_heads, num_kv_heads, head_dim)
     weights, x = random_weights(c), rows(num_rows, c.hidden_size)
     reference = NaiveAttention(weights, c)(x.astype(float), np.arange(num_rows), np.zeros(num_rows))
-    check(Runner(teams[2], c, weights)(x, np.arange(num_rows)), x, reference)
+    check(Runner(chains[2], c, weights)(x, np.arange(num_rows)), x, reference)
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 256])
-def test_lengths_around_the_borders_of_pages_and_chunks(teams, page_size):
+def test_lengths_around_the_borders_of_pages_and_chunks(chains, page_size):
     c = config()
     weights, x = random_weights(c), rows(530, c.hidden_size)
-    run = Runner(teams[2], c, weights, page_size=page_size)
+    run = Runner(chains[2], c, weights, page_size=page_size)
     naive = NaiveAttention(weights, c)
     start = 0
     for end in (1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 511, 512, 513, 530):
@@ -161,17 +162,17 @@ def test_lengths_around_the_borders_of_pages_and_chunks(teams, page_size):
         },
     ],
 )
-def test_variants(teams, other):
+def test_variants(chains, other):
     c = config(**other)
     weights, x = random_weights(c), rows(600, c.hidden_size)
-    naive, run = NaiveAttention(weights, c), Runner(teams[2], c, weights)
+    naive, run = NaiveAttention(weights, c), Runner(chains[2], c, weights)
     for start, end in ((0, 290), (290, 291), (291, 300), (300, 598), (598, 600)):
         positions, part = np.arange(start, end), x[start:end]
         reference = naive(part.astype(float), positions, np.zeros(end - start))
         check(run(part, positions), part, reference)
 
 
-def test_sinks_and_biases(teams):
+def test_sinks_and_biases(chains):
     c = config()
     weights, x = random_weights(c), rows(50, c.hidden_size)
     random = np.random.default_rng(2)
@@ -179,7 +180,7 @@ def test_sinks_and_biases(teams):
     for name in ("q", "k", "v"):
         bias = random.standard_normal(len(weights[name]))
         weights[name + "_bias"] = bias.astype(np.float32).astype(np.float64)
-    naive, run = NaiveAttention(weights, c), Runner(teams[2], c, weights)
+    naive, run = NaiveAttention(weights, c), Runner(chains[2], c, weights)
     for start, end in ((0, 49), (49, 50)):
         positions, part = np.arange(start, end), x[start:end]
         reference = naive(part.astype(float), positions, np.zeros(end - start))
@@ -187,34 +188,34 @@ def test_sinks_and_biases(teams):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 1e-3), ("int8", 2e-2)])
-def test_smaller_kv_caches(teams, dtype, tolerance):
+def test_smaller_kv_caches(chains, dtype, tolerance):
     # float16 keeps 11 bits, int8 rounds to 1/254 of a head's largest value, about 1 % of a typical
     # one; scores of size 1 turn both into errors of about that size, averaged over positions.
     c = config(8, 2, 64, 64)
     weights, x = random_weights(c), rows(300, c.hidden_size)
     reference = NaiveAttention(weights, c)(x.astype(float), np.arange(300), np.zeros(300))
-    check(Runner(teams[2], c, weights, dtype)(x, np.arange(300)), x, reference, tolerance)
+    check(Runner(chains[2], c, weights, dtype)(x, np.arange(300)), x, reference, tolerance)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "int8"])
 @pytest.mark.parametrize("window", [0, 100])
-def test_bits_do_not_depend_on_threads_splits_or_company(teams, dtype, window):
+def test_bits_do_not_depend_on_threads_splits_or_company(chains, dtype, window):
     c = config(8, 2, 80, 64, sliding_window=window, qk_norm="head")
     weights, length = selecting_weights(c), 530
     x, other = rows(length, c.hidden_size), rows(length, c.hidden_size, seed=6)
-    run = Runner(teams[1], c, weights, dtype)
+    run = Runner(chains[1], c, weights, dtype)
     whole = run(x, np.arange(length))
     for num_threads in (2, 3):
-        again = Runner(teams[num_threads], c, weights, dtype)(x, np.arange(length))
+        again = Runner(chains[num_threads], c, weights, dtype)(x, np.arange(length))
         assert (again == whole).all()
     # In pieces of every size, from single tokens to more than a chunk.
-    run, start, pieces = Runner(teams[2], c, weights, dtype), 0, (1, 2, 7, 13, 20, 63, 64, 65, 270)
+    run, start, pieces = Runner(chains[2], c, weights, dtype), 0, (1, 2, 7, 13, 20, 63, 64, 65, 270)
     for piece in (*pieces, length - sum(pieces)):
         part = slice(start, start + piece)
         assert (run(x[part], np.arange(start, start + piece)) == whole[part]).all()
         start += piece
     # Together with another sequence, which is ahead.
-    run = Runner(teams[2], c, weights, dtype, sequences=2)
+    run = Runner(chains[2], c, weights, dtype, sequences=2)
     run(other[:500], np.arange(500), np.ones(500))
     for start, end in ((0, 3), (3, 4), (4, 20)):
         both = np.concatenate([other[500 + start : 500 + end], x[start:end]])
@@ -223,10 +224,10 @@ def test_bits_do_not_depend_on_threads_splits_or_company(teams, dtype, window):
         assert (got[end - start :] == whole[start:end]).all()
 
 
-def test_layers_keep_their_own_keys(teams):
+def test_layers_keep_their_own_keys(chains):
     c = config()
     weights, x = selecting_weights(c), rows(10, c.hidden_size)
-    run = Runner(teams[1], c, weights)
+    run = Runner(chains[1], c, weights)
     first = run(x, np.arange(10))
     batch = Batch(*[np.zeros(1, np.int32)] * 3, run.tables)
     run.attention.run(rows(1, c.hidden_size, seed=9), run.layer, run.kv, 0, batch)
@@ -235,20 +236,20 @@ def test_layers_keep_their_own_keys(teams):
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "int8"])
 @pytest.mark.parametrize("size", [1e-30, 1e3, 1e8, 1e18])
-def test_extreme_values_stay_finite(teams, dtype, size):
+def test_extreme_values_stay_finite(chains, dtype, size):
     c = config()
     weights = random_weights(c, scale=size)
     x = rows(40, c.hidden_size)
-    run = Runner(teams[2], c, weights, dtype)
+    run = Runner(chains[2], c, weights, dtype)
     assert np.isfinite(run(x, np.arange(40))).all()
     assert np.isfinite(run(x[:1], [40])).all()
 
 
-def test_what_earlier_texts_left_in_a_page_does_not_matter(teams):
+def test_what_earlier_texts_left_in_a_page_does_not_matter(chains):
     c = config()
     weights, x = random_weights(c), rows(30, c.hidden_size)
-    clean = Runner(teams[1], c, weights, "f16")
-    dirty = Runner(teams[1], c, weights, "f16")
+    clean = Runner(chains[1], c, weights, "f16")
+    dirty = Runner(chains[1], c, weights, "f16")
     for arrays in dirty.kv.arrays.values():
         arrays["keys"].fill(np.nan)
         arrays["values"].fill(np.nan)
@@ -267,11 +268,13 @@ def test_what_earlier_texts_left_in_a_page_does_not_matter(teams):
     window=st.sampled_from([0, 3, 33]),
     num_threads=st.sampled_from([1, 2, 3]),
 )
-def test_any_shape(teams, num_kv_heads, group, half_dim, hidden_size, lengths, window, num_threads):
+def test_any_shape(
+    chains, num_kv_heads, group, half_dim, hidden_size, lengths, window, num_threads
+):
     c = config(group * num_kv_heads, num_kv_heads, 2 * half_dim, hidden_size, sliding_window=window)
     weights, x = random_weights(c), rows(sum(lengths), hidden_size)
     run = Runner(
-        teams[num_threads], c, weights, page_size=16, max_tokens=80, sequences=len(lengths)
+        chains[num_threads], c, weights, page_size=16, max_tokens=80, sequences=len(lengths)
     )
     positions = np.concatenate([np.arange(n) for n in lengths])
     sequences = np.repeat(np.arange(len(lengths)), lengths)
@@ -279,9 +282,9 @@ def test_any_shape(teams, num_kv_heads, group, half_dim, hidden_size, lengths, w
     check(run(x, positions, sequences), x, reference, 5e-5)
 
 
-def test_bad_batches_are_refused(teams):
+def test_bad_batches_are_refused(chains):
     c = config()
-    run = Runner(teams[1], c, random_weights(c), max_tokens=64)
+    run = Runner(chains[1], c, random_weights(c), max_tokens=64)
     x = rows(2, c.hidden_size)
     for positions, sequences, message in (
         ([0, 64], None, "position"),
@@ -299,10 +302,10 @@ def test_bad_batches_are_refused(teams):
     assert run(x[:0], []).shape == (0, c.hidden_size)
 
 
-def test_impossible_layers_and_caches_are_refused(teams):
+def test_impossible_layers_and_caches_are_refused(chains):
     c = config()
     weights = random_weights(c)
-    attention = Attention(teams[1])
+    attention = Attention(chains[1])
     with pytest.raises(ValueError, match="shape"):
         attention.layer(prepared(weights), config(num_heads=8), 0)
     with pytest.raises(ValueError, match="norm must have"):

@@ -63,7 +63,7 @@ def test_a_known_pass_is_run_again_whatever_came_between(engine):
             token = answers[text][step]
             got[text].append(log_softmax(logits[text])[token])
             logits[text] = g._decode(sequences[text], [token])[0]
-            known += engine.backend._team.is_known
+            known += engine.backend._chain.is_known
         if step == 3:
             engine.logits(golden.PROMPT)
     assert known > 5
@@ -96,7 +96,7 @@ def test_texts_that_share_passes_are_each_as_alone(engine):
     ]
     for number, texts in enumerate(steps):
         assert np.array_equal(step(together, texts, number), expected[number])
-        known += engine.backend._team.is_known
+        known += engine.backend._chain.is_known
     assert known >= 3
     for sequence in (*alone, *together):
         kv.close(sequence)
@@ -185,7 +185,7 @@ def test_an_expert_that_several_tokens_choose_is_used_once(engine):
 def test_other_layers_are_not_mistaken_for_the_known_ones(engine):
     answer = [5, 3, 9, 9, 1, 2]
     before = engine.score_tokens(golden.PROMPT, answer)
-    assert engine.backend._team.is_known
+    assert engine.backend._chain.is_known
     layers = engine.decoder.layers
     engine.decoder.layers = layers[:1]
     one = engine.score_tokens(golden.PROMPT, answer)

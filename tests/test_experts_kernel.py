@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_formats import factors, random_matrix, to_float64
 
+from cpu_kernels.chain import Chain
 from cpu_kernels.combine import Combine
 from cpu_kernels.experts import ExpertLayer
 from cpu_kernels.feed_forward import FeedForwardLayer
@@ -27,9 +28,9 @@ CLAMPED = SimpleNamespace(activation="clamped_silu", activation_limit=1.5, norm_
 
 
 @pytest.fixture(scope="module")
-def teams():
+def chains():
     with Team(1) as one, Team(2) as two:
-        yield {1: one, 2: two}
+        yield {1: Chain(one), 2: Chain(two)}
 
 
 class Weights(NamedTuple):
@@ -114,7 +115,7 @@ def test_experts(formats, num_tokens, num_experts, top_k, hidden, size, exact, s
         layer = FetchedExperts(ExpertLayer(layout, CONFIG, ISA, exact, Workspace()))
         out = np.full((num_tokens * top_k, unit * hidden), np.nan, np.float32)
         with Team(threads) as team:
-            layer.run(team, h, addresses, jobs, out)
+            layer.run(Chain(team), h, addresses, jobs, out)
         results.append(out)
     assert (results[0] == results[1]).all()
     assert (results[0] == results[2]).all()
@@ -124,7 +125,7 @@ def test_experts(formats, num_tokens, num_experts, top_k, hidden, size, exact, s
         assert_close(results[0][pairs], want, exact)
 
 
-def test_jobs_one_by_one_give_the_same(teams):
+def test_jobs_one_by_one_give_the_same(chains):
     rng = np.random.default_rng(1)
     layout = expert_layout(96, 64, "q4_0", "q4_0", "q4_0")
     jobs, _ = random_jobs(rng, 13, 6, 2)
@@ -132,16 +133,16 @@ def test_jobs_one_by_one_give_the_same(teams):
     h = rng.standard_normal((13, 96)).astype(np.float32)
     layer = FetchedExperts(ExpertLayer(layout, CONFIG, ISA, False, Workspace()))
     whole, parts = np.zeros((2, 26, 96), np.float32)
-    layer.run(teams[2], h, addresses_of(blobs, layout, jobs.experts), jobs, whole)
+    layer.run(chains[2], h, addresses_of(blobs, layout, jobs.experts), jobs, whole)
     for i in range(len(jobs.experts)):
         one = ExpertJobs(jobs.experts[i : i + 1], jobs.starts[i : i + 2], jobs.pairs)
-        layer.run(teams[1], h, addresses_of(blobs, layout, one.experts), one, parts)
+        layer.run(chains[1], h, addresses_of(blobs, layout, one.experts), one, parts)
     assert (whole == parts).all()
 
 
 @pytest.mark.parametrize("with_biases", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 30])
-def test_experts_of_several_layouts_are_each_what_they_are_alone(num_tokens, with_biases, teams):
+def test_experts_of_several_layouts_are_each_what_they_are_alone(num_tokens, with_biases, chains):
     rng = np.random.default_rng(7)
     formats = ("q4_0",) * 3, ("mxfp4", "mxfp4", "q8_0"), ("f32",) * 3
     layouts = [expert_layout(96, 64, *each) for each in formats]
@@ -160,12 +161,12 @@ def test_experts_of_several_layouts_are_each_what_they_are_alone(num_tokens, wit
     addresses = np.array(
         [blobs[e].ctypes.data + layouts[kinds[e]].offsets for e in jobs.experts], np.int64
     )
-    layer.run(teams[2], h, addresses, jobs, together)
+    layer.run(chains[2], h, addresses, jobs, together)
     for kind, layout in enumerate(layouts):
         chosen = np.flatnonzero(kinds[jobs.experts] == kind)
         if len(chosen):
             one = FetchedExperts(ExpertLayer(layout, CONFIG, ISA, False, Workspace(), biases))
-            one.run(teams[1], h, addresses[chosen], jobs.take(chosen), alone)
+            one.run(chains[1], h, addresses[chosen], jobs.take(chosen), alone)
     assert (together == alone).all()
     for wrong in (None, kinds.astype(np.int64), kinds + np.int32(1), kinds - np.int32(1)):
         with pytest.raises(ValueError, match="kinds must be int32, each less than 3"):
@@ -176,7 +177,7 @@ def test_experts_of_several_layouts_are_each_what_they_are_alone(num_tokens, wit
 
 
 @pytest.mark.parametrize("num_tokens", [1, 30])
-def test_biases_and_a_clamped_activation(num_tokens, teams):
+def test_biases_and_a_clamped_activation(num_tokens, chains):
     rng = np.random.default_rng(4)
     layout = expert_layout(96, 64, "mxfp4", "mxfp4", "mxfp4")
     jobs, _ = random_jobs(rng, num_tokens, 6, 2)
@@ -184,10 +185,10 @@ def test_biases_and_a_clamped_activation(num_tokens, teams):
     h = rng.standard_normal((num_tokens, 96)).astype(np.float32)
     biases = ExpertBiases(*(rng.standard_normal((6, n)).astype(np.float32) for n in (64, 64, 96)))
     results = []
-    for team in teams.values():
+    for chain in chains.values():
         layer = FetchedExperts(ExpertLayer(layout, CLAMPED, ISA, True, Workspace(), biases))
         out = np.full((2 * num_tokens, 96), np.nan, np.float32)
-        layer.run(team, h, addresses_of(blobs, layout, jobs.experts), jobs, out)
+        layer.run(chain, h, addresses_of(blobs, layout, jobs.experts), jobs, out)
         results.append(out)
     assert (results[0] == results[1]).all()
     for i, e in enumerate(jobs.experts):
@@ -202,18 +203,18 @@ def test_biases_and_a_clamped_activation(num_tokens, teams):
         assert_close(results[0][pairs], want, True)
 
 
-def test_no_jobs(teams):
+def test_no_jobs(chains):
     layout = expert_layout(64, 32, "q4_0", "q4_0", "q4_0")
     layer = FetchedExperts(ExpertLayer(layout, CONFIG, ISA, False, Workspace()))
     out = np.ones((2, 64), np.float32)
     empty = ExpertJobs(np.zeros(0, np.int32), np.zeros(1, np.int32), np.zeros(0, np.int32))
     h = np.zeros((1, 64), np.float32)
-    layer.run(teams[2], h, np.zeros((0, 3), np.int64), empty, out)
+    layer.run(chains[2], h, np.zeros((0, 3), np.int64), empty, out)
     assert (out == 1).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 2048), (5, 2, 70), (40, 3, 64)])
-def test_combine(shape, teams):
+def test_combine(shape, chains):
     num_tokens, top_k, hidden = shape
     rng = np.random.default_rng(2)
     x = rng.standard_normal((num_tokens, hidden)).astype(np.float32)
@@ -221,9 +222,9 @@ def test_combine(shape, teams):
     weights = rng.random((num_tokens, top_k)).astype(np.float32)
     want = x + (out.reshape(num_tokens, top_k, hidden) * weights[..., None]).sum(1)
     results = []
-    for team in teams.values():
+    for chain in chains.values():
         got = x.copy()
-        Combine().run(team, got, out, weights)
+        Combine().run(chain, got, out, weights)
         results.append(got)
     assert np.abs(results[0] - want).max() < 1e-5
     assert (results[0] == results[1]).all()
@@ -232,7 +233,7 @@ def test_combine(shape, teams):
 @pytest.mark.parametrize("num_rows", [1, 3, 30])
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize("with_scale", [False, True])
-def test_feed_forward(num_rows, with_norm, with_scale, teams):
+def test_feed_forward(num_rows, with_norm, with_scale, chains):
     rng = np.random.default_rng(3)
     layout = expert_layout(192, 96, "q4_0", "q8_0", "q4_1")
     blob = random_blob(rng, layout)
@@ -249,12 +250,12 @@ def test_feed_forward(num_rows, with_norm, with_scale, teams):
         want = want / (1 + np.exp(-want_h @ to_float64(scale, "f32", (1, 192)).T))
     scale = Matrix(scale.reshape(-1), "f32", (1, 192), ISA) if with_scale else None
     results = []
-    for team in teams.values():
+    for chain in chains.values():
         layer = FeedForwardLayer(
             Weights(*matrices, scale), CONFIG, ISA, False, Workspace(), norm if with_norm else None
         )
         got = x.copy()
-        layer.run(team, got, None if with_norm else h)
+        layer.run(chain, got, None if with_norm else h)
         results.append(got)
     assert_close(results[0] - x, want, False)
     assert (results[0] == results[1]).all()

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpu_kernels.chain import Chain
 from cpu_kernels.embed import Embedding
 from cpu_kernels.head import Head, OutputLayer
 from cpu_kernels.isa import choose
@@ -19,9 +20,9 @@ EPS = 1e-5
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def team(request):
+def chain(request):
     with Team(request.param) as team:
-        yield team
+        yield Chain(team)
 
 
 def float_matrix(weight):
@@ -68,7 +69,7 @@ def config(num_experts, top_k, hidden_size, normalize=True, **more):
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "hidden_size"), [(8, 2, 64), (128, 8, 96), (60, 4, 48), (5, 5, 7)]
 )
-def test_the_best_experts_are_chosen(team, num_experts, top_k, hidden_size, normalize):
+def test_the_best_experts_are_chosen(chain, num_experts, top_k, hidden_size, normalize):
     random = np.random.default_rng(num_experts)
     for num_rows in (1, 3, 20):
         x = random.standard_normal((num_rows, hidden_size)).astype(np.float32)
@@ -76,7 +77,7 @@ def test_the_best_experts_are_chosen(team, num_experts, top_k, hidden_size, norm
         weight = random.standard_normal((num_experts, hidden_size))
         c = config(num_experts, top_k, hidden_size, normalize)
         layer = RouterLayer(RouterWeights(norm, float_matrix(weight)), c)
-        router = Router(team)
+        router = Router(chain)
         h, routing = router.route(x, layer)
         reference = naive_norm(x, norm)
         np.testing.assert_allclose(h, reference, rtol=1e-5, atol=1e-6)
@@ -101,13 +102,13 @@ def test_the_best_experts_are_chosen(team, num_experts, top_k, hidden_size, norm
 )
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("corrected", [False, True])
-def test_other_scores_corrections_and_groups(team, more, normalize, corrected):
+def test_other_scores_corrections_and_groups(chain, more, normalize, corrected):
     c, random = config(32, 4, 32, normalize, **more), np.random.default_rng(5)
     x = random.standard_normal((40, 32)).astype(np.float32)
     weight = random.standard_normal((32, 32)) / 4  # sigmoids of larger logits are equal
     correction = random.standard_normal(32).astype(np.float32) if corrected else None
     layer = RouterLayer(RouterWeights(np.ones(32), float_matrix(weight), correction), c)
-    _, routing = Router(team).route(x, layer)
+    _, routing = Router(chain).route(x, layer)
     for row, h in enumerate(naive_norm(x, np.ones(32))):
         experts, weights = naive_choice(weight @ h, c, correction)
         assert routing.experts[row].tolist() == experts
@@ -115,7 +116,7 @@ def test_other_scores_corrections_and_groups(team, more, normalize, corrected):
 
 
 @pytest.mark.parametrize("num_rows", [1, 37])
-def test_a_norm_and_scales_of_its_own(team, num_rows):
+def test_a_norm_and_scales_of_its_own(chain, num_rows):
     """Experts see x by one norm, the router by another; its weights are scaled expert by expert."""
     c, random = config(8, 3, 32), np.random.default_rng(6)
     x = random.standard_normal((num_rows, 32)).astype(np.float32)
@@ -125,7 +126,7 @@ def test_a_norm_and_scales_of_its_own(team, num_rows):
     layer = RouterLayer(
         RouterWeights(norm, float_matrix(weight), own_norm=own_norm, scales=scales), c
     )
-    router = Router(team)
+    router = Router(chain)
     h, routing = router.route(x, layer)
     np.testing.assert_allclose(h, naive_norm(x, norm), rtol=1e-5, atol=1e-6)
     for row, own in enumerate(naive_norm(x, own_norm)):
@@ -137,14 +138,14 @@ def test_a_norm_and_scales_of_its_own(team, num_rows):
 
 
 @pytest.mark.parametrize("num_rows", [1, 37])
-def test_a_sparse_mixer_weights_among_those_nearly_as_good(team, num_rows):
+def test_a_sparse_mixer_weights_among_those_nearly_as_good(chain, num_rows):
     c = config(8, 2, 32, router_scoring="sparsemixer", router_jitter=0.1)
     random = np.random.default_rng(8)
     x = random.standard_normal((num_rows, 32)).astype(np.float32)
     norm = np.stack([random.random(32) + 0.5, random.standard_normal(32)])
     weight = random.standard_normal((8, 32))
     layer = RouterLayer(RouterWeights(norm, float_matrix(weight)), c)
-    h, routing = Router(team).route(x, layer)
+    h, routing = Router(chain).route(x, layer)
     reference = naive.layer_norm(x.astype(np.float64), norm, EPS)
     np.testing.assert_allclose(h, reference, rtol=1e-5, atol=1e-5)
     for row in range(num_rows):
@@ -153,12 +154,14 @@ def test_a_sparse_mixer_weights_among_those_nearly_as_good(team, num_rows):
         np.testing.assert_allclose(routing.weights[row], weights, rtol=5e-5)
 
 
-def test_what_a_sparse_mixer_does_with_ties_and_distances(team):
+def test_what_a_sparse_mixer_does_with_ties_and_distances(chain):
     def weights(logits):
         weight = float_matrix(np.eye(4))
         c = config(4, 2, 4, router_scoring="sparsemixer", router_jitter=0.01)
         logits = np.array([logits], np.float32)
-        return Router(team).guess(logits, logits, RouterLayer(RouterWeights(np.ones(4), weight), c))
+        return Router(chain).guess(
+            logits, logits, RouterLayer(RouterWeights(np.ones(4), weight), c)
+        )
 
     alone = weights([5, 1, -3, 0])
     assert alone.experts.tolist() == [[0, 1]] and alone.weights.tolist() == [[1, 1]]
@@ -170,11 +173,11 @@ def test_what_a_sparse_mixer_does_with_ties_and_distances(team):
 
 
 @pytest.mark.parametrize("num_rows", [1, 37])
-def test_branches_are_normed_and_merged(team, num_rows):
+def test_branches_are_normed_and_merged(chain, num_rows):
     random = np.random.default_rng(7)
     x, dense, routed = random.standard_normal((3, num_rows, 33)).astype(np.float32)
     norms = random.random((3, 33)).astype(np.float32) + 0.5
-    layer, merge = MergeLayer(MergeWeights(*norms, 0.7), config(8, 2, 33)), Merge(team)
+    layer, merge = MergeLayer(MergeWeights(*norms, 0.7), config(8, 2, 33)), Merge(chain)
     branches = merge.branches(x)
     assert all((branch == 0).all() and branch.shape == x.shape for branch in branches)
     branches[0][:], branches[1][:] = dense, routed
@@ -184,7 +187,7 @@ def test_branches_are_normed_and_merged(team, num_rows):
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
 
 
-def route_logits(team, logits, top_k, normalize=True):
+def route_logits(chain, logits, top_k, normalize=True):
     """Routing for given logits: the router is the identity, and so is h."""
     logits = np.asarray(logits, np.float32)
     size = logits.shape[1]
@@ -192,11 +195,11 @@ def route_logits(team, logits, top_k, normalize=True):
         RouterWeights(np.ones(size), float_matrix(np.eye(size))),
         config(size, top_k, size, normalize),
     )
-    return Router(team).guess(logits, logits, layer)
+    return Router(chain).guess(logits, logits, layer)
 
 
-def test_of_equal_scores_the_first_expert_wins(team):
-    routing = route_logits(team, [[0, 1, 1, 0, 1], [2, 2, 2, 2, 2]], 3)
+def test_of_equal_scores_the_first_expert_wins(chain):
+    routing = route_logits(chain, [[0, 1, 1, 0, 1], [2, 2, 2, 2, 2]], 3)
     assert routing.experts.tolist() == [[1, 2, 4], [0, 1, 2]]
     np.testing.assert_allclose(routing.weights, 1 / 3, rtol=1e-6)
 
@@ -212,9 +215,9 @@ def test_of_equal_scores_the_first_expert_wins(team):
     ),
     st.data(),
 )
-def test_any_logits_give_distinct_experts_and_sane_weights(team, logits, data):
+def test_any_logits_give_distinct_experts_and_sane_weights(chain, logits, data):
     top_k = data.draw(st.integers(1, len(logits[0])))
-    routing = route_logits(team, logits, top_k)
+    routing = route_logits(chain, logits, top_k)
     for experts, weights in zip(*routing, strict=True):
         assert len(set(experts.tolist())) == top_k
         assert (experts >= 0).all() and (experts < len(logits[0])).all()
@@ -222,8 +225,8 @@ def test_any_logits_give_distinct_experts_and_sane_weights(team, logits, data):
         np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
 
 
-def test_a_router_that_is_not_a_number_still_chooses_experts(team):
-    routing = route_logits(team, [[np.nan] * 6], 3)
+def test_a_router_that_is_not_a_number_still_chooses_experts(chain):
+    routing = route_logits(chain, [[np.nan] * 6], 3)
     assert sorted(routing.experts[0].tolist()) == [0, 1, 2]
 
 
@@ -232,16 +235,16 @@ def test_a_router_of_another_shape_is_refused():
         RouterLayer(RouterWeights(np.ones(4), float_matrix(np.eye(4))), config(8, 2, 4))
 
 
-def test_embedding_and_head(team):
+def test_embedding_and_head(chain):
     random = np.random.default_rng(0)
     vocab_size, hidden_size = 50, 33
     table, norm = random.standard_normal((vocab_size, hidden_size)), random.random(hidden_size)
     matrix = float_matrix(table)
     tokens = np.array([3, 49, 0, 3], np.int32)
-    x = Embedding(team).run(matrix, tokens, 1.0)
+    x = Embedding(chain).run(matrix, tokens, 1.0)
     assert (x == table[tokens].astype(np.float32)).all()
     layer = OutputLayer(norm, matrix, config(0, 0, hidden_size))
-    head = Head(team)
+    head = Head(chain)
     logits = head.run(x, np.array([2, 0]), layer)
     reference = naive_norm(x[[2, 0]], norm) @ table.T
     np.testing.assert_allclose(logits, reference, rtol=1e-4, atol=1e-4)
@@ -253,10 +256,10 @@ def test_embedding_and_head(team):
     capped = OutputLayer(norm, matrix, config(0, 0, hidden_size, logit_softcap=2.5))
     logits = head.run(x, np.array([2, 0]), capped)
     np.testing.assert_allclose(logits, 2.5 * np.tanh(reference / 2.5), rtol=1e-4, atol=1e-4)
-    scaled = Embedding(team).run(matrix, tokens, 3.5)
+    scaled = Embedding(chain).run(matrix, tokens, 3.5)
     assert (scaled == table[tokens].astype(np.float32) * np.float32(3.5)).all()
     assert head.run(x, np.array([], np.int32), layer).shape == (0, vocab_size)
     with pytest.raises(IndexError, match="rows"):
         head.run(x, np.array([4]), layer)
     with pytest.raises(IndexError, match="token"):
-        Embedding(team).run(matrix, np.array([50]), 1.0)
+        Embedding(chain).run(matrix, np.array([50]), 1.0)

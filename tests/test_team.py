@@ -5,10 +5,9 @@ import pytest
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from cpu_kernels.chain import MOST_LINKS, OF_ROUTER, Chain
 from cpu_kernels.team import (
-    MOST_LINKS,
     NUM_COUNTERS,
-    OF_ROUTER,
     Team,
     barrier,
     next_task,
@@ -182,45 +181,47 @@ def test_chained_ops_run_in_order_each_with_all_tasks(num_threads):
     tasks[0] = num_tasks
     records = [np.array([digit, numbers.ctypes.data]) for digit in digits]
     with Team(num_threads) as team:
-        with team.chain():
+        chain = Chain(team)
+        with chain.opened():
             for record in records:
-                team.queue(take_tasks.address, tasks.ctypes.data)
-                team.queue(append_digit.address, record.ctypes.data, OF_ROUTER)
-            team.run(take_tasks.address, tasks.ctypes.data)
+                chain.queue(take_tasks.address, tasks.ctypes.data)
+                chain.queue(append_digit.address, record.ctypes.data, OF_ROUTER)
+            chain.run(take_tasks.address, tasks.ctypes.data)
             assert (tasks[1:] == len(digits) + 1).all()  # what waited has run, too
-            team.queue(take_tasks.address, tasks.ctypes.data)
-        seconds = team.take_seconds()
+            chain.queue(take_tasks.address, tasks.ctypes.data)
+        seconds = chain.take_seconds()
     assert (tasks[1:] == len(digits) + 2).all()
     assert set(numbers[:num_threads].tolist()) == {int("".join(map(str, digits)))}
     assert {part for part, spent in seconds.items() if spent > 0} == {"router", "experts"}
-    assert team.take_seconds() == {}
+    assert chain.take_seconds() == {}
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_long_chains_run_as_they_grow(num_threads):
     memory = np.zeros(64, np.int64)
-    with Team(num_threads) as team, team.chain():
+    with Team(num_threads) as team, (chain := Chain(team)).opened():
         for _ in range(5 * MOST_LINKS // 2):
-            team.queue(count_calls.address, memory.ctypes.data)
+            chain.queue(count_calls.address, memory.ctypes.data)
         assert memory[0] == 2 * MOST_LINKS
 
 
 def test_a_chain_that_an_error_ends_leaves_nothing_behind():
     memory = np.zeros(64, np.int64)
     with Team(2) as team:
-        with pytest.raises(KeyError), team.chain():
-            team.queue(count_calls.address, memory.ctypes.data)
+        chain = Chain(team)
+        with pytest.raises(KeyError), chain.opened():
+            chain.queue(count_calls.address, memory.ctypes.data)
             raise KeyError
-        team.queue(count_calls.address, memory.ctypes.data)  # out of a chain: at once
+        chain.queue(count_calls.address, memory.ctypes.data)  # out of a chain: at once
         assert memory[:2].tolist() == [1, 1]
 
 
 def test_what_waits_is_run_before_memory_changes():
     memory = np.zeros(64, np.int64)
-    with Team(2) as team, team.chain():
-        team.queue(count_calls.address, memory.ctypes.data)
+    with Team(2) as team, (chain := Chain(team)).opened():
+        chain.queue(count_calls.address, memory.ctypes.data)
         assert memory[0] == 0
-        team.finish()
+        chain.finish()
         assert memory[:2].tolist() == [1, 1]
 
 

@@ -14,7 +14,10 @@ zeros fill the chunk:
 so that kernels with registers of 16, 32 and 64 bytes can all load what they multiply in one step.
 Integers and scales are those of ggml's Q8_0, whose scales are float16, but in a float32's range.
 Where there is AMX, and for more than FEW_ROWS rows, all rows follow once more, rounded to bfloat16:
-chunks of 256 values, as many and with the same zeros.
+as many chunks, with the same zeros, whose groups have their first and second halves in turn: values
+0 and 16, 1 and 17, and so on are pairs. Either rows follow each other, for kernels that are told
+which of them they multiply, or blocks of SIDE rows, for those that multiply all: a block has a tile
+for each group, of a line for each pair that has this pair of every row (see amx.py).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from functools import reduce
 
 from numba.extending import register_jitable
 
-from cpu_kernels.bfloat16 import plain_nan, side_by_side
+from cpu_kernels.bfloat16 import in_pairs, plain_nan
 from cpu_kernels.compiler import inner
 from cpu_kernels.isa import available
 from cpu_kernels.memory import store_word
@@ -37,7 +40,10 @@ CHUNK_BYTES = 448
 HEADER_BYTES = 64
 FEW_ROWS = 16  # of activations, at most: their sums stay in the first-level cache
 HAS_TILES = "amx_bf16" in available()
-ROWS_OF_TILES = 32  # that AMX multiplies at once: so many can be read, if not used, at the end
+SIDE = 16  # rows of a tile, and pairs of a group
+TILE_BYTES = 4 * SIDE * SIDE
+ROWS_OF_TILES = 2 * SIDE  # that AMX multiplies at once: there are always as many
+NOT, IN_ROWS, IN_BLOCKS = range(3)  # how rows are rounded
 GROUPS = CHUNK // GROUP
 # Byte offsets in a chunk.
 SCALES, SUMS, FIRST_SUMS, SECOND_SUMS = 256, 288, 320, 352
@@ -65,7 +71,7 @@ def _rounded_row_bytes(k: int) -> int:
 
 def prepared_bytes(n: int, k: int, rounds: bool = HAS_TILES) -> int:
     """Bytes that `prepare_activations` needs for n rows of k values; with `rounds`, those that
-    `prepare_rows` needs to round them."""
+    `prepare_rows` needs to round them in any way."""
     nbytes = HEADER_BYTES + n * prepared_row_bytes(k)
     if rounds and n > FEW_ROWS:
         nbytes += (n + ROWS_OF_TILES - 1) * _rounded_row_bytes(k)
@@ -186,21 +192,44 @@ def _to_11_bits(k: Emitter, scale: Value) -> Value:
     return k.select(bits.compare(">", 0x7F800000), bits, rounded).view(scale.type)
 
 
+def _rounded_group(k: Emitter, x: Value, first: Value, group: Value) -> Value:
+    """The pairs of a group of the chunk at `x`: i32 [16]; zeros of one that is before `first`."""
+    at = x + k.maximum(group, first) * (4 * GROUP)
+    halves = [plain_nan(k, k.load(at + 64 * half, f32(SIDE))) for half in (0, 1)]
+    pairs = in_pairs(*halves)
+    counts = k.splat(group.compare(">=", first), SIDE)
+    return k.select(counts, pairs, k.constant(pairs.type, 0))
+
+
 @emitted("void", "i64 i64 i64")
 def _round_chunk(k, x, first, target):
-    """The same rounded, two bytes each."""
-    with k.loop(first) as group:
-        k.store(target + group * (2 * GROUP), k.constant(i16(GROUP), 0))
-    with k.loop(k.integer(GROUPS) - first) as number:
-        group = first + number
-        at = x + group * (4 * GROUP)
-        halves = [plain_nan(k, k.load(at + 64 * half, f32(16))) for half in (0, 1)]
-        k.store(target + group * (2 * GROUP), side_by_side(k, *halves))
+    """The same rounded, in pairs."""
+    with k.loop(k.integer(GROUPS)) as group:
+        k.store(target + group * (2 * GROUP), _rounded_group(k, x, first, group))
+
+
+@emitted("void", "i64 i64 i64 i64 i64")
+def _round_block(k, x, x_bytes, num_rows, first, target):
+    """The same of SIDE rows that are `x_bytes` apart, as tiles; the last one comes again."""
+    starts = [x + x_bytes * k.minimum(k.integer(row), num_rows - 1) for row in range(SIDE)]
+    with k.loop(k.integer(GROUPS)) as group:
+        rows = [_rounded_group(k, start, first, group) for start in starts]
+        for number, line in enumerate(k.transpose_square(rows)):
+            k.store(target + (group * TILE_BYTES + 4 * SIDE * number), line)
+
+
+@inner
+def _chunk(k, number):
+    """Where a chunk of a row begins, and how many of its groups do not count: a last one ends with
+    the row, as that of weights does (see groups.Row)."""
+    missing = GROUPS - min(k - number * CHUNK, CHUNK) // GROUP
+    return 4 * min(number * CHUNK, k - CHUNK), missing
 
 
 @inner
 def prepare_rows(x, ldx, n, k, prepared, thread, num_threads, rounds):
-    """What prepare_activations does; more than FEW_ROWS rows are rounded, too, if it `rounds`."""
+    """What prepare_activations does; more than FEW_ROWS rows are rounded, too, as `rounds` says:
+    NOT, IN_ROWS or IN_BLOCKS."""
     row_bytes, rounded_bytes = prepared_row_bytes(k), _rounded_row_bytes(k)
     rounded = prepared + HEADER_BYTES + n * row_bytes
     if thread == 0:
@@ -211,29 +240,45 @@ def prepare_rows(x, ldx, n, k, prepared, thread, num_threads, rounds):
         store_word(prepared, 4, row_bytes)
         store_word(prepared, 5, rounded)
         store_word(prepared, 6, rounded_bytes)
+    if n <= FEW_ROWS:
+        rounds = NOT
     num_chunks = (k + CHUNK - 1) // CHUNK
     first, last = share(n * num_chunks, thread, num_threads)
     for i in range(first, last):
         row = i // num_chunks
         chunk = i - row * num_chunks
-        # A last chunk ends with the row, as that of weights does: see groups.Row.
-        start = min(chunk * CHUNK, k - CHUNK)
-        num_left = min(k - chunk * CHUNK, CHUNK)
-        source = x + 4 * (row * ldx + start)
+        start, missing = _chunk(k, chunk)
+        source = x + 4 * row * ldx + start
         target = prepared + HEADER_BYTES + row * row_bytes + chunk * CHUNK_BYTES
-        missing = GROUPS - num_left // GROUP
         _quantize_chunk(source, missing, target)
-        if rounds and n > FEW_ROWS:
-            target = rounded + row * rounded_bytes + chunk * (2 * CHUNK)
-            _round_chunk(source, missing, target)
+        if rounds == IN_ROWS:
+            _round_chunk(source, missing, rounded + row * rounded_bytes + chunk * (2 * CHUNK))
+    if rounds == IN_BLOCKS:
+        num_blocks = (n + ROWS_OF_TILES - 1) // ROWS_OF_TILES * (ROWS_OF_TILES // SIDE)
+        first, last = share(num_blocks * num_chunks, thread, num_threads)
+        for i in range(first, last):
+            row = i // num_chunks * SIDE
+            start, missing = _chunk(k, i % num_chunks)
+            row = min(row, n - 1)  # a whole block may be missing
+            source = x + 4 * row * ldx + start
+            _round_block(source, 4 * ldx, n - row, missing, rounded + i * (GROUPS * TILE_BYTES))
 
 
 @inner
 def prepare_activations(x, ldx, n, k, prepared, thread, num_threads):
-    """This thread's share of quantizing n float32 rows of k values, `ldx` values apart.
+    """This thread's share of quantizing n float32 rows of k values, `ldx` values apart, for kernels
+    that multiply all of them.
 
     `x` and `prepared` (prepared_bytes(n, k) of room, aligned to 64) are addresses. The rows must
     stay as they are while `prepared` is used: kernels of float formats read them. A barrier must
     follow, before anything is multiplied.
     """
-    prepare_rows(x, ldx, n, k, prepared, thread, num_threads, HAS_TILES)
+    rounds = IN_BLOCKS if HAS_TILES else NOT
+    prepare_rows(x, ldx, n, k, prepared, thread, num_threads, rounds)
+
+
+@inner
+def prepare_chosen(x, ldx, n, k, prepared, thread, num_threads):
+    """The same for kernels that are told which rows they multiply."""
+    rounds = IN_ROWS if HAS_TILES else NOT
+    prepare_rows(x, ldx, n, k, prepared, thread, num_threads, rounds)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cpu_kernels.activations import prepare_activations
+from cpu_kernels.activations import prepare_chosen
 from cpu_kernels.compiler import inner
 from cpu_kernels.dot import as_on_a_gpu
 from cpu_kernels.gating import ACTIVATIONS, activate
@@ -157,7 +157,7 @@ def run_experts(r, thread, num_threads, team):
     """Everything, from h to out. An op by itself, and called by others; ends without a barrier."""
     hidden, num_rows = word(r, EXPERTS.hidden_size), word(r, EXPERTS.num_rows)
     h, prepared = word(r, EXPERTS.h), word(r, EXPERTS.prepared)
-    prepare_activations(h, hidden, num_rows, hidden, prepared, thread, num_threads)
+    prepare_chosen(h, hidden, num_rows, hidden, prepared, thread, num_threads)
     barrier(team)
     starts, num_jobs = word(r, EXPERTS.starts), word(r, EXPERTS.num_jobs)
     num_pairs = np.int64(load_i32(starts, num_jobs)) - np.int64(load_i32(starts, 0))
@@ -169,7 +169,7 @@ def run_experts(r, thread, num_threads, team):
         part = next_task(team, 0)
     barrier(team)
     inner_prepared = word(r, EXPERTS.inner_prepared)
-    prepare_activations(inner, size, num_pairs, size, inner_prepared, thread, num_threads)
+    prepare_chosen(inner, size, num_pairs, size, inner_prepared, thread, num_threads)
     barrier(team)
     num_parts = parts_of(team, num_jobs * _divide_up(hidden, ROW_BLOCK))
     part = next_task(team, 1)

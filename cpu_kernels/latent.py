@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cpu_kernels.activations import prepare_chosen
 from cpu_kernels.compiler import inner
 from cpu_kernels.flash import ATTENTION, BATCH, attend_chunk_kernel, run_attention
 from cpu_kernels.kv import KV, append, padded
@@ -123,7 +124,7 @@ def latent_attention(layer, thread, num_threads, team):
     barrier(team)
     _finish_rows(layer, thread, num_threads)
     barrier(team)
-    prepare_activations(queries, query_size, num_queries, nope_dim, prepared, thread, num_threads)
+    prepare_chosen(queries, query_size, num_queries, nope_dim, prepared, thread, num_threads)
     barrier(team)
     heads, out = word(batch, BATCH.head_rows), word(batch, BATCH.queries)
     k_b = word(layer, LATENT.k_b)
@@ -131,7 +132,7 @@ def latent_attention(layer, thread, num_threads, team):
     barrier(team)
     run_attention(attention, thread, num_threads, team)
     attended, values = word(batch, BATCH.attended), word(batch, BATCH.values)
-    prepare_activations(attended, head_dim, num_queries, rank, prepared, thread, num_threads)
+    prepare_chosen(attended, head_dim, num_queries, rank, prepared, thread, num_threads)
     barrier(team)
     v_b = word(layer, LATENT.v_b)
     multiply_heads(v_b, num_heads, prepared, num_rows, heads, values, value_dim, team, 6)

@@ -242,6 +242,25 @@ class Emitter:
             interleave(*pair, chosen) for pair in pairs for chosen in ((0, 1, 4, 5), (2, 3, 6, 7))
         ]
 
+    def transpose_square(self, vectors: Sequence[Value]) -> list[Value]:
+        """Sixteen vectors of 16 words, transposed."""
+
+        def quarters(a: Value, b: Value, chosen: Sequence[int]) -> Value:
+            """Two quarters of a, then two of b."""
+            starts = [4 * chosen[0], 4 * chosen[1], 16 + 4 * chosen[0], 16 + 4 * chosen[1]]
+            return self.shuffle(a, b, [start + lane for start in starts for lane in range(4)])
+
+        fours = [self.transpose(vectors[start : start + 4]) for start in range(0, 16, 4)]
+        result = {}
+        for column, (a, b, c, d) in enumerate(zip(*fours, strict=True)):
+            for upper in (0, 1):
+                chosen = (2 * upper, 2 * upper + 1)
+                first, second = quarters(a, b, chosen), quarters(c, d, chosen)
+                for odd in (0, 1):
+                    row = 4 * (2 * upper + odd) + column
+                    result[row] = quarters(first, second, (odd, 2 + odd))
+        return [result[row] for row in range(16)]
+
     def select(self, mask: Value, a: Value, b: Value) -> Value:
         return Value(self, self.builder.select(mask.ir, a.ir, b.ir))
 

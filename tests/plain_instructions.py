@@ -38,6 +38,14 @@ def _pshufb(k: Emitter, values: Value, codes: Value) -> Value:
     return result
 
 
+def _permute(k: Emitter, values: Value, index: Value) -> Value:
+    """The chosen lane of `values` for each of 32."""
+    memory = k.stack(2 * values.lanes)
+    k.store(memory, values)
+    lanes = [(index.lane(i) & 31).cast("zext", i64) for i in range(index.lanes)]
+    return k.gather([k.load(memory + lane * 2, i16(1)) for lane in lanes])
+
+
 def _address(k: Emitter, pointer: Value) -> Value:
     return Value(k, k.builder.ptrtoint(pointer.ir, ir.IntType(64)))
 
@@ -119,6 +127,7 @@ _VECTORS = {
     "llvm.x86.avx512.vpdpbusd.256": _dpbusd,
     "llvm.x86.avx512.pshuf.b.512": _pshufb,
     "llvm.x86.avx2.pshuf.b": _pshufb,
+    "llvm.x86.avx512.permvar.hi.512": _permute,
 }
 _TILES = {
     "llvm.x86.ldtilecfg": _load_shapes,

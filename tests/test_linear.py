@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_formats import factors, random_matrix, to_float64
 
-from cpu_kernels.activations import HAS_TILES, prepare_rows
+from cpu_kernels.activations import HAS_TILES, IN_BLOCKS, NOT, prepare_rows
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import ISAS, available
 from cpu_kernels.linear import (
@@ -24,7 +24,7 @@ ISA_NAMES = available()
 
 @op
 def product(arguments, thread, num_threads, team):
-    """matrix, x, n, k, prepared, y, rows, whether x is rounded"""
+    """matrix, x, n, k, prepared, y, rows, how x is rounded"""
     x, n, k = word(arguments, 1), word(arguments, 2), word(arguments, 3)
     prepared = word(arguments, 4)
     prepare_rows(x, k, n, k, prepared, thread, num_threads, word(arguments, 7))
@@ -52,13 +52,20 @@ def teams():
         yield {1: one, 2: two}
 
 
-def run_product(team, matrix, x, rounds=HAS_TILES):
+def run_product(team, matrix, x, rounds=IN_BLOCKS if HAS_TILES else NOT):
     x = np.ascontiguousarray(x, np.float32)
     n, k = x.shape
     y = np.full((n, matrix.shape[0]), np.nan, np.float32)
-    prepared = aligned_bytes(prepared_bytes(n, k, rounds))
+    prepared = aligned_bytes(prepared_bytes(n, k, rounds != NOT))
     words = record(
-        matrix.address, address_of(x), n, k, address_of(prepared), address_of(y), y.shape[1], rounds
+        matrix.address,
+        address_of(x),
+        n,
+        k,
+        address_of(prepared),
+        address_of(y),
+        y.shape[1],
+        rounds,
     )
     team.run(product.address, address_of(words))
     return y

@@ -58,7 +58,7 @@ def test_kernels_use_the_instruction_they_are_for(isa, format):
         gemm.multiply_panels.write(k, isa, format, panel, num_chunks, sources, tile)
 
     def tiles(k, *values):
-        amx.multiply_and_pack.write(k, isa, format, *values)
+        amx.multiply_and_decode.write(k, isa, format, *values)
 
     def few(k, weights, num_groups, sources, num_rows, targets, offset):
         added = k.constant(f32(1), 0.0)
@@ -68,7 +68,7 @@ def test_kernels_use_the_instruction_they_are_for(isa, format):
     def several(k, *values):
         few_rows.multiply_few.write(k, isa, format, *values)
 
-    last = (tiles, 11) if ISAS[isa].has_tiles else (many, 4)
+    last = (tiles, 12) if ISAS[isa].has_tiles else (many, 4)
     for write, num_values in ((one, 4), (few, 6), (several, 8), last):
         if write is tiles:
             instruction, register = TILES

@@ -7,6 +7,7 @@ from naive_formats import random_matrix
 from plain_instructions import plain_instructions
 from test_linear import assert_close, run_product
 
+from cpu_kernels.activations import IN_BLOCKS
 from cpu_kernels.amx_gemm import make_amx_gemm
 from cpu_kernels.compiler import callback
 from cpu_kernels.formats import FORMATS
@@ -66,7 +67,7 @@ def test_many_rows_with_tiles(format):
                 matrix, problem = random_product(rng, format, shape, n)
                 real = run_product(team, matrix, problem[-1])
                 matrix.record[MANY] = kernel.address
-                plain = run_product(team, matrix, problem[-1], rounds=True)
+                plain = run_product(team, matrix, problem[-1], rounds=IN_BLOCKS)
                 assert_close(plain, *problem, matrix.bias, "amx_bf16")
                 if "amx_bf16" in available():
                     np.testing.assert_array_equal(real, plain)

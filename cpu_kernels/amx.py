@@ -21,8 +21,7 @@ from llvmlite import ir
 from cpu_kernels.activations import ROWS_OF_TILES, SUMS
 from cpu_kernels.bfloat16 import in_pairs, plain_nan, rounded
 from cpu_kernels.few_rows import Panel
-from cpu_kernels.groups import GROUPS, LAYOUTS, row_of_chunks
-from cpu_kernels.pack import by_bytes
+from cpu_kernels.groups import GROUPS, LAYOUTS, by_bytes, row_of_chunks
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32, i64
 
 SIDE = 16  # rows of activations, and of weights, of a tile

@@ -24,7 +24,7 @@ from cpu_kernels.gemv import PREFETCH_BYTES, prefetch_chunk
 from cpu_kernels.groups import GROUPS, LAYOUTS, by_bytes, chunk_bytes, look_up
 from cpu_kernels.isa import ISAS
 from cpu_kernels.panel_scales import panel_scales
-from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32, i64
+from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32, i64
 
 LANE = 4  # words of 32 bits in 128 bits, inside which shuffles are cheap
 
@@ -51,6 +51,7 @@ class Panel:
         self.whole_rows = whole_rows
         self.k, self.isa, self.layout, self.addresses = k, isa, LAYOUTS[format], addresses
         self.rows, self.nbytes = len(addresses), chunk_bytes(format)
+        self.block_bytes = FORMATS[format].block_bytes
         self.is_block = FORMATS[format].block_size == CHUNK  # so that no group is ever skipped
         self.flip = wants_unsigned(isa) and self.layout.signed
         self.is_signed = self.layout.signed and not self.flip
@@ -117,9 +118,10 @@ class Panel:
     def _single_bits(self, offset: int, word: int) -> Value:
         """Four of the 16 bits at `offset`, of every row, each to the place of a fifth bit."""
         k = self.k
-        bits = [k.load(address + offset, i16(1)).cast("zext", i32) for address in self.addresses]
-        bytes_ = k.gather(bits).view(i8(4 * self.rows))
-        spread = [4 * row + word // 2 for row in range(self.rows) for _ in range(4)]
+        start = offset // self.block_bytes * self.block_bytes  # of which the scales are read, too
+        index, byte = divmod(offset - start + word // 2, 4)
+        bytes_ = self.words(start)[index].view(i8(4 * self.rows))
+        spread = [4 * row + byte for row in range(self.rows) for _ in range(4)]
         bit = k.constant(bytes_.type, [1 << (4 * word + i) % 8 for i in range(4)] * self.rows)
         here = (k.shuffle(bytes_, mask=spread) & bit).compare("==", bit)
         zero = k.constant(bytes_.type, 0)

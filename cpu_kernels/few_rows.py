@@ -14,15 +14,17 @@ the eight places in pairs at last.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
-from cpu_kernels.activations import CHUNK_BYTES, FEW_ROWS, POSITION, SCALES, byte_offset
+from cpu_kernels.activations import CHUNK, CHUNK_BYTES, FEW_ROWS, POSITION, SCALES, byte_offset
 from cpu_kernels.dot import keeps_rows_whole, multiply_bytes, row_dots, wants_unsigned
+from cpu_kernels.formats import FORMATS
 from cpu_kernels.gemv import PREFETCH_BYTES, prefetch_chunk
-from cpu_kernels.groups import GROUPS, LAYOUTS, chunk_bytes, look_up
+from cpu_kernels.groups import GROUPS, LAYOUTS, by_bytes, chunk_bytes, look_up
 from cpu_kernels.isa import ISAS
 from cpu_kernels.panel_scales import panel_scales
-from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32, i64
+from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32, i64
 
 LANE = 4  # words of 32 bits in 128 bits, inside which shuffles are cheap
 
@@ -49,14 +51,17 @@ class Panel:
         self.whole_rows = whole_rows
         self.k, self.isa, self.layout, self.addresses = k, isa, LAYOUTS[format], addresses
         self.rows, self.nbytes = len(addresses), chunk_bytes(format)
+        self.block_bytes = FORMATS[format].block_bytes
+        self.is_block = FORMATS[format].block_size == CHUNK  # so that no group is ever skipped
         self.flip = wants_unsigned(isa) and self.layout.signed
         self.is_signed = self.layout.signed and not self.flip
         self._loaded: dict[int, list[Value]] = {}  # side by side
         self._scales = panel_scales(k, format, self.words)
 
     def group(self, number: int) -> Group:
-        """Written anew each time: code that may be skipped leaves nothing behind."""
-        self._loaded.clear()
+        """Written anew each time if some may be skipped: they would leave nothing behind."""
+        if not self.is_block:
+            self._loaded.clear()
         integers = [self.integers(number, half) for half in (0, 1)]
         return Group(number, integers, *self.scales(number))
 
@@ -113,9 +118,10 @@ class Panel:
     def _single_bits(self, offset: int, word: int) -> Value:
         """Four of the 16 bits at `offset`, of every row, each to the place of a fifth bit."""
         k = self.k
-        bits = [k.load(address + offset, i16(1)).cast("zext", i32) for address in self.addresses]
-        bytes_ = k.gather(bits).view(i8(4 * self.rows))
-        spread = [4 * row + word // 2 for row in range(self.rows) for _ in range(4)]
+        start = offset // self.block_bytes * self.block_bytes  # of which the scales are read, too
+        index, byte = divmod(offset - start + word // 2, 4)
+        bytes_ = self.words(start)[index].view(i8(4 * self.rows))
+        spread = [4 * row + byte for row in range(self.rows) for _ in range(4)]
         bit = k.constant(bytes_.type, [1 << (4 * word + i) % 8 for i in range(4)] * self.rows)
         here = (k.shuffle(bytes_, mask=spread) & bit).compare("==", bit)
         zero = k.constant(bytes_.type, 0)
@@ -191,6 +197,16 @@ def _further_on(k: Emitter, start: Value, nbytes: int, row_bytes: Value, num_row
     return ahead + k.select(is_within, k.integer(0), row_bytes * (num_rows - 1))
 
 
+def _places(
+    k: Emitter, first: Value, row_bytes: Value, three_rows: Value, num_rows: int
+) -> list[Value]:
+    """The same place in each row, from that in the first one. Every fourth is in a register and the
+    others at a distance from it that is in one: one for each would be too many."""
+    fours = [k.opaque(first + row_bytes * row) for row in range(0, num_rows, LANE)]
+    apart = k.integer(0), row_bytes, row_bytes * 2, three_rows
+    return [four + distance for four in fours for distance in apart]
+
+
 @emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64")
 def multiply_few(
     k, isa, format, weights, row_bytes, num_groups, sources, num_rows, added, targets, offset
@@ -203,22 +219,23 @@ def multiply_few(
     sums, zeros = k.stack(FEW_ROWS * row_sums), k.stack(row_sums)
     for place in range(0, row_sums, 4 * rows):
         k.store(zeros + place, k.constant(f32(rows), 0.0))
-    starts = [weights + row_bytes * row for row in range(rows)]
+    three_rows = k.opaque(row_bytes * 3)
     with k.loop((num_groups + (GROUPS - 1)) >> 3) as i:
         at = k.minimum(i * nbytes, row_bytes - nbytes)  # see groups.Row
-        further = _further_on(k, at, nbytes, row_bytes, rows)
-        places = [start + at for start in starts]
+        soon = weights + _further_on(k, at, nbytes, row_bytes, rows)
+        places = _places(k, weights + at, row_bytes, three_rows, rows)
         panel = Panel(k, isa, format, places, keeps_rows_whole(isa, format))
         first = k.maximum((i + 1) * GROUPS - num_groups, k.integer(0))  # that is not zeros
         begins = i.compare("==", 0)
         before = k.select(begins, zeros, sums)
         before_bytes = k.select(begins, k.integer(0), k.integer(row_sums))
-        for number in range(GROUPS):
+        numbers = [number for number, half in by_bytes(format) if half == 0]
+        for turn, number in enumerate(numbers):
             # A few lines at a time: a core that asks for more than some twenty has to wait.
-            for row, start in enumerate(starts):
-                if row * GROUPS // rows == number:
-                    prefetch_chunk(k, start + further, nbytes)
-            with k.when(first.compare("<=", number)):
+            for _ in range(turn * rows // GROUPS, (turn + 1) * rows // GROUPS):
+                prefetch_chunk(k, soon, nbytes)
+                soon = k.opaque(soon + row_bytes)
+            with nullcontext() if panel.is_block else k.when(first.compare("<=", number)):
                 group = panel.group(number)
                 with k.loop(num_rows) as row:
                     x = k.load(sources + row * 8, i64(1)) + i * CHUNK_BYTES

@@ -113,6 +113,13 @@ def chunk_bytes(format: str) -> int:
     return 256 // FORMATS[format].block_size * FORMATS[format].block_bytes
 
 
+def by_bytes(format: str) -> list[tuple[int, int]]:
+    """Groups and their halves, those that share bytes one after the other."""
+    piece = LAYOUTS[format].piece
+    every = [(number, half) for number in range(GROUPS) for half in (0, 1)]
+    return sorted(every, key=lambda at: (piece(*at).high, piece(*at).low))
+
+
 class Row(NamedTuple):
     """A row of weights as a run of chunks. Where it is no whole number of them, the last one begins
     earlier, so that it ends with the row: nothing has to be copied, and what is in two chunks meets

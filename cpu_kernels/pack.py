@@ -11,7 +11,7 @@ from __future__ import annotations
 from cpu_kernels.activations import FIRST_SUMS, SECOND_SUMS, SUMS
 from cpu_kernels.dot import is_centred
 from cpu_kernels.few_rows import LANE, Panel
-from cpu_kernels.groups import GROUPS, LAYOUTS, row_of_chunks
+from cpu_kernels.groups import GROUPS, LAYOUTS, by_bytes, row_of_chunks
 from cpu_kernels.isa import ISAS
 from cpu_kernels.simd import Emitter, Value, emitted, f32
 
@@ -59,13 +59,6 @@ def pack_panel(k, isa, format, weights, row_bytes, last, num_groups, first, num_
             registers = _scales(k, isa, format, *decoded.scales(number))
             for place, register in enumerate(registers, STEPS):
                 k.store(target + 4 * rows * place, register)
-
-
-def by_bytes(format: str) -> list[tuple[int, int]]:
-    """Groups and their halves, those that share bytes one after the other."""
-    piece = LAYOUTS[format].piece
-    every = [(number, half) for number in range(GROUPS) for half in (0, 1)]
-    return sorted(every, key=lambda at: (piece(*at).high, piece(*at).low))
 
 
 def _scales(

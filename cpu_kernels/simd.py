@@ -282,6 +282,12 @@ class Emitter:
             Value(self, self.builder.extract_value(same, index)) for index in range(len(values))
         ]
 
+    def opaque(self, value: Value) -> Value:
+        """The same integer, in a register: LLVM does not know what it was computed from."""
+        kind = ir.FunctionType(value.type, [value.type])
+        empty = ir.InlineAsm(kind, "", "=r,0")
+        return Value(self, self.builder.call(empty, [value.ir]))
+
     def _overloaded(self, name: str, *arguments: Value) -> Value:
         type = arguments[0].type
         element = {"float": "f32", "half": "f16"}.get(str(_element(type)), str(_element(type)))

@@ -54,6 +54,21 @@ def test_the_distribution_is_the_naive_one(seed, size, temperature, top_k, top_p
     np.testing.assert_allclose(distribution(logits, params), expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [1, 5, 1000, 60_000])
+def test_the_likeliest_come_first_and_equals_in_their_order(size):
+    rng = np.random.default_rng(size)
+    logits = rng.integers(-40, 40, size).astype(np.float32) / 7
+    logits[rng.random(size) < 0.1] = 0.0
+    logits[rng.random(size) < 0.1] = -0.0
+    logits[rng.random(size) < 0.1] = -np.inf
+    logits[0] = 3.0
+    order = np.argsort(-logits, kind="stable")
+    tokens, weights = candidates(logits, SamplingParams(1.0, top_k=size - 1, top_p=1 - 1e-9))
+    likely = order[np.exp(logits[order] - logits.max()) > 1e-6]
+    np.testing.assert_array_equal(tokens[: len(likely)], likely[: len(tokens)])
+    assert (np.diff(weights) <= 0).all()
+
+
 def test_draws_follow_the_distribution():
     params = SamplingParams(temperature=0.8, top_k=6, top_p=0.95, seed=3)
     logits = np.random.default_rng(0).normal(0, 1.5, 40).astype(np.float32)

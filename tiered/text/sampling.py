@@ -156,7 +156,17 @@ def _best(values: np.ndarray, count: int) -> np.ndarray:
         kept = np.flatnonzero(values >= _bound(values, count))
         found = values[kept]
         kept = kept[found >= np.partition(found, -count)[-count]]
-    return kept[np.argsort(-values[kept], kind="stable")]
+    return kept[_largest_first(values[kept])]
+
+
+def _largest_first(values: np.ndarray) -> np.ndarray:
+    """Indices of float32 [n] in descending order, equal ones in their own. A value and its index
+    are sorted as one whole number: several times as quick as a stable sort of the values."""
+    bits = (values + np.float32(0)).view(np.int32)  # makes -0 the same as 0
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = (~ascending.astype(np.int64) << 32) | np.arange(len(values))
+    keys.sort()
+    return keys & 0xFFFFFFFF
 
 
 def _bound(values: np.ndarray, count: int) -> np.float32:

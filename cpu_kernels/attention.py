@@ -31,7 +31,7 @@ from cpu_kernels.norm import (
     rms_scale,
     scaled_copy,
 )
-from cpu_kernels.record import Record, floats
+from cpu_kernels.record import Record, check_shapes, floats
 from cpu_kernels.rope import RopeTable, rotate_adjacent, rotate_half, rotation
 from cpu_kernels.team import barrier, op, share
 from cpu_kernels.tile import multiply_kernel
@@ -211,18 +211,15 @@ class AttentionLayer:
         full = c.qk_norm == "full"
         norm_shapes = (q_size, kv_size) if full else (head_dim, head_dim)
         has_norm = bool(c.qk_norm)
-        for name, expected in (
-            ("q", (q_size, c.hidden_size)),
-            ("k", (kv_size, c.hidden_size)),
-            ("v", (kv_size, c.hidden_size)),
-            ("o", (c.hidden_size, q_size)),
-            *([("gate", (q_size, c.hidden_size))] if weights.gate is not None else []),
-        ):
-            if tuple(getattr(weights, name).shape) != expected:
-                raise ValueError(
-                    f"attention weight {name} must have shape {expected}, "
-                    f"not {tuple(getattr(weights, name).shape)}"
-                )
+        shapes = {
+            "q": (q_size, c.hidden_size),
+            "k": (kv_size, c.hidden_size),
+            "v": (kv_size, c.hidden_size),
+            "o": (c.hidden_size, q_size),
+        }
+        if weights.gate is not None:
+            shapes["gate"] = (q_size, c.hidden_size)
+        check_shapes("attention", weights, shapes)
         self.rope = rope
         self._weights = weights  # the record has only their addresses
         self.record = self.attention = Record(

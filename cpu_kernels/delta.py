@@ -17,8 +17,8 @@ from cpu_kernels.gating import sigmoid, silu_multiply
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, store_f32, word
 from cpu_kernels.norm import add, apply_norm, rms_norm_rows, rms_scale, scaled_copy
-from cpu_kernels.record import Record, fields, floats
-from cpu_kernels.recurrent import RUNS, check_shapes, convolve, run_at
+from cpu_kernels.record import Record, check_shapes, fields, floats
+from cpu_kernels.recurrent import RUNS, convolve, run_at
 from cpu_kernels.team import barrier, next_task, op, share
 
 # A batch; `runs` is a record of RUNS.

@@ -19,7 +19,7 @@ from cpu_kernels.kv import KV, append, padded
 from cpu_kernels.linear import multiply, multiply_heads, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, load_i32, word
 from cpu_kernels.norm import add, rms_norm_rows, scaled_copy
-from cpu_kernels.record import Record, fields, floats
+from cpu_kernels.record import Record, check_shapes, fields, floats
 from cpu_kernels.rope import RopeTable, rotate_adjacent, rotate_half, rotation
 from cpu_kernels.team import barrier, op, share
 from cpu_kernels.tile import multiply_kernel
@@ -198,19 +198,16 @@ class LatentAttentionLayer:
             query_size, latent.q_rank, latent.kv_rank, latent.value_dim,
         )  # fmt: skip
         heads = c.num_heads
-        for name, shape in (
-            ("q", (heads * query_size, latent.q_rank or c.hidden_size)),
-            ("q_a", (latent.q_rank, c.hidden_size)),
-            ("kv_a", (c.head_dim, c.hidden_size)),
-            ("k_b", (heads * latent.kv_rank, latent.nope_dim)),
-            ("v_b", (heads * latent.value_dim, latent.kv_rank)),
-            ("o", (c.hidden_size, heads * latent.value_dim)),
-        ):
-            matrix = getattr(weights, name)
-            if (matrix is None) != (name == "q_a" and not latent.q_rank) or (
-                matrix is not None and tuple(matrix.shape) != shape
-            ):
-                raise ValueError(f"latent attention's {name} must have shape {shape}")
+        shapes = {
+            "q": (heads * query_size, latent.q_rank or c.hidden_size),
+            "kv_a": (c.head_dim, c.hidden_size),
+            "k_b": (heads * latent.kv_rank, latent.nope_dim),
+            "v_b": (heads * latent.value_dim, latent.kv_rank),
+            "o": (c.hidden_size, heads * latent.value_dim),
+        }
+        if latent.q_rank or weights.q_a is not None:
+            shapes["q_a"] = (latent.q_rank, c.hidden_size)
+        check_shapes("latent attention", weights, shapes)
         self.rope = rope
         self._weights = weights  # the record has only their addresses
         self.attention = Record(

@@ -18,8 +18,8 @@ from cpu_kernels.lanes import LANES
 from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, store_f32, word
 from cpu_kernels.norm import add, apply_norm, rms_norm_rows, rms_scale
-from cpu_kernels.record import Record, fields, floats
-from cpu_kernels.recurrent import RUNS, check_shapes, convolve, run_at
+from cpu_kernels.record import Record, check_shapes, fields, floats
+from cpu_kernels.recurrent import RUNS, convolve, run_at
 from cpu_kernels.simd import emitted, f32
 from cpu_kernels.team import barrier, next_task, op, share
 

@@ -103,3 +103,12 @@ def floats(array: np.ndarray | None, name: str, size: int) -> np.ndarray | None:
     if len(array) != size:
         raise ValueError(f"{name} must have {size} values, not {len(array)}")
     return array
+
+
+def check_shapes(kind: str, weights: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError if a matrix of the `weights` is missing or has another shape."""
+    for name, shape in shapes.items():
+        matrix = getattr(weights, name)
+        own = None if matrix is None else tuple(matrix.shape)
+        if own != shape:
+            raise ValueError(f"{kind} weight {name} must have shape {shape}, not {own}")

@@ -30,14 +30,6 @@ class RecurrentState:
         self.address: int = self.values.ctypes.data
 
 
-def check_shapes(kind: str, weights: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-    """ValueError if one of the `weights` has another shape."""
-    for name, shape in shapes.items():
-        own = tuple(getattr(weights, name).shape)
-        if own != shape:
-            raise ValueError(f"{kind} weight {name} must have shape {shape}, not {own}")
-
-
 class RecurrentLayers:
     """Runs the layers of one kind; one call at a time. They have an `op`, the `record` that it
     takes, a `hidden_size`, and `rooms`: bytes of memory, by the names that they have in the batch's

@@ -12,7 +12,7 @@ from cpu_kernels.linear import multiply, prepare_activations, prepared_bytes
 from cpu_kernels.memory import load_f32, word
 from cpu_kernels.norm import add, apply_norm, rms_norm_rows
 from cpu_kernels.record import Record, check_shapes, fields, floats
-from cpu_kernels.recurrent import check_shapes, convolve
+from cpu_kernels.recurrent import convolve
 from cpu_kernels.team import barrier, op, share
 
 CONV_BATCH = fields("x num_rows runs normed prepared gates gated mixed out")

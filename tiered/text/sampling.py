@@ -166,7 +166,8 @@ def _largest_first(values: np.ndarray) -> np.ndarray:
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (~ascending.astype(np.int64) << 32) | np.arange(len(values))
     keys.sort()
-    return keys & 0xFFFFFFFF
+    indices: np.ndarray = keys & 0xFFFFFFFF
+    return indices
 
 
 def _bound(values: np.ndarray, count: int) -> np.float32:

@@ -156,7 +156,8 @@ def _best(values: np.ndarray, count: int) -> np.ndarray:
         kept = np.flatnonzero(values >= _bound(values, count))
         found = values[kept]
         kept = kept[found >= np.partition(found, -count)[-count]]
-    return kept[_largest_first(values[kept])]
+    order: np.ndarray = kept[_largest_first(values[kept])]
+    return order
 
 
 def _largest_first(values: np.ndarray) -> np.ndarray:
@@ -166,8 +167,7 @@ def _largest_first(values: np.ndarray) -> np.ndarray:
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (~ascending.astype(np.int64) << 32) | np.arange(len(values))
     keys.sort()
-    indices: np.ndarray = keys & 0xFFFFFFFF
-    return indices
+    return keys & 0xFFFFFFFF
 
 
 def _bound(values: np.ndarray, count: int) -> np.float32:

@@ -37,9 +37,11 @@ def multiply_few_floats(
     converted = k.stack(WEIGHTS_AT_ONCE // step * rows * vector)
     sums = k.stack(FLOAT_SUMS * part_bytes)
     num_steps, num_tiles = count // step, num_rows // TOKENS
+    # One at least, so that sums are 0 where a row is too short for any.
     num_turns = (num_steps * step + WEIGHTS_AT_ONCE - 1) // WEIGHTS_AT_ONCE
+    num_turns = k.maximum(num_turns, k.integer(1))
     ahead = k.variable(weights + row_bytes * rows)
-    pace = next_bytes // k.maximum(num_turns * FLOAT_SUMS * num_tiles, k.integer(1))
+    pace = next_bytes // (num_turns * FLOAT_SUMS * num_tiles)
     with k.loop(num_turns) as turn, k.loop(k.integer(FLOAT_SUMS)) as part:
         first = turn * num_steps // num_turns
         num_vectors = (turn + 1) * num_steps // num_turns - first

@@ -21,6 +21,7 @@ from cpu_kernels.simd import Emitter, Value, emitted, f16, f32, i16, i32, i64
 # the caches is the interpreter, whose turn comes between two layers.
 PREFETCH_BYTES = 4096
 LINE = 64
+FLOAT_SUMS = 4  # of a product of floats, each of every fourth vector
 
 
 class _Decoded:
@@ -131,14 +132,14 @@ def _dot_floats(
 ) -> list[Value]:
     lanes = float_lanes(isa)
     num_bytes = FORMATS[format].block_bytes
-    sums = [[k.variable(k.constant(f32(lanes), 0.0)) for _ in range(4)] for _ in xs]
-    step = 4 * lanes
+    sums = [[k.variable(k.constant(f32(lanes), 0.0)) for _ in range(FLOAT_SUMS)] for _ in xs]
+    step = FLOAT_SUMS * lanes
     num_steps = count >> (step.bit_length() - 1)
     with k.loop(num_steps) as i:
         at = weights + i * (step * num_bytes)
         for line in range(0, step * num_bytes, LINE):
             k.prefetch(at + ahead + line, keep)
-        for part in range(4):
+        for part in range(FLOAT_SUMS):
             w = load_floats(k, format, at + part * lanes * num_bytes, lanes)
             for x, parts in zip(xs, sums, strict=True):
                 values = k.load(x + i * (step * 4) + part * lanes * 4, f32(lanes))

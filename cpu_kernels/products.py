@@ -26,9 +26,16 @@ import numpy as np
 from cpu_kernels.activations import CHUNK, GROUP, HEADER_BYTES
 from cpu_kernels.compiler import callback, inner
 from cpu_kernels.dequantize import dequantize_floats, floats_to_float32
+from cpu_kernels.few_floats import float_rows, multiply_few_floats
 from cpu_kernels.few_rows import multiply_few
 from cpu_kernels.formats import FORMATS
-from cpu_kernels.gemv import dot_few_floats, dot_few_quantized, dot_floats, dot_quantized
+from cpu_kernels.gemv import (
+    dot_few_floats,
+    dot_few_quantized,
+    dot_floats,
+    dot_quantized,
+    float_lanes,
+)
 from cpu_kernels.groups import GROUPS
 from cpu_kernels.isa import ISAS
 from cpu_kernels.memory import (
@@ -106,16 +113,31 @@ def make_gemv(isa: str, format: str) -> Callable:
 
 def make_float_gemv(isa: str, format: str) -> Callable:
     """Weights f32, f16 or bf16 with float32 activations."""
-    size = FORMATS[format].block_bytes
+    size, at_once = FORMATS[format].block_bytes, float_rows(isa)
+    # Conversions of their own cost time; where registers are short, tiles save less of it.
+    worth_it_from = 4 if float_lanes(isa) == 16 else 8
 
     def float_gemv(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         row_bytes = k * size
         x = word(prepared, 0)
         x_bytes = word(prepared, 1)
-        sources, targets = stack("128"), stack("128")
-        for i in range(n):
-            store_word(sources, i, x + x_bytes * source_row(x_rows, divisor, i))
-            store_word(targets, i, target_row(y, y_rows, ldy, i))
+        sources, targets, zeros = stack("128"), stack("128"), stack("64")
+        even = n + n % 2  # a last one that is alone comes twice
+        for i in range(even):
+            row = min(i, n - 1)
+            store_word(sources, i, x + x_bytes * source_row(x_rows, divisor, row))
+            store_word(targets, i, target_row(y, y_rows, ldy, row))
+        for i in range(at_once):
+            store_f32(zeros, i, 0.0)
+        if n >= worth_it_from and last - first >= at_once:
+            for start in range(first, last, at_once):
+                row = min(start, last - at_once)  # of less that is left, some come again
+                at, added = weights + row * row_bytes, bias + 4 * row if bias != 0 else zeros
+                ahead = min(at_once, last - row - at_once) * row_bytes
+                multiply_few_floats(
+                    isa, format, at, row_bytes, k, sources, even, added, targets, 4 * row, ahead
+                )
+            return
         for block in range(first, last, FLOATS_BLOCK):
             end = min(block + FLOATS_BLOCK, last)
             i = 0

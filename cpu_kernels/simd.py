@@ -177,15 +177,15 @@ class Emitter:
         slot.align = 64
         return Value(self, self.builder.ptrtoint(slot, I64))
 
-    def prefetch(self, address: Value, keep: bool = True) -> None:
-        """`keep=False`: used once, so that it should not push anything out of the outer caches, if
-        the processor has such a way that is as quick."""
+    def prefetch(self, address: Value, keep: bool = True, level: int = 1) -> None:
+        """Into the caches, from this level on. `keep=False`: used once, so that it should not push
+        anything out of the outer ones, if the processor has such a way that is as quick."""
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         name = "llvm.prefetch.p0"
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         pointer = self.builder.inttoptr(address.ir, byte)
-        locality = 3 if keep or not has_quick_streams() else 0
+        locality = 4 - level if keep or not has_quick_streams() else 0
         self.builder.call(function, [pointer, I32(0), I32(locality), I32(1)])  # read, data
 
     # -- vectors --
@@ -331,6 +331,17 @@ class Emitter:
     def sum(self, a: Value, lanes: int = 1) -> Value:
         """Upper half of the lanes added to lower half, until so many are left."""
         return self._halve(a, lanes, lambda low, high: low + high)
+
+    def sums(self, vectors: Sequence[Value]) -> Value:
+        """`sum` of each of as many vectors as they have lanes, with the same bits."""
+        vectors, lanes = list(vectors), vectors[0].lanes
+        while len(vectors) > 1:
+            size = len(vectors)  # lanes of each sum; there are several in a vector
+            low = [i for i in range(2 * lanes) if i % size < size // 2]
+            high = [i + size // 2 for i in low]
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [self.shuffle(a, b, low) + self.shuffle(a, b, high) for a, b in pairs]
+        return vectors[0]
 
     def largest(self, a: Value, lanes: int = 1) -> Value:
         """The larger of each two in upper and lower half, until so many lanes are left."""

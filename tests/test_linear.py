@@ -106,8 +106,10 @@ def test_few_rows_are_as_one_row(format, isa, teams):
     rng = np.random.default_rng(2)
     block = FORMATS[format].block_size
     # Whole chunks; a small or a large part of one at the end; less than one. 43 rows leave some to
-    # the last panel.
+    # the last panel. Of floats, also more than is converted at once, and less than a step.
     lengths = (512, 576, 640, 64) if block < 256 else (512, 256)
+    if FORMATS[format].is_float:
+        lengths = (*lengths, 2080, 32)
     for shape in [(43, length) for length in lengths]:
         if shape[1] % block:
             continue

@@ -101,6 +101,28 @@ def test_each_answer_equals_the_one_alone(engine):
     assert_nothing_held(engine)
 
 
+def test_short_prompts_share_a_pass_with_those_who_decode(engine, monkeypatch):
+    prompts = [*make_prompts(5, low=5, high=5), *make_prompts(1, low=40, high=40)]
+    wanted = [alone(engine, p, 6, temperature=0.9, seed=i) for i, p in enumerate(prompts)]
+    hidden, passes = engine.decoder.hidden, []
+
+    def counted(batch, *arguments):
+        passes.append(np.bincount(batch.sequences).tolist())
+        return hidden(batch, *arguments)
+
+    monkeypatch.setattr(engine.decoder, "hidden", counted)
+    with Scheduler(engine, decode_rows=16) as scheduler:
+        requests = [
+            Request(p, 6, SamplingParams(temperature=0.9, seed=i)) for i, p in enumerate(prompts)
+        ]
+        results = run_all(scheduler, requests)
+        assert scheduler.counts.prompt_tokens == 5 * 5 + 40
+    assert [tokens for tokens, _ in results] == wanted
+    # The long one is computed alone; those that do not fit wait for the next pass.
+    assert passes[:4] == [[5, 5, 5], [40], [1, 1, 1, 1, 5, 5], [1] * 6]
+    assert_nothing_held(engine)
+
+
 def test_a_second_turn_starts_from_the_pages_of_the_first(engine):
     (prompt,) = make_prompts(1, low=300, high=300)
     with Scheduler(engine) as scheduler:

@@ -29,9 +29,10 @@ class Batcher:
     """Owns an engine: belongs to one thread. `running` are the requests that hold pages or may.
 
     What a request gets does not depend on the others: products of few rows give each row the
-    bits that it would have alone, so no more than `decode_rows` are decoded at once; a prompt is
-    computed alone, in the chunks that `Engine.generate_tokens` would choose. Starting from another
-    text's pages moves the chunks, as it does in the engine, and so may change last bits.
+    bits that it would have alone, so no more than `decode_rows` are decoded at once, prompts that
+    are as short among them. A longer one is computed alone, in the chunks that
+    `Engine.generate_tokens` would choose. Starting from another text's pages moves the chunks, as
+    it does in the engine, and so may change last bits.
 
     Rows that requests leave free are for drafts of what they will say. Whether these pay depends on
     how many requests share a step, so that there is a governor for each number.
@@ -49,11 +50,29 @@ class Batcher:
         self.speculation = [speculation_governor() for _ in range(decode_rows + 1)]
 
     def decode(self, jobs: list[Job]) -> None:
-        """One token for each, or more where drafts turn out right."""
+        """One token for each, or more where drafts turn out right. Those who have not begun yet
+        have short prompts, which are computed along (see `joining`)."""
+        for job in jobs:
+            self._open(job)
         for group in self._groups(jobs):
             with self._room_for([(job, job.to_do) for job in group if job.sequence]) as additions:
                 if additions:
                     self._decode([job for job, _ in additions])
+
+    def joining(self, decoding: list[Job], prefilling: list[Job]) -> list[Job]:
+        """Whose prompts fit into the rows that those who decode leave free, oldest first."""
+        free = self.decode_rows - sum(len(job.to_do) for job in decoding)
+        joining = []
+        for job in filter(self.may_join, prefilling):
+            if len(job.to_do) <= free:
+                joining.append(job)
+                free -= len(job.to_do)
+        return joining
+
+    def may_join(self, job: Job) -> bool:
+        """Whether a prompt can be computed together with tokens of others."""
+        whole = job.request.prompt_logprobs or job.request.pooling  # more than what follows it
+        return len(job.to_do) <= self.decode_rows and not whole
 
     def _groups(self, jobs: list[Job]) -> Iterator[list[Job]]:
         """As many at once as have `decode_rows` tokens to compute."""
@@ -84,17 +103,19 @@ class Batcher:
                 kv.set_mark(sequence_of(job))
         governors.begin()
         logits = self._forward(additions, np.array(rows))
-        if len(rows) == len(jobs):  # no drafts: they compare steps that are alike
+        if end == len(jobs):  # neither drafts nor prompts: they compare steps that are alike
             governors.end()
         self.counts.decode_rows += end
         self.counts.decode_steps += 1
-        first = 0
+        first, prompts = 0, [(job, tokens) for job, tokens in additions if job.prefilling]
+        for job, tokens in prompts:
+            self._prompt_done(job, tokens)
         for job in jobs:
             last = first + 1 + len(job.draft)
             self._check(job, logits[first:last])
             first = last
         self.prefixes.make_way()
-        if self.engine.generation.speculates:
+        if self.engine.generation.speculates and not prompts:
             made = self.counts.new_tokens - before
             self.speculation[len(jobs)].add(perf_counter() - start, max(made, 1))
 
@@ -142,19 +163,26 @@ class Batcher:
             rows = np.arange(len(tokens)) if wants_all else np.array([len(tokens) - 1])
             output = self.engine.hidden_output if pooled else None
             logits = self._forward(additions, rows, output, chunk)
-            self.counts.prompt_tokens += len(tokens)
             if scored:
                 job.score_prompt(logits, start)
             if pooled:
                 job.pool(logits, start)
-            if not job.to_do:
-                if (watcher := self.engine.generation.watcher) is not None:
-                    watcher.catch_up(sequence)  # others may begin with pages of this text
-                self.prefixes.insert(sequence)
-                job.prompt_done(self.engine.generation.drafter(sequence))
+            self._prompt_done(job, tokens)
+            if not job.prefilling:
                 self._choose(job, logits[-1])
                 if job.finish is not None:
                     self.leave(job)
+
+    def _prompt_done(self, job: Job, tokens: list[int]) -> None:
+        """So many more tokens of a prompt have been computed, perhaps all that there were."""
+        self.counts.prompt_tokens += len(tokens)
+        if job.to_do:
+            return
+        sequence = sequence_of(job)
+        if (watcher := self.engine.generation.watcher) is not None:
+            watcher.catch_up(sequence)  # others may begin with pages of this text
+        self.prefixes.insert(sequence)
+        job.prompt_done(self.engine.generation.drafter(sequence))
 
     @property
     def _at_once(self) -> int:

@@ -164,7 +164,8 @@ class Scheduler:
             self.counts.busy_seconds += self.clock() - start
 
     def step(self) -> None:
-        """One token for each request that decodes, then perhaps a chunk of one prompt.
+        """One token for each request that decodes, with prompts that are short enough to share the
+        forward pass; then perhaps a chunk of one prompt.
 
         Who decodes gets half of the time: what a chunk took longer than PATIENCE is owed to them.
         """
@@ -173,10 +174,11 @@ class Scheduler:
         self.counts.steps += 1
         start = self.clock()
         decoding = [job for job in self.running if not job.prefilling]
-        self._batcher.decode(decoding)
+        joining = self._batcher.joining(decoding, self._prompts)
+        self._batcher.decode([*decoding, *joining])
         decoded = self.clock()
         self._owed = max(0.0, self._owed - (decoded - start)) if decoding else 0.0
-        prompt = self._next_prompt()
+        prompt = self._next_prompt(joining)
         if prompt is not None and self._owed == 0:
             self._batcher.prefill(prompt)
             self._owed = max(0.0, self.clock() - decoded - PATIENCE)
@@ -186,9 +188,15 @@ class Scheduler:
         if not self.running:  # no forward pass follows, which would send
             self._batcher.outbox.send()
 
-    def _next_prompt(self) -> Job | None:
-        """In turn the oldest, and the one that will be done first."""
-        jobs = [job for job in self.running if job.prefilling]
+    @property
+    def _prompts(self) -> list[Job]:
+        """Those who have not begun to decode, oldest first."""
+        return [job for job in self.running if job.prefilling]
+
+    def _next_prompt(self, joined: list[Job]) -> Job | None:
+        """In turn the oldest, and the one that will be done first. If some have `joined` those who
+        decode, others that are as short can do so the next time."""
+        jobs = [job for job in self._prompts if not (joined and self._batcher.may_join(job))]
         if self.counts.steps % 2:
             return min(jobs, key=lambda job: len(job.to_do), default=None)
         return jobs[0] if jobs else None

@@ -21,7 +21,7 @@ from cpu_kernels.activations import ROWS_OF_TILES, SIDE, TILE_BYTES
 from cpu_kernels.bfloat16 import rounded
 from cpu_kernels.groups import GROUPS, chunk_bytes, row_of_chunks
 from cpu_kernels.rounded_weights import FACTORS_BYTES, rounded_groups, store_factors
-from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i32, i64
+from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32, i64
 
 LINE = 64
 TOKENS = ROWS_OF_TILES
@@ -46,6 +46,19 @@ def _shape_tiles(k: Emitter) -> None:
         shapes[48 + tile] = SIDE
     memory = k.stack(LINE)
     k.store(memory, k.constant(i8(LINE), list(shapes)))
+    _amx(k, "ldtilecfg", k.pointer(memory))
+
+
+@emitted("void", "i64 i64")
+def shape_tiles(k, rows, columns):
+    """Tiles for this thread as `multiply_tiles` wants them: four for sums of so many rows and
+    columns, two for so many rows of weights, and two for so many rows of activations."""
+    memory, line, side = k.stack(LINE), k.integer(LINE), k.integer(SIDE)
+    k.store(memory, k.constant(i8(LINE), [1] + [0] * (LINE - 1)))  # the palette
+    sums, left, right = (rows, columns * 4), (rows, line), (side, columns * 4)
+    for tile, (height, width) in enumerate([sums] * 4 + [left] * 2 + [right] * 2):
+        k.store(memory + (16 + 2 * tile), width.cast("trunc", i16))
+        k.store(memory + (48 + tile), height.cast("trunc", i8))
     _amx(k, "ldtilecfg", k.pointer(memory))
 
 
@@ -179,6 +192,39 @@ def multiply_and_decode(
                 k.prefetch(address + row_bytes * ROWS + line)
     with k.when(multiplies.compare("!=", 0)):
         product.end()
+
+
+@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64 i64")
+def multiply_tiles(
+    k, num_row_tiles, weights, row_bytes, num_tiles, x, columns, sums, fresh, ahead, next_bytes
+):
+    """sums (float32 [rows, columns]) += rows of bfloat16 weights, as many as there are in 1 to 4
+    row tiles (a literal string), times `columns` rows of activations, whose tiles are at `x`: two
+    for each of the weights'. If they are `fresh`, there were none before. So many bytes as follow
+    `ahead` bytes further on are wanted next."""
+    numbers, width = range(int(num_row_tiles)), columns * 4
+    places = [k.pointer(sums + width * (SIDE * number)) for number in numbers]
+    with k.when(fresh.compare("!=", 0)):
+        for number in numbers:
+            _amx(k, "tilezero", number)
+    with k.when(fresh.compare("==", 0)):
+        for number in numbers:
+            _amx(k, "tileloadd64", number, places[number], width)
+    starts = [weights + row_bytes * (SIDE * number) for number in numbers]
+    soon, pace = weights + ahead, next_bytes // num_tiles
+    with k.loop(num_tiles) as i:
+        for kind in (0, 1):
+            at = x + (i * 2 + kind) * SIDE * width
+            _amx(k, "tileloadd64", 6 + kind, k.pointer(at), width)
+        for number in numbers:
+            left = 4 + number % 2
+            _amx(k, "tileloadd64", left, k.pointer(starts[number] + i * LINE), row_bytes)
+            for kind in (0, 1):
+                _amx(k, "tdpbf16ps", number, left, 6 + kind)
+        with k.loop((pace + LINE - 1) // LINE) as j:
+            k.prefetch(soon + i * pace + j * LINE, level=2)
+    for number in numbers:
+        _amx(k, "tilestored64", number, places[number], width)
 
 
 # Products of bfloat16 that multiply_whole_tiles makes in a step.

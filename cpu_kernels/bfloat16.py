@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from cpu_kernels.simd import Emitter, Value, i32
+from cpu_kernels.simd import Emitter, Value, i16, i32
 
 
 def plain_nan(k: Emitter, value: Value) -> Value:
@@ -21,3 +21,9 @@ def rounded(value: Value) -> Value:
 def in_pairs(a: Value, b: Value) -> Value:
     """Words of one of a, in their lower halves, and one of b."""
     return (rounded(a) >> 16) | (rounded(b) & 0xFFFF0000)
+
+
+def side_by_side(k: Emitter, a: Value, b: Value) -> Value:
+    """Those of a, then those of b: i16 [twice as many]."""
+    words = [rounded(value).view(i16(2 * value.lanes)) for value in (a, b)]
+    return k.shuffle(*words, mask=range(1, 4 * a.lanes, 2))

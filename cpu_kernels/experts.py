@@ -209,10 +209,10 @@ class ExpertLayer:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, not {config.activation!r}"
             )
-        formats = [t.format for each in (layout, *others) for t in (each.gate, each.up, each.down)]
+        tensors = [t for each in (layout, *others) for t in (each.gate, each.up, each.down)]
         kernels = [
-            products_of(as_on_a_gpu(isa, format) if beside_gpu else isa, format, exact)
-            for format in formats
+            products_of(as_on_a_gpu(isa, t.format) if beside_gpu else isa, t.format, t.shape, exact)
+            for t in tensors
         ]
         self.facts: dict[str, Any] = {  # of a record, whatever it computes
             "hidden_size": self.hidden_size,

@@ -140,10 +140,10 @@ def has_quick_streams() -> bool:
 
 
 def amx_use(isa: Isa) -> str:
-    """Whether AMX multiplies prompts where these instructions were chosen, and why not."""
+    """What AMX multiplies where these instructions were chosen, or why nothing."""
     features = processor_features()
     if isa.has_tiles:
-        return "used for prompts"
+        return "used for prompts, and for all rows of bfloat16 weights"
     if not (features.get("amx-tile", False) and features.get("amx-bf16", False)):
         return "not used: the processor has none for bfloat16"
     if amx_refusal():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_kernels.activations import FEW_ROWS, prepare_activations, prepared_bytes
+from cpu_kernels.amx_floats import fits, make_amx_floats
 from cpu_kernels.amx_gemm import make_amx_gemm
 from cpu_kernels.compiler import inner
 from cpu_kernels.formats import FORMATS
@@ -34,9 +35,13 @@ ROW_BLOCK = 16  # threads share the rows of a matrix in blocks of this many
 DATA, ROWS, COLUMNS, ROW_BYTES, BIAS, FEW, MANY, DEQUANTIZE = range(8)
 
 
-def products_of(isa: Isa, format: str, exact: bool = False) -> tuple[int, int]:
+def products_of(
+    isa: Isa, format: str, shape: tuple[int, int], exact: bool = False
+) -> tuple[int, int]:
     """Addresses of the kernels of a format for few and for many rows of activations."""
-    if FORMATS[format].is_float:
+    if format == "bf16" and isa.has_tiles and fits(shape) and not exact:
+        few = many = make_amx_floats
+    elif FORMATS[format].is_float:
         few, many = make_float_gemv, make_float_gemm
     elif exact:
         few, many = make_exact_gemv, make_float_gemm
@@ -49,8 +54,9 @@ class Matrix:
     """Weights [out_features, in_features] whose bytes are used where they are.
 
     `data`: uint8, rows of blocks of `format` one after the other, of any alignment; it is kept, not
-    copied. `bias`: float32 [out_features]. `exact`: quantized weights are multiplied with float32
-    activations instead of int8 ones. Raises ValueError if the data is too short.
+    copied. `bias`: float32 [out_features]. `exact`: activations are float32, instead of
+    int8 for quantized weights, or two bfloat16 for bfloat16 ones where there is AMX. Raises
+    ValueError if the data is too short.
     """
 
     def __init__(
@@ -79,7 +85,7 @@ class Matrix:
             if bias.shape != (shape[0],):
                 raise ValueError(f"bias must have shape ({shape[0]},), not {bias.shape}")
         self.format, self.shape, self.data, self.bias = format, tuple(shape), data, bias
-        few, many = products_of(isa, format, exact)
+        few, many = products_of(isa, format, shape, exact)
         dequantize = kernel(make_dequantize, isa.name, format)[0]
         words = data.ctypes.data, *shape, row_bytes, address_of(bias), few, many, dequantize
         self.record = np.array(words, np.int64)

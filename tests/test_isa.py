@@ -62,7 +62,7 @@ def processor(monkeypatch):
 def test_amx_needs_permission(processor):
     processor(SAPPHIRE_RAPIDS)
     assert choose().name == "amx_bf16"
-    assert amx_use(choose()) == "used for prompts"
+    assert amx_use(choose()).startswith("used for prompts")
     assert "avx512_vnni was asked for" in amx_use(choose("avx512_vnni"))
     processor(SAPPHIRE_RAPIDS, "Operation not supported")
     assert choose().name == "avx512_vnni" and "amx_bf16" not in available()

@@ -8,6 +8,7 @@ from plain_instructions import plain_instructions
 from test_linear import assert_close, run_product
 
 from cpu_kernels.activations import IN_BLOCKS
+from cpu_kernels.amx_floats import make_amx_floats
 from cpu_kernels.amx_gemm import make_amx_gemm
 from cpu_kernels.compiler import callback
 from cpu_kernels.formats import FORMATS
@@ -71,6 +72,24 @@ def test_many_rows_with_tiles(format):
                 assert_close(plain, *problem, matrix.bias, "amx_bf16")
                 if "amx_bf16" in available():
                     np.testing.assert_array_equal(real, plain)
+
+
+def test_bfloat16_weights_with_tiles():
+    """The same of weights that are tiles as they are: any number of rows gives the same bits."""
+    rng = np.random.default_rng(5)
+    kernel = compiled(make_amx_floats, "amx_bf16", "bf16")
+    with Team(2) as team:
+        for shape in ((75, 256), (16, 32), (131, 96)):
+            matrix, problem = random_product(rng, "bf16", shape, 70)
+            x = problem[-1]
+            real = run_product(team, matrix, x)
+            matrix.record[[FEW, MANY]] = kernel.address
+            plain = run_product(team, matrix, x)
+            assert_close(plain, *problem, matrix.bias, "amx_bf16")
+            for n in (1, 2, 17):
+                np.testing.assert_array_equal(run_product(team, matrix, x[:n]), plain[:n])
+            if "amx_bf16" in available():
+                np.testing.assert_array_equal(real, plain)
 
 
 @formats

@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from llvmlite import ir
 
 from cpu_kernels.activations import ROWS_OF_TILES, SIDE, TILE_BYTES
+from cpu_kernels.amx_sums import LINE
 from cpu_kernels.bfloat16 import rounded
 from cpu_kernels.groups import GROUPS, chunk_bytes, row_of_chunks
 from cpu_kernels.rounded_weights import FACTORS_BYTES, rounded_groups, store_factors
 from cpu_kernels.simd import Emitter, Value, emitted, f32, i8, i16, i32, i64
 
-LINE = 64
 TOKENS = ROWS_OF_TILES
 ROWS = 2 * SIDE  # of weights that are multiplied at once
 PANEL_BYTES = GROUPS * TILE_BYTES  # of a chunk of SIDE rows of weights
@@ -37,22 +37,9 @@ def _amx(k: Emitter, name: str, *arguments: Value | int) -> None:
     k.call(f"llvm.x86.{name}", ir.VoidType(), *values)
 
 
-def _shape_tiles(k: Emitter) -> None:
-    """Tell this thread's core that all eight tiles are whole."""
-    shapes = bytearray(LINE)
-    shapes[0] = 1  # the palette
-    for tile in range(8):
-        shapes[16 + 2 * tile] = LINE
-        shapes[48 + tile] = SIDE
-    memory = k.stack(LINE)
-    k.store(memory, k.constant(i8(LINE), list(shapes)))
-    _amx(k, "ldtilecfg", k.pointer(memory))
-
-
-@emitted("void", "i64 i64")
-def shape_tiles(k, rows, columns):
-    """Tiles for this thread as `multiply_tiles` wants them: four for sums of so many rows and
-    columns, two for so many rows of weights, and two for so many rows of activations."""
+def _shape_tiles(k: Emitter, rows: Value, columns: Value) -> None:
+    """Tell this thread's core the sizes of tiles: four for sums of so many rows and columns, two
+    for so many rows of weights, and two for so many rows of activations."""
     memory, line, side = k.stack(LINE), k.integer(LINE), k.integer(SIDE)
     k.store(memory, k.constant(i8(LINE), [1] + [0] * (LINE - 1)))  # the palette
     sums, left, right = (rows, columns * 4), (rows, line), (side, columns * 4)
@@ -62,22 +49,16 @@ def shape_tiles(k, rows, columns):
     _amx(k, "ldtilecfg", k.pointer(memory))
 
 
-@emitted("void", "")
-def begin_tiles(k):
-    """Tiles for this thread."""
-    _shape_tiles(k)
+@emitted("void", "i64 i64")
+def shape_tiles(k, rows, columns):
+    """Tiles for this thread: of SIDE rows and columns, or fewer."""
+    _shape_tiles(k, rows, columns)
 
 
 @emitted("void", "")
 def end_tiles(k):
     """Tiles that hold nothing need not be saved when threads take turns."""
     _amx(k, "tilerelease")
-
-
-@emitted("void", "f32 i64")
-def fill_line(k, value, address):
-    """SIDE times the same value."""
-    k.store(address, k.splat(value, SIDE))
 
 
 @emitted("void", "i64 i64 i64 i64")
@@ -89,23 +70,6 @@ def gather_tiles(k, sources, offset, count, target):
         lines = [k.load(row + i * LINE, i32(SIDE)) for row in rows]
         for number, line in enumerate(k.transpose_square(lines)):
             k.store(target + (i * TILE_BYTES + LINE * number), line)
-
-
-@emitted("void", "i64 i64 i64")
-def load_sums(k, sources, offset, sums):
-    """A tile of sums: those of SIDE rows of activations, with SIDE rows of weights, that are
-    `offset` bytes after the addresses at `sources`."""
-    lines = [k.load(k.load(sources + 8 * i, i64(1)) + offset, f32(SIDE)) for i in range(SIDE)]
-    for number, line in enumerate(k.transpose_square(lines)):
-        k.store(sums + LINE * number, line)
-
-
-@emitted("void", "i64 i64 i64")
-def store_sums(k, sums, targets, offset):
-    """The way back."""
-    lines = [k.load(sums + LINE * number, f32(SIDE)) for number in range(SIDE)]
-    for i, line in enumerate(k.transpose_square(lines)):
-        k.store(k.load(targets + 8 * i, i64(1)) + offset, line)
 
 
 class _Product:
@@ -238,7 +202,7 @@ def multiply_whole_tiles(k: Emitter, steps: Value, seed: Value) -> Value:
     value = rounded(k.splat(seed.cast("sitofp", f32), SIDE)) >> 16
     for row in range(SIDE):
         k.store(memory + LINE * row, value | (value << 16))
-    _shape_tiles(k)
+    _shape_tiles(k, k.integer(SIDE), k.integer(SIDE))
     x, w = WHOLE_TILES, WHOLE_TILES + 1
     for tile in (x, w):
         _amx(k, "tileloadd64", tile, k.pointer(memory), line)

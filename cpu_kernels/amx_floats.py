@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cpu_kernels.activations import SIDE, TILE_BYTES
-from cpu_kernels.amx import LINE, end_tiles, multiply_tiles, shape_tiles, store_sums
+from cpu_kernels.amx import end_tiles, multiply_tiles, shape_tiles
+from cpu_kernels.amx_sums import LINE, SPARE_BYTES, prepare_spare, store_tile
 from cpu_kernels.bfloat16 import plain_nan, side_by_side
 from cpu_kernels.compiler import inner
 from cpu_kernels.gemm import copy_row
@@ -71,15 +72,14 @@ def _make_tiles(x, x_bytes, x_rows, divisor, begin, stop, num_tiles, tiles, sour
 
 def make_amx_floats(isa: str, format: str) -> Callable:
     tiles_room, sums_room = str(TILES_BYTES), str(ROW_TILES * TILE_BYTES)
-    spare_room = str(8 * SIDE + TILE_BYTES)
+    spare_room = str(SPARE_BYTES)
 
     def amx_floats(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         row_bytes, num_tiles = 2 * k, k // COLUMNS
         x, x_bytes = word(prepared, 0), word(prepared, 1)
         tiles, sums, sources = stack(tiles_room), stack(sums_room), stack("128")
         targets, spare = stack("128"), stack(spare_room)
-        for i in range(SIDE):
-            store_word(spare, i, spare + 8 * SIDE + LINE * i)
+        prepare_spare(spare)
         columns = 1 if n == 1 else SIDE
         shaped = SIDE
         shape_tiles(SIDE, columns)
@@ -121,14 +121,10 @@ def make_amx_floats(isa: str, format: str) -> Callable:
                         continue
                     for i in range(SIDE):
                         target = target_row(y, y_rows, ldy, min(token + i, stop - 1))
-                        store_word(targets, i, target + 4 * row)
-                    for tile in range((rows + SIDE - 1) // SIDE):
-                        if rows >= SIDE:
-                            store_sums(sums + TILE_BYTES * tile, targets, 4 * SIDE * tile)
-                        else:
-                            store_sums(sums, spare, 0)
-                            for i in range(SIDE):
-                                copy_row(word(spare, i), word(targets, i), rows)
+                        store_word(targets, i, target)
+                    for i in range(0, rows, SIDE):
+                        tile = sums + TILE_BYTES // SIDE * i
+                        store_tile(tile, targets, row + i, min(rows, SIDE), spare)
                 row += rows
         end_tiles()
 

@@ -10,28 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from cpu_kernels.activations import CHUNK, GROUP, GROUPS, SIDE, TILE_BYTES
 from cpu_kernels.amx import (
-    LINE,
     PANEL_BYTES,
     ROWS,
     SUM_BYTES,
     TOKENS,
-    begin_tiles,
     end_tiles,
-    fill_line,
     gather_tiles,
-    load_sums,
     multiply_and_decode,
     multiply_chunk,
-    store_sums,
+    shape_tiles,
+)
+from cpu_kernels.amx_sums import (
+    LINE,
+    SPARE_BYTES,
+    biased_tile,
+    load_tile,
+    prepare_spare,
+    store_tile,
 )
 from cpu_kernels.compiler import inner
 from cpu_kernels.formats import FORMATS
-from cpu_kernels.gemm import copy_row
-from cpu_kernels.memory import load_f32, stack, store_word, word
+from cpu_kernels.memory import stack, store_word, word
 from cpu_kernels.products import source_row, target_row
 
 TOKENS_AT_ONCE = 256
@@ -57,30 +58,19 @@ def _begin_sums(sums, targets, bias, row, num_rows, fresh, spare):
     """What is added to: the bias, if `fresh`, else what is at `targets`."""
     for i in range(SUM_BYTES // TILE_BYTES):
         tile, first = sums + TILE_BYTES * i, row + SIDE * (i // 2)
-        own, rows = targets + 8 * SIDE * (i % 2), min(num_rows - SIDE * (i // 2), SIDE)
+        rows = min(num_rows - SIDE * (i // 2), SIDE)
         if fresh:
-            for j in range(SIDE):
-                value = load_f32(bias, first + j) if j < rows else np.float32(0.0)
-                fill_line(value, tile + LINE * j)
-        elif rows == SIDE:
-            load_sums(own, 4 * first, tile)
+            biased_tile(tile, bias, first, rows)
         else:
-            for j in range(SIDE):
-                copy_row(word(own, j) + 4 * first, word(spare, j), max(rows, 0))
-            load_sums(spare, 0, tile)
+            load_tile(tile, targets + 8 * SIDE * (i % 2), first, rows, spare)
 
 
 @inner
 def _end_sums(sums, targets, row, num_rows, spare):
     for i in range(SUM_BYTES // TILE_BYTES):
         tile, first = sums + TILE_BYTES * i, row + SIDE * (i // 2)
-        own, rows = targets + 8 * SIDE * (i % 2), min(num_rows - SIDE * (i // 2), SIDE)
-        if rows == SIDE:
-            store_sums(tile, own, 4 * first)
-        else:
-            store_sums(tile, spare, 0)
-            for j in range(SIDE):
-                copy_row(word(spare, j), word(own, j) + 4 * first, max(rows, 0))
+        rows = min(num_rows - SIDE * (i // 2), SIDE)
+        store_tile(tile, targets + 8 * SIDE * (i % 2), first, rows, spare)
 
 
 def make_amx_gemm(isa: str, format: str) -> Callable:
@@ -88,7 +78,7 @@ def make_amx_gemm(isa: str, format: str) -> Callable:
     block, nbytes = FORMATS[format].block_size, FORMATS[format].block_bytes
     room, sums_room = str(4 * PANEL_BYTES), str(TOKENS_AT_ONCE // TOKENS * SUM_BYTES)
     copies_room, targets_room = str(COPIES_ROOM), str(8 * TOKENS_AT_ONCE)
-    spare_room = str(8 * SIDE + TILE_BYTES)
+    spare_room = str(SPARE_BYTES)
 
     def amx_gemm(weights, k, first, last, prepared, x_rows, divisor, n, y, y_rows, ldy, bias):
         row_bytes = k // block * nbytes
@@ -98,9 +88,8 @@ def make_amx_gemm(isa: str, format: str) -> Callable:
         end = weights + row_bytes * (last - 1)
         panels, sums, copies = stack(room), stack(sums_room), stack(copies_room)
         targets, spare = stack(targets_room), stack(spare_room)
-        for i in range(SIDE):
-            store_word(spare, i, spare + 8 * SIDE + LINE * i)
-        begin_tiles()
+        prepare_spare(spare)
+        shape_tiles(SIDE, SIDE)
         for begin in range(0, n, TOKENS_AT_ONCE):
             stop = min(begin + TOKENS_AT_ONCE, n)
             num_tiles = (stop - begin + TOKENS - 1) // TOKENS

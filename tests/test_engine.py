@@ -210,6 +210,7 @@ def test_the_context_is_a_limit_with_a_clear_message(model):
         (dict(look_ahead=9), "look_ahead"),
         (dict(threads=0), "threads"),
         (dict(isa="mmx"), "mmx"),
+        (dict(vram="16G"), "vram is a GPU's.*--device"),
     ],
     ids=str,
 )

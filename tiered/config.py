@@ -330,6 +330,8 @@ class EngineConfig:
         if self.kv_dtype not in ("f32", "f16", "int8"):
             raise ValueError(f"kv_dtype must be f32, f16 or int8, not {self.kv_dtype!r}")
         device_names(self.device)
+        if self.vram is not None and self.device == "cpu":
+            raise ValueError("vram is a GPU's: choose one by --device (auto, cuda or sim:CARD)")
         if not 0 <= self.look_ahead <= 3:
             raise ValueError(f"look_ahead is 0 (off) to 3 layers, not {self.look_ahead}")
         if not 0 <= self.drop_cold <= 1:

@@ -43,7 +43,7 @@ HAS_TILES = "amx_bf16" in available()
 SIDE = 16  # rows of a tile, and pairs of a group
 TILE_BYTES = 4 * SIDE * SIDE
 ROWS_OF_TILES = 2 * SIDE  # that AMX multiplies at once: there are always as many
-NOT, IN_ROWS, IN_BLOCKS = range(3)  # how rows are rounded
+UNROUNDED, IN_ROWS, IN_BLOCKS = range(3)  # how rows are rounded
 GROUPS = CHUNK // GROUP
 # Byte offsets in a chunk.
 SCALES, SUMS, FIRST_SUMS, SECOND_SUMS = 256, 288, 320, 352
@@ -229,7 +229,7 @@ def _chunk(k, number):
 @inner
 def prepare_rows(x, ldx, n, k, prepared, thread, num_threads, rounds):
     """What prepare_activations does; more than FEW_ROWS rows are rounded, too, as `rounds` says:
-    NOT, IN_ROWS or IN_BLOCKS."""
+    UNROUNDED, IN_ROWS or IN_BLOCKS."""
     row_bytes, rounded_bytes = prepared_row_bytes(k), _rounded_row_bytes(k)
     rounded = prepared + HEADER_BYTES + n * row_bytes
     if thread == 0:
@@ -241,7 +241,7 @@ def prepare_rows(x, ldx, n, k, prepared, thread, num_threads, rounds):
         store_word(prepared, 5, rounded)
         store_word(prepared, 6, rounded_bytes)
     if n <= FEW_ROWS:
-        rounds = NOT
+        rounds = UNROUNDED
     num_chunks = (k + CHUNK - 1) // CHUNK
     first, last = share(n * num_chunks, thread, num_threads)
     for i in range(first, last):
@@ -273,12 +273,12 @@ def prepare_activations(x, ldx, n, k, prepared, thread, num_threads):
     stay as they are while `prepared` is used: kernels of float formats read them. A barrier must
     follow, before anything is multiplied.
     """
-    rounds = IN_BLOCKS if HAS_TILES else NOT
+    rounds = IN_BLOCKS if HAS_TILES else UNROUNDED
     prepare_rows(x, ldx, n, k, prepared, thread, num_threads, rounds)
 
 
 @inner
 def prepare_chosen(x, ldx, n, k, prepared, thread, num_threads):
     """The same for kernels that are told which rows they multiply."""
-    rounds = IN_ROWS if HAS_TILES else NOT
+    rounds = IN_ROWS if HAS_TILES else UNROUNDED
     prepare_rows(x, ldx, n, k, prepared, thread, num_threads, rounds)

@@ -158,14 +158,14 @@ def multiply_and_decode(
         product.end()
 
 
-@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64 i64")
+@emitted("void", "i64 i64 i64 i64 i64 i64 i64 i64")
 def multiply_tiles(
-    k, num_row_tiles, weights, row_bytes, num_tiles, x, columns, sums, fresh, ahead, next_bytes
+    k, num_row_tiles, weights, row_bytes, num_tiles, x, columns, sums, fresh, next_bytes
 ):
     """sums (float32 [rows, columns]) += rows of bfloat16 weights, as many as there are in 1 to 4
     row tiles (a literal string), times `columns` rows of activations, whose tiles are at `x`: two
-    for each of the weights'. If they are `fresh`, there were none before. So many bytes as follow
-    `ahead` bytes further on are wanted next."""
+    for each of the weights'. If they are `fresh`, there were none before. So many bytes as come
+    after these rows are wanted next."""
     numbers, width = range(int(num_row_tiles)), columns * 4
     places = [k.pointer(sums + width * (SIDE * number)) for number in numbers]
     with k.when(fresh.compare("!=", 0)):
@@ -175,7 +175,7 @@ def multiply_tiles(
         for number in numbers:
             _amx(k, "tileloadd64", number, places[number], width)
     starts = [weights + row_bytes * (SIDE * number) for number in numbers]
-    soon, pace = weights + ahead, next_bytes // num_tiles
+    soon, pace = weights + row_bytes * (SIDE * len(numbers)), next_bytes // num_tiles
     with k.loop(num_tiles) as i:
         for kind in (0, 1):
             at = x + (i * 2 + kind) * SIDE * width

@@ -32,8 +32,8 @@ from cpu_kernels.amx_sums import (
 )
 from cpu_kernels.compiler import inner
 from cpu_kernels.formats import FORMATS
-from cpu_kernels.memory import stack, store_word, word
-from cpu_kernels.products import source_row, target_row
+from cpu_kernels.memory import stack, word
+from cpu_kernels.products import find_sources, find_targets
 
 TOKENS_AT_ONCE = 256
 CHUNKS_AT_ONCE = 64  # of TOKENS rows of activations: half of the second-level cache
@@ -46,9 +46,8 @@ def _make_tiles(rows, row_bytes, x_rows, divisor, begin, stop, start, num_chunks
     """Tiles of chosen rows of activations, some chunks of them; the last row comes again."""
     sources = stack("128")
     for block in range((stop - begin + TOKENS - 1) // TOKENS * (TOKENS // SIDE)):
-        for i in range(SIDE):
-            token = min(begin + SIDE * block + i, stop - 1)
-            store_word(sources, i, rows + source_row(x_rows, divisor, token) * row_bytes)
+        first = begin + SIDE * block
+        find_sources(sources, rows, row_bytes, x_rows, divisor, first, SIDE, stop)
         at = copies + block * num_chunks * CHUNK_BYTES
         gather_tiles(sources, CHUNK // GROUP * LINE * start, GROUPS * num_chunks, at)
 
@@ -93,9 +92,8 @@ def make_amx_gemm(isa: str, format: str) -> Callable:
         for begin in range(0, n, TOKENS_AT_ONCE):
             stop = min(begin + TOKENS_AT_ONCE, n)
             num_tiles = (stop - begin + TOKENS - 1) // TOKENS
-            for i in range(num_tiles * TOKENS):  # what comes again is stored again: the same
-                target = target_row(y, y_rows, ldy, min(begin + i, stop - 1))
-                store_word(targets, i, target)
+            # What comes again is stored again: the same.
+            find_targets(targets, y, y_rows, ldy, begin, num_tiles * TOKENS, stop)
             at_once = min(CHUNKS_AT_ONCE // num_tiles, num_chunks)
             for start in range(0, num_chunks, at_once):
                 chunks = min(at_once, num_chunks - start)

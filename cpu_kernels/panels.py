@@ -17,7 +17,7 @@ from cpu_kernels.gemm import (
     prefetch_lines,
 )
 from cpu_kernels.isa import ISAS
-from cpu_kernels.memory import stack, store_word, word
+from cpu_kernels.memory import stack, word
 from cpu_kernels.pack import (
     CHUNKS_AT_ONCE,
     FLOATS_AT_ONCE,
@@ -26,7 +26,7 @@ from cpu_kernels.pack import (
     pack_panel,
     panel_bytes,
 )
-from cpu_kernels.products import source_row, target_row
+from cpu_kernels.products import find_sources, target_row
 
 
 @inner
@@ -41,14 +41,6 @@ def _add_tile(tile, width, y, y_rows, ldy, bias, token, num_tokens, first_row, n
             add_row(source, bias + 4 * first_row, target, num_rows)
         else:
             copy_row(source, target, num_rows)
-
-
-@inner
-def _find_sources(sources, x, x_bytes, x_rows, divisor, first, num_tokens, n):
-    """Addresses of the next rows of activations at `x`; the last one again after the end."""
-    for t in range(num_tokens):
-        row = source_row(x_rows, divisor, min(first + t, n - 1))
-        store_word(sources, t, x + x_bytes * row)
 
 
 def make_gemm(isa: str, format: str) -> Callable:
@@ -81,7 +73,7 @@ def make_gemm(isa: str, format: str) -> Callable:
                     pack_panel(isa, format, at, row_bytes, end, num_groups, start, chunks, panel)
                 for token in range(0, n, tokens):
                     at = x + start * CHUNK_BYTES
-                    _find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
+                    find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
                     if start == 0:  # the rows that are packed next, little by little
                         prefetch_lines(
                             ahead + size * token // n, ahead + size * min(token + tokens, n) // n
@@ -132,7 +124,7 @@ def make_float_gemm(isa: str, format: str) -> Callable:
                         pack_floats(isa, values, count, panel, (r - 3) % panel_rows)
                 for token in range(0, n, tokens):
                     at = x + 4 * start
-                    _find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
+                    find_sources(sources, at, x_bytes, x_rows, divisor, token, tokens, n)
                     for i in range(num_tiles):
                         panel = panels + i * (width // panel_rows) * nbytes
                         multiply_float_panels(isa, panel, count, sources, tile)

@@ -64,6 +64,22 @@ def target_row(y, y_rows, ldy, i):
 
 
 @inner
+def find_sources(sources, x, x_bytes, x_rows, divisor, first, count, n):
+    """Addresses of `count` rows of activations at `x`, from row `first` of n on; the last one again
+    after the end."""
+    for i in range(count):
+        row = source_row(x_rows, divisor, min(first + i, n - 1))
+        store_word(sources, i, x + x_bytes * row)
+
+
+@inner
+def find_targets(targets, y, y_rows, ldy, first, count, n):
+    """Where their results go, in the same way."""
+    for i in range(count):
+        store_word(targets, i, target_row(y, y_rows, ldy, min(first + i, n - 1)))
+
+
+@inner
 def _panels_from(num_groups, least_part, usually):
     """Rows of activations for which weights are worth being put into panels: two, if a whole last
     chunk, of which those need only the groups that are left, is a `least_part`-th of the work or
@@ -88,9 +104,8 @@ def make_gemv(isa: str, format: str) -> Callable:
         if num_groups >= GROUPS and n >= _panels_from(num_groups, least_part, panels_from):
             in_panels = (last - first) // width * width
         sources, targets, zeros = stack("128"), stack("128"), stack("64")
-        for i in range(n):
-            store_word(sources, i, x + x_bytes * source_row(x_rows, divisor, i))
-            store_word(targets, i, target_row(y, y_rows, ldy, i))
+        find_sources(sources, x, x_bytes, x_rows, divisor, 0, n, n)
+        find_targets(targets, y, y_rows, ldy, 0, n, n)
         for i in range(width):
             store_f32(zeros, i, 0.0)
         for row in range(first, first + in_panels, width):
@@ -123,10 +138,8 @@ def make_float_gemv(isa: str, format: str) -> Callable:
         x_bytes = word(prepared, 1)
         sources, targets, zeros = stack("128"), stack("128"), stack("64")
         even = n + n % 2  # a last one that is alone comes twice
-        for i in range(even):
-            row = min(i, n - 1)
-            store_word(sources, i, x + x_bytes * source_row(x_rows, divisor, row))
-            store_word(targets, i, target_row(y, y_rows, ldy, row))
+        find_sources(sources, x, x_bytes, x_rows, divisor, 0, even, n)
+        find_targets(targets, y, y_rows, ldy, 0, even, n)
         for i in range(at_once):
             store_f32(zeros, i, 0.0)
         if n >= worth_it_from and last - first >= at_once:

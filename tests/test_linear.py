@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_formats import factors, random_matrix, to_float64
 
-from cpu_kernels.activations import HAS_TILES, IN_BLOCKS, NOT, prepare_rows
+from cpu_kernels.activations import HAS_TILES, IN_BLOCKS, UNROUNDED, prepare_rows
 from cpu_kernels.formats import FORMATS
 from cpu_kernels.isa import ISAS, available
 from cpu_kernels.linear import (
@@ -52,11 +52,11 @@ def teams():
         yield {1: one, 2: two}
 
 
-def run_product(team, matrix, x, rounds=IN_BLOCKS if HAS_TILES else NOT):
+def run_product(team, matrix, x, rounds=IN_BLOCKS if HAS_TILES else UNROUNDED):
     x = np.ascontiguousarray(x, np.float32)
     n, k = x.shape
     y = np.full((n, matrix.shape[0]), np.nan, np.float32)
-    prepared = aligned_bytes(prepared_bytes(n, k, rounds != NOT))
+    prepared = aligned_bytes(prepared_bytes(n, k, rounds != UNROUNDED))
     words = record(
         matrix.address,
         address_of(x),
